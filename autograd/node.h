@@ -1,0 +1,66 @@
+// The recorded graph behind variables; for autograd's own files only.
+#pragma once
+#include <atomic>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "autograd/tape.h"
+
+namespace longhand {
+
+/// Where the gradient of one variable goes: to an output slot of the node that made it, or to a leaf. Nodes keep the edges of their
+/// inputs, not the inputs themselves, so that a value lives only as long as some backward function keeps it.
+struct GradEdge {
+  Shape shape;
+  Dtype dtype = Dtype::f32;
+  Device device = Device::cpu();
+  std::shared_ptr<Node> producer;  // null for a leaf
+  int output = 0;
+
+  // Leaves:
+  std::string name;
+  Tensor grad;           // the sum so far; for a parameter, its place in the flat buffer
+  bool is_parameter = false;
+  bool started = false;  // grad holds a value
+
+  // A place inside a larger gradient (split, reshape): gives undefined when it has been taken.
+  std::function<Tensor()> place;
+};
+
+struct Variable::State {
+  Tensor value;
+  std::shared_ptr<GradEdge> edge;  // null for a constant
+};
+
+class Node {
+ public:
+  std::string op, layer;
+  uint64_t order = 0;
+  std::vector<std::shared_ptr<GradEdge>> inputs;  // null where no gradient is wanted
+  BackwardFunction function;
+  bool used = false;
+
+  struct Slot {
+    Shape shape;
+    Dtype dtype;
+    Device device;
+    Tensor grad;
+    bool owned = false;  // grad may be added to in place
+  };
+  std::vector<Slot> outputs;
+  std::vector<std::pair<int, Tensor>> pending;  // accumulate() results of inputs that are not parameters, delivered after the function
+
+  void run();
+  void deliver(int input, const Tensor& grad, bool owned);
+};
+
+/// Used by the tape to make variables that carry an edge.
+class Tape {
+ public:
+  static Variable make(Tensor value, std::shared_ptr<GradEdge> edge);
+  static std::vector<Variable> record(const char* op, std::vector<Tensor> outputs, const std::vector<Variable>& inputs, BackwardFunction function);
+};
+
+}  // namespace longhand

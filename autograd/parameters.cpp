@@ -1,0 +1,102 @@
+// See parameters.h.
+#include "autograd/parameters.h"
+
+#include "core/error.h"
+#include "core/philox.h"
+
+namespace longhand {
+
+Initializer init_constant(double value) {
+  return [value](uint64_t, uint64_t) { return value; };
+}
+Initializer init_uniform(double low, double high) {
+  return [low, high](uint64_t key, uint64_t index) { return low + (high - low) * philox_uniform(key, index); };
+}
+Initializer init_normal(double standard_deviation) {
+  return [standard_deviation](uint64_t key, uint64_t index) { return standard_deviation * static_cast<double>(philox_normal(key, index)); };
+}
+
+Parameter* ParameterSet::declare(std::string name, Shape shape, ParameterOptions options) {
+  if (master_.defined()) throw ValueError("parameters: declared after allocate()", {{"name", name}});
+  if (find(name) != nullptr) throw ValueError("parameters: a name declared twice", {{"name", name}});
+  parameters_.push_back({std::move(name), shape, std::move(options), {}, {}, {}});
+  return &parameters_.back();
+}
+
+const Parameter* ParameterSet::find(const std::string& name) const {
+  for (const Parameter& p : parameters_)
+    if (p.name == name) return &p;
+  return nullptr;
+}
+
+int64_t ParameterSet::count() const {
+  int64_t n = 0;
+  for (const Parameter& p : parameters_) n += p.shape.numel();
+  return n;
+}
+
+void ParameterSet::allocate(const Device& device, Dtype master_dtype, Dtype compute_dtype) {
+  if (master_dtype != Dtype::f32 && master_dtype != Dtype::f64)
+    throw DtypeError("parameters: masters are f32 or f64", {{"asked", name_of(master_dtype)}});
+  if (compute_dtype != master_dtype && !(compute_dtype == Dtype::bf16 && device.is_cuda()))
+    throw DtypeError("parameters: this compute type is not available here",
+                     {{"asked", name_of(compute_dtype)}, {"device", device.name()}, {"try", "f32 on the CPU, f32 or bf16 on a GPU"}});
+  constexpr int64_t kAlignment = 64;
+  auto rounded = [](int64_t n) { return (n + kAlignment - 1) / kAlignment * kAlignment; };
+  int64_t total = 0;
+  for (const bool decay : {true, false}) {
+    for (const Parameter& p : parameters_)
+      if (p.options.decay == decay) total += rounded(p.shape.numel());
+    if (decay) decayed_ = total;
+  }
+  compute_dtype_ = compute_dtype;
+  master_ = Tensor::zeros(device, master_dtype, {total});
+  grad_ = Tensor::zeros(device, master_dtype, {total});
+  if (compute_dtype != master_dtype) compute_ = Tensor::zeros(device, compute_dtype, {total});
+  int64_t at = 0;
+  for (const bool decay : {true, false}) {
+    for (Parameter& p : parameters_) {
+      if (p.options.decay != decay) continue;
+      auto place = [&](const Tensor& flat) { return flat.slice(0, at, at + p.shape.numel()).reshape(p.shape); };
+      p.master = place(master_);
+      p.grad = place(grad_);
+      const bool copied = compute_.defined() && !p.options.full_precision;
+      p.variable = Variable::parameter(copied ? place(compute_) : p.master, p.grad, p.name);
+      at += rounded(p.shape.numel());
+    }
+  }
+}
+
+void ParameterSet::initialize(uint64_t seed) {
+  for (Parameter& p : parameters_) {
+    if (!p.options.init) throw ValueError("parameters: no initializer", {{"name", p.name}});
+    const uint64_t key = philox_key(philox_key(seed, hash_name("init")), hash_name(p.name.c_str()));
+    const int64_t n = p.shape.numel();
+    const Tensor host = Tensor::empty(Device::cpu(), p.master.dtype(), p.shape);
+    visit(host.dtype(), [&](auto element) {
+      using T = decltype(element);
+      if constexpr (std::is_floating_point_v<T>) {
+        T* values = host.data<T>();
+#pragma omp parallel for schedule(static) if (n > 4096)
+        for (int64_t i = 0; i < n; ++i) values[i] = static_cast<T>(p.options.init(key, static_cast<uint64_t>(i)));
+      }
+    });
+    copy(p.master, host);
+  }
+  refresh_compute();
+}
+
+void ParameterSet::refresh_compute() {
+  if (compute_.defined()) copy(compute_, master_);
+}
+
+void ParameterSet::clear_grads() {
+  for (Parameter& p : parameters_) p.variable.clear_grad();
+}
+
+void ParameterSet::complete_grads() {
+  for (Parameter& p : parameters_)
+    if (!p.variable.grad().defined()) fill(p.grad, 0);
+}
+
+}  // namespace longhand

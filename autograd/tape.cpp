@@ -1,0 +1,360 @@
+// Recording and walking the tape; see tape.h.
+#include "autograd/tape.h"
+
+#include <algorithm>
+#include <set>
+
+#include "autograd/node.h"
+#include "core/error.h"
+#include "core/op_scope.h"
+#include "core/switches.h"
+
+namespace longhand {
+namespace {
+
+thread_local bool recording = true;
+std::atomic<uint64_t> next_order{1};
+
+void require_finite(const Tensor& t, const std::string& op, const std::string& layer, const std::string& what) {
+  if (!t.defined() || t.numel() == 0) return;
+  const int64_t index = first_non_finite(t);
+  if (index < 0) return;
+  throw NumericError(op + ": " + what + " is not finite", {{"layer", layer.empty() ? "(none)" : layer},
+                                                           {"tensor", t.describe()},
+                                                           {"index", std::to_string(index) + " (row-major)"},
+                                                           {"value", std::to_string(t.contiguous().reshape({t.numel()}).slice(0, index, index + 1).item())}});
+}
+
+bool same_place(const Tensor& a, const Tensor& b) { return a.same_storage(b) && a.offset() == b.offset(); }
+
+}  // namespace
+
+// --- variables ------------------------------------------------------------------------------------------------
+
+Variable Tape::make(Tensor value, std::shared_ptr<GradEdge> edge) {
+  Variable v;
+  v.state_ = std::make_shared<Variable::State>(Variable::State{std::move(value), std::move(edge)});
+  return v;
+}
+
+Variable::Variable(Tensor value) {
+  if (value.defined()) state_ = std::make_shared<State>(State{std::move(value), nullptr});
+}
+
+namespace {
+std::shared_ptr<GradEdge> edge_for(const Tensor& value) {
+  auto edge = std::make_shared<GradEdge>();
+  edge->shape = value.shape();
+  edge->dtype = value.dtype();
+  edge->device = value.device();
+  return edge;
+}
+}  // namespace
+
+Variable Variable::leaf(Tensor value, std::string name) {
+  auto edge = edge_for(value);
+  edge->name = std::move(name);
+  return Tape::make(std::move(value), std::move(edge));
+}
+
+Variable Variable::parameter(Tensor value, Tensor grad_sink, std::string name) {
+  if (!(grad_sink.shape() == value.shape()))
+    throw ShapeError("parameter: the gradient's place has another shape", {{"value", value.describe()}, {"grad", grad_sink.describe()}, {"name", name}});
+  Variable v = leaf(std::move(value), std::move(name));
+  v.state_->edge->grad = std::move(grad_sink);
+  v.state_->edge->is_parameter = true;
+  return v;
+}
+
+const Tensor& Variable::value() const {
+  static const Tensor undefined;
+  return state_ ? state_->value : undefined;
+}
+const std::string& Variable::name() const {
+  static const std::string none;
+  return state_ && state_->edge ? state_->edge->name : none;
+}
+bool Variable::requires_grad() const { return state_ && state_->edge; }
+const Tensor& Variable::grad() const {
+  static const Tensor undefined;
+  return state_ && state_->edge && state_->edge->started ? state_->edge->grad : undefined;
+}
+void Variable::clear_grad() const {
+  if (!requires_grad()) return;
+  state_->edge->started = false;
+  if (!state_->edge->is_parameter) state_->edge->grad = Tensor();
+}
+Variable Variable::detach() const { return Variable(value()); }
+
+// --- recording ------------------------------------------------------------------------------------------------
+
+NoGrad::NoGrad() : before_(recording) { recording = false; }
+NoGrad::~NoGrad() { recording = before_; }
+bool grad_enabled() { return recording; }
+
+std::vector<Variable> Tape::record(const char* op, std::vector<Tensor> outputs, const std::vector<Variable>& inputs, BackwardFunction function) {
+  if (switches().check)
+    for (std::size_t i = 0; i < outputs.size(); ++i) require_finite(outputs[i], op, current_layer(), "output " + std::to_string(i));
+  const bool wanted = recording && std::any_of(inputs.begin(), inputs.end(), [](const Variable& v) { return v.requires_grad(); });
+  std::vector<Variable> results;
+  if (!wanted) {
+    for (Tensor& output : outputs) results.emplace_back(std::move(output));
+    return results;
+  }
+  auto node = std::make_shared<Node>();
+  node->op = op;
+  node->layer = current_layer();
+  node->order = next_order++;
+  node->function = std::move(function);
+  for (const Variable& input : inputs) node->inputs.push_back(input ? input.state()->edge : nullptr);
+  for (Tensor& output : outputs) {
+    if (!output.defined()) {
+      node->outputs.push_back({{}, Dtype::f32, Device::cpu(), {}, false});
+      results.emplace_back();
+      continue;
+    }
+    node->outputs.push_back({output.shape(), output.dtype(), output.device(), {}, false});
+    auto edge = edge_for(output);
+    edge->producer = node;
+    edge->output = static_cast<int>(node->outputs.size()) - 1;
+    results.push_back(make(std::move(output), std::move(edge)));
+  }
+  return results;
+}
+
+std::vector<Variable> record(const char* op, std::vector<Tensor> outputs, const std::vector<Variable>& inputs, BackwardFunction function) {
+  return Tape::record(op, std::move(outputs), inputs, std::move(function));
+}
+Variable record(const char* op, Tensor output, std::initializer_list<Variable> inputs, BackwardFunction function) {
+  return Tape::record(op, {std::move(output)}, inputs, std::move(function))[0];
+}
+
+// --- walking --------------------------------------------------------------------------------------------------
+
+const Tensor& BackwardCall::grad(int output) const { return node_.outputs.at(static_cast<std::size_t>(output)).grad; }
+
+Tensor BackwardCall::grad_or_zeros(int output) const {
+  const Node::Slot& slot = node_.outputs.at(static_cast<std::size_t>(output));
+  return slot.grad.defined() ? slot.grad : Tensor::zeros(slot.device, slot.dtype, slot.shape);
+}
+
+bool BackwardCall::needs(int input) const { return node_.inputs.at(static_cast<std::size_t>(input)) != nullptr; }
+
+Tensor BackwardCall::buffer(int input) const {
+  const GradEdge& edge = *node_.inputs.at(static_cast<std::size_t>(input));
+  if (edge.place)
+    if (Tensor inside = edge.place(); inside.defined()) return inside;
+  return Tensor::empty(edge.device, edge.dtype, edge.shape);
+}
+
+void BackwardCall::set(int input, const Tensor& grad) {
+  if (!grad.defined() || !needs(input)) return;
+  node_.deliver(input, grad, false);
+}
+
+Accumulation BackwardCall::accumulate(int input) {
+  GradEdge& edge = *node_.inputs.at(static_cast<std::size_t>(input));
+  if (edge.is_parameter) {
+    const double beta = edge.started ? 1.0 : 0.0;
+    edge.started = true;
+    return {edge.grad, beta};
+  }
+  const Dtype dtype = edge.dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32;
+  const Tensor fresh = Tensor::empty(edge.device, dtype, edge.shape);
+  node_.pending.emplace_back(input, fresh);
+  return {fresh, 0.0};
+}
+
+void Node::deliver(int input, const Tensor& grad, bool owned) {
+  GradEdge& edge = *inputs[static_cast<std::size_t>(input)];
+  if (!(grad.shape() == edge.shape))
+    throw ShapeError(op + ": backward gave a gradient of the wrong shape",
+                     {{"input", std::to_string(input)}, {"gradient", grad.describe()}, {"expected", edge.shape.str()}});
+  if (switches().check) require_finite(grad, op, layer, "gradient of input " + std::to_string(input));
+  if (edge.producer == nullptr) {
+    if (edge.is_parameter) {
+      edge.started ? add_scaled(edge.grad, grad) : copy(edge.grad, grad);
+    } else if (edge.started) {
+      edge.grad = edge.grad.clone();
+      add_scaled(edge.grad, grad);
+    } else {
+      edge.grad = grad;
+    }
+    edge.started = true;
+    return;
+  }
+  Slot& slot = edge.producer->outputs[static_cast<std::size_t>(edge.output)];
+  if (!slot.grad.defined()) {
+    slot.grad = grad.to(edge.dtype);
+    slot.owned = owned;
+    return;
+  }
+  if (!slot.owned) slot.grad = slot.grad.clone();  // somebody else may hold the first contribution
+  slot.owned = true;
+  add_scaled(slot.grad, grad);
+}
+
+void Node::run() {
+  if (used)
+    throw ValueError(op + ": backward over a graph that was already walked", {{"layer", layer}, {"try", "run the forward again"}});
+  used = true;
+  const std::string name = op + "_backward";
+  const LayerScope layer_scope(layer);
+  {
+    const OpScope scope(name.c_str());
+    BackwardCall call(*this);
+    if (std::any_of(outputs.begin(), outputs.end(), [](const Slot& slot) { return slot.grad.defined(); })) function(call);
+    for (auto& [input, grad] : pending) deliver(input, grad, true);
+  }
+  function = nullptr;  // frees what it kept
+  pending.clear();
+  inputs.clear();
+  for (Slot& slot : outputs) slot.grad = Tensor();
+}
+
+void backward(const std::vector<Variable>& roots, const std::vector<Tensor>& grads) {
+  if (roots.size() != grads.size()) throw ValueError("backward: as many gradients as roots are needed");
+  std::vector<std::shared_ptr<Node>> order, stack;
+  std::set<Node*> seen;
+  auto visit_producer = [&](const GradEdge* edge) {
+    if (edge && edge->producer && seen.insert(edge->producer.get()).second) stack.push_back(edge->producer);
+  };
+  const NoGrad no_grad;
+  for (std::size_t i = 0; i < roots.size(); ++i) {
+    if (!roots[i].requires_grad()) throw ValueError("backward: the root depends on nothing that wants a gradient");
+    GradEdge& edge = *roots[i].state()->edge;
+    if (!(edge.shape == grads[i].shape()))
+      throw ShapeError("backward: the gradient given for a root has another shape", {{"root", edge.shape.str()}, {"gradient", grads[i].describe()}});
+    if (edge.producer && edge.producer->used)
+      throw ValueError(edge.producer->op + ": backward over a graph that was already walked", {{"try", "run the forward again"}});
+    Node seed;  // delivers the given gradient like any other node would
+    seed.op = "root";
+    seed.inputs = {roots[i].state()->edge};
+    seed.deliver(0, grads[i], false);
+    visit_producer(&edge);
+  }
+  while (!stack.empty()) {
+    const auto node = stack.back();
+    stack.pop_back();
+    order.push_back(node);
+    for (const auto& edge : node->inputs) visit_producer(edge.get());
+  }
+  std::sort(order.begin(), order.end(), [](const auto& a, const auto& b) { return a->order > b->order; });
+  for (auto& node : order) {
+    node->run();
+    node.reset();
+  }
+}
+
+void backward(const Variable& root) {
+  if (root.value().numel() != 1)
+    throw ShapeError("backward: without a gradient the root must be a scalar", {{"root", root.value().describe()}});
+  backward({root}, {Tensor::full(root.value().device(), root.value().dtype(), root.shape(), 1.0)});
+}
+
+// --- views ----------------------------------------------------------------------------------------------------
+
+std::vector<Variable> split(const Variable& x, std::initializer_list<int64_t> widths) {
+  int64_t sum = 0;
+  for (int64_t width : widths) sum += width;
+  if (sum != x.value().dim(-1))
+    throw ShapeError("split: the widths do not add up to the last axis", {{"x", x.value().describe()}, {"sum", std::to_string(sum)}});
+
+  // The gradient of the whole: made when the first part asks for its place, filled by the parts, handed on by the node.
+  struct Whole {
+    Tensor grad;
+    Shape shape;
+    Dtype dtype;
+    Device device;
+    const Tensor& get() {
+      if (!grad.defined()) grad = Tensor::empty(device, dtype, shape);
+      return grad;
+    }
+  };
+  auto whole = std::make_shared<Whole>(Whole{{}, x.shape(), x.value().dtype(), x.value().device()});
+
+  std::vector<Tensor> parts;
+  std::vector<int64_t> begins;
+  int64_t begin = 0;
+  for (int64_t width : widths) {
+    parts.push_back(x.value().slice(-1, begin, begin + width));
+    begins.push_back(begin);
+    begin += width;
+  }
+  std::vector<int64_t> sizes(widths);
+  auto results = Tape::record("split", std::move(parts), {x}, [whole, begins, sizes](BackwardCall& call) {
+    for (std::size_t i = 0; i < sizes.size(); ++i) {
+      const Tensor place = whole->get().slice(-1, begins[i], begins[i] + sizes[i]);
+      const Tensor& grad = call.grad(static_cast<int>(i));
+      if (!grad.defined())
+        fill(place, 0);
+      else if (!same_place(grad, place))
+        copy(place, grad);
+    }
+    call.set(0, whole->get());
+    whole->grad = Tensor();
+  });
+  for (std::size_t i = 0; i < results.size(); ++i) {
+    if (!results[i].requires_grad()) continue;
+    results[i].state()->edge->place = [whole, taken = false, at = begins[i], size = sizes[i]]() mutable {
+      if (taken) return Tensor();
+      taken = true;
+      return whole->get().slice(-1, at, at + size);
+    };
+  }
+  return results;
+}
+
+Variable reshape(const Variable& x, Shape shape) {
+  const Shape before = x.shape();
+  Variable result = record("reshape", x.value().reshape(shape), {x}, [before](BackwardCall& call) {
+    const Tensor& grad = call.grad(0);
+    call.set(0, grad.reshape(before));
+  });
+  if (result.requires_grad() && x.state()->edge->place) {
+    result.state()->edge->place = [outer = x.state()->edge, shape] {
+      const Tensor place = outer->place();
+      return place.defined() ? place.reshape(shape) : place;
+    };
+  }
+  return result;
+}
+
+Variable add(const Variable& x, const Variable& y) {
+  Tensor sum = x.value().clone();
+  add_scaled(sum, y.value());
+  return record("add", sum, {x, y}, [](BackwardCall& call) {
+    call.set(0, call.grad(0));
+    call.set(1, call.grad(0));
+  });
+}
+
+std::string graph_dot(const Variable& root) {
+  std::string text = "digraph longhand {\n  rankdir=BT;\n  node [shape=box, fontname=\"monospace\"];\n";
+  std::set<const Node*> seen;
+  std::vector<const Node*> stack;
+  auto id = [](const void* p) { return "\"" + std::to_string(reinterpret_cast<std::uintptr_t>(p)) + "\""; };
+  auto visit_edge = [&](const GradEdge* edge) {
+    if (edge->producer) {
+      if (seen.insert(edge->producer.get()).second) stack.push_back(edge->producer.get());
+    } else {
+      text += "  " + id(edge) + " [label=\"" + edge->name + " " + edge->shape.str() + "\", style=filled];\n";
+    }
+  };
+  if (root.requires_grad()) visit_edge(root.state()->edge.get());
+  while (!stack.empty()) {
+    const Node* node = stack.back();
+    stack.pop_back();
+    std::string label = (node->layer.empty() ? "" : node->layer + "/") + node->op;
+    for (const auto& output : node->outputs) label += "\\n" + output.shape.str() + " " + name_of(output.dtype);
+    text += "  " + id(node) + " [label=\"" + label + "\"];\n";
+    for (const auto& edge : node->inputs) {
+      if (edge == nullptr) continue;
+      visit_edge(edge.get());
+      text += "  " + (edge->producer ? id(edge->producer.get()) : id(edge.get())) + " -> " + id(node) + " [label=\"" + edge->shape.str() + "\"];\n";
+    }
+  }
+  return text + "}\n";
+}
+
+}  // namespace longhand

@@ -1,0 +1,98 @@
+// See allocator.h.
+#include "core/allocator.h"
+
+#include <algorithm>
+#include <bit>
+
+#include "core/error.h"
+#include "core/op_scope.h"
+#include "core/switches.h"
+
+namespace longhand {
+namespace {
+
+// Rounds up to one of eight steps per power of two: at most 12.5% is wasted and few sizes exist, so that blocks are found again.
+std::size_t size_class(std::size_t bytes) {
+  if (bytes <= 512) return 512;
+  const std::size_t step = std::bit_floor(bytes - 1) / 8;
+  return (bytes + step - 1) / step * step;
+}
+
+}  // namespace
+
+void* CachingAllocator::allocate(std::size_t bytes) {
+  const std::size_t size = size_class(bytes);
+  const std::lock_guard lock(mutex_);
+  void* block = nullptr;
+  if (auto found = free_.find(size); found != free_.end() && !found->second.empty()) {
+    block = found->second.back();
+    found->second.pop_back();
+  } else {
+    block = system_allocate(size);
+    if (block == nullptr) {
+      release_cached_locked();
+      block = system_allocate(size);
+    }
+    if (block == nullptr)
+      throw MemoryError("memory: no room for a new tensor", {{"device", description()},
+                                                             {"asked", std::to_string(size) + " bytes"},
+                                                             {"live", std::to_string(use_.live_bytes) + " bytes"},
+                                                             {"op", current_op_path()},
+                                                             {"try", "a smaller batch or a shorter chunk"}});
+    use_.reserved_bytes += static_cast<int64_t>(size);
+    ++use_.system_allocations;
+  }
+  const auto signed_size = static_cast<int64_t>(size);
+  Block& entry = live_[block];
+  entry.bytes = size;
+  use_.live_bytes += signed_size;
+  if (switches().memory) {
+    entry.op = current_op_path();
+    use_.live_by_op[entry.op] += signed_size;
+  }
+  if (use_.live_bytes > use_.peak_bytes) {
+    use_.peak_bytes = use_.live_bytes;
+    if (switches().memory) use_.peak_by_op = use_.live_by_op;
+  }
+  if (switches().poison) fill_bytes(block, 0xFF, size);
+  return block;
+}
+
+void CachingAllocator::release(void* block) noexcept {
+  const std::lock_guard lock(mutex_);
+  const auto found = live_.find(block);
+  if (found == live_.end()) return;
+  const auto signed_size = static_cast<int64_t>(found->second.bytes);
+  use_.live_bytes -= signed_size;
+  if (!found->second.op.empty()) use_.live_by_op[found->second.op] -= signed_size;
+  free_[found->second.bytes].push_back(block);
+  live_.erase(found);
+}
+
+MemoryUse CachingAllocator::use() const {
+  const std::lock_guard lock(mutex_);
+  return use_;
+}
+
+void CachingAllocator::reset_peak() {
+  const std::lock_guard lock(mutex_);
+  use_.peak_bytes = use_.live_bytes;
+  use_.peak_by_op = use_.live_by_op;
+}
+
+void CachingAllocator::release_cached() {
+  const std::lock_guard lock(mutex_);
+  release_cached_locked();
+}
+
+void CachingAllocator::release_cached_locked() {
+  for (auto& [size, blocks] : free_) {
+    for (void* block : blocks) {
+      system_release(block);
+      use_.reserved_bytes -= static_cast<int64_t>(size);
+    }
+    blocks.clear();
+  }
+}
+
+}  // namespace longhand

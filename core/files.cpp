@@ -1,0 +1,108 @@
+// POSIX files; see files.h.
+#include "core/files.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <filesystem>
+
+#include "core/error.h"
+
+namespace longhand {
+namespace {
+
+std::string system_reason() { return std::strerror(errno); }
+
+struct Descriptor {
+  int fd;
+  ~Descriptor() {
+    if (fd >= 0) ::close(fd);
+  }
+};
+
+struct stat stat_of(const Descriptor& file, const std::string& path) {
+  if (file.fd < 0) throw FileError("file: cannot open", {{"file", path}, {"reason", system_reason()}});
+  struct stat info {};
+  if (::fstat(file.fd, &info) != 0) throw FileError("file: cannot read its size", {{"file", path}, {"reason", system_reason()}});
+  if (!S_ISREG(info.st_mode)) throw FileError("file: not a regular file", {{"file", path}});
+  return info;
+}
+
+}  // namespace
+
+MappedFile::MappedFile(const std::string& path) : path_(path) {
+  const Descriptor file{::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
+  size_ = static_cast<std::size_t>(stat_of(file, path).st_size);
+  if (size_ == 0) return;
+  void* mapped = ::mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, file.fd, 0);
+  if (mapped == MAP_FAILED) throw FileError("file: cannot map into memory", {{"file", path}, {"reason", system_reason()}});
+  data_ = std::shared_ptr<const std::byte>(static_cast<const std::byte*>(mapped),
+                                           [size = size_](const std::byte* p) { ::munmap(const_cast<std::byte*>(p), size); });
+}
+
+std::string read_text_file(const std::string& path, std::size_t limit_bytes) {
+  const Descriptor file{::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
+  const auto size = static_cast<std::size_t>(stat_of(file, path).st_size);
+  if (size > limit_bytes)
+    throw FileError("file: larger than expected for its kind",
+                    {{"file", path}, {"bytes", std::to_string(size)}, {"limit", std::to_string(limit_bytes)}});
+  std::string text(size, '\0');
+  for (std::size_t done = 0; done < size;) {
+    const ssize_t n = ::read(file.fd, text.data() + done, size - done);
+    if (n < 0 && errno == EINTR) continue;
+    if (n <= 0) throw FileError("file: cannot read", {{"file", path}, {"reason", n == 0 ? "shorter than its size" : system_reason()}});
+    done += static_cast<std::size_t>(n);
+  }
+  return text;
+}
+
+void OutputFile::write(const void* data, std::size_t bytes) {
+  const char* p = static_cast<const char*>(data);
+  while (bytes > 0) {
+    const ssize_t n = ::write(descriptor_, p, bytes);
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0)
+      throw FileError("file: cannot write", {{"file", path_}, {"at byte", std::to_string(position_)}, {"reason", system_reason()}});
+    p += n;
+    bytes -= static_cast<std::size_t>(n);
+    position_ += n;
+  }
+}
+
+void sync_folder(const std::string& folder) {
+  const Descriptor file{::open(folder.empty() ? "." : folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)};
+  if (file.fd < 0 || ::fsync(file.fd) != 0)
+    throw FileError("file: cannot sync the folder", {{"folder", folder}, {"reason", system_reason()}});
+}
+
+void write_file_atomically(const std::string& path, const std::function<void(OutputFile&)>& write) {
+  const std::string temporary = path + ".tmp-" + std::to_string(::getpid());
+  {
+    const Descriptor file{::open(temporary.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644)};
+    if (file.fd < 0) throw FileError("file: cannot create", {{"file", temporary}, {"reason", system_reason()}});
+    try {
+      OutputFile out(file.fd, temporary);
+      write(out);
+      if (::fsync(file.fd) != 0) throw FileError("file: cannot sync", {{"file", temporary}, {"reason", system_reason()}});
+    } catch (...) {
+      ::unlink(temporary.c_str());
+      throw;
+    }
+  }
+  if (::rename(temporary.c_str(), path.c_str()) != 0) {
+    const std::string reason = system_reason();
+    ::unlink(temporary.c_str());
+    throw FileError("file: cannot rename", {{"from", temporary}, {"to", path}, {"reason", reason}});
+  }
+  sync_folder(std::filesystem::path(path).parent_path().string());
+}
+
+void write_file_atomically(const std::string& path, std::string_view content) {
+  write_file_atomically(path, [&](OutputFile& out) { out.write(content); });
+}
+
+}  // namespace longhand

@@ -1,0 +1,56 @@
+// See op_scope.h.
+#include "core/op_scope.h"
+
+#include <fmt/core.h>
+
+#include <cstdio>
+
+#include "core/device.h"
+#include "core/switches.h"
+#include "core/tensor.h"
+
+namespace longhand {
+namespace {
+thread_local std::string layer_path;
+thread_local const char* running_op = nullptr;
+}  // namespace
+
+LayerScope::LayerScope(std::string_view name, int index) : length_before_(layer_path.size()) {
+  if (!layer_path.empty()) layer_path += '.';
+  layer_path += name;
+  if (index >= 0) layer_path += "." + std::to_string(index);
+}
+LayerScope::~LayerScope() { layer_path.resize(length_before_); }
+
+OpScope::OpScope(const char* op, std::initializer_list<const Tensor*> inputs) : outer_(running_op) {
+  running_op = op;
+  if (switches().trace < 2) return;
+  for (const Tensor* tensor : inputs) {
+    if (!tensor->defined()) continue;
+    if (first_ == nullptr) first_ = tensor;
+    inputs_ += (inputs_.empty() ? "" : " ") + tensor->describe();
+  }
+  if (first_ != nullptr) first_->device().synchronize();
+  begin_ = std::chrono::steady_clock::now();
+}
+
+OpScope::~OpScope() {
+  if (switches().trace == 1) fmt::print(stderr, "trace {}\n", current_op_path());
+  if (switches().trace == 2) {
+    try {
+      if (first_ != nullptr) first_->device().synchronize();
+    } catch (...) {  // reported by the op itself
+    }
+    const std::chrono::duration<double, std::milli> elapsed = std::chrono::steady_clock::now() - begin_;
+    fmt::print(stderr, "trace {:<40} {:9.3f} ms  {}\n", current_op_path(), elapsed.count(), inputs_);
+  }
+  running_op = outer_;
+}
+
+std::string current_op_path() {
+  if (running_op == nullptr) return layer_path;
+  return layer_path.empty() ? std::string(running_op) : layer_path + "/" + running_op;
+}
+const std::string& current_layer() { return layer_path; }
+
+}  // namespace longhand

@@ -1,0 +1,65 @@
+// See switches.h.
+#include "core/switches.h"
+
+#include <unistd.h>
+
+#include <array>
+#include <cstdlib>
+#include <cstring>
+#include <string_view>
+
+#include "core/error.h"
+
+namespace longhand {
+namespace {
+
+constexpr std::array<SwitchRow, 6> kTable{{
+    {"LONGHAND_TRACE", "0, 1, 2", "each op in order; 2 adds shapes, dtypes and milliseconds"},
+    {"LONGHAND_MEMORY", "0, 1", "live bytes by op, and the tensors alive at the peak"},
+    {"LONGHAND_CHECK", "0, 1", "domain checks; stops at the first NaN or infinity and names op, tensor, index and layer"},
+    {"LONGHAND_POISON", "0, 1", "new buffers start as NaN, so that a value nobody wrote is seen"},
+    {"LONGHAND_DATA", "folder", "real data for the tests (without it those tests are skipped)"},
+    {"LONGHAND_GOLDEN", "folder", "reference cases for the tests (without it those tests are skipped)"},
+}};
+
+int read_level(const char* name, int highest) {
+  const char* value = std::getenv(name);
+  if (value == nullptr || *value == '\0') return 0;
+  for (int level = 0; level <= highest; ++level)
+    if (std::to_string(level) == value) return level;
+  throw ConfigError("switches: a value that the switch does not take",
+                    {{"switch", name}, {"value", value}, {"expected", "a number from 0 to " + std::to_string(highest)}});
+}
+
+Switches& current() {
+  static Switches s = [] {
+    Switches read;
+    read.trace = read_level("LONGHAND_TRACE", 2);
+    read.memory = read_level("LONGHAND_MEMORY", 1) != 0;
+    read.check = read_level("LONGHAND_CHECK", 1) != 0;
+    read.poison = read_level("LONGHAND_POISON", 1) != 0;
+    return read;
+  }();
+  return s;
+}
+
+}  // namespace
+
+const Switches& switches() { return current(); }
+void SwitchScope::set(const Switches& s) { current() = s; }
+std::span<const SwitchRow> switch_table() { return kTable; }
+
+std::vector<std::string> unknown_switches() {
+  std::vector<std::string> unknown;
+  for (char** entry = environ; *entry != nullptr; ++entry) {
+    const std::string_view text = *entry;
+    if (!text.starts_with("LONGHAND_")) continue;
+    const std::string_view name = text.substr(0, text.find('='));
+    bool known = false;
+    for (const auto& row : kTable) known = known || name == row.name;
+    if (!known) unknown.emplace_back(name);
+  }
+  return unknown;
+}
+
+}  // namespace longhand

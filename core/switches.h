@@ -1,0 +1,46 @@
+// The LONGHAND_* environment switches: one table, read once, settable for a scope in code. They show things and never change a result.
+#pragma once
+#include <span>
+#include <string>
+#include <vector>
+
+namespace longhand {
+
+struct Switches {
+  int trace = 0;        // LONGHAND_TRACE: 1 prints each op in order, 2 adds shapes and milliseconds
+  bool memory = false;  // LONGHAND_MEMORY: live bytes by op, and the largest tensors at the peak
+  bool check = false;   // LONGHAND_CHECK: domain checks; stop at the first NaN or infinity
+  bool poison = false;  // LONGHAND_POISON: new buffers are filled with NaN, so that a value nobody wrote is seen
+};
+
+const Switches& switches();
+
+/// Sets the switches until the object goes: SwitchScope scope([](Switches& s) { s.check = true; });
+class SwitchScope {
+ public:
+  template <class F>
+  explicit SwitchScope(F&& change) : before_(switches()) {
+    Switches now = before_;
+    change(now);
+    set(now);
+  }
+  ~SwitchScope() { set(before_); }
+  SwitchScope(const SwitchScope&) = delete;
+  SwitchScope& operator=(const SwitchScope&) = delete;
+
+ private:
+  static void set(const Switches&);
+  Switches before_;
+};
+
+struct SwitchRow {
+  const char* name;
+  const char* values;
+  const char* shows;
+};
+std::span<const SwitchRow> switch_table();
+
+/// LONGHAND_ names in the environment that no row of the table knows; the program reports them at its start.
+std::vector<std::string> unknown_switches();
+
+}  // namespace longhand

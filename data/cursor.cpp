@@ -1,0 +1,54 @@
+// Cursors as JSON; see cursor.h.
+#include "data/cursor.h"
+
+#include <nlohmann/json.hpp>
+
+#include "core/error.h"
+
+namespace longhand {
+namespace {
+
+nlohmann::json place_to_json(const DocumentPosition& p) {
+  return {p.epoch, p.part, p.line, p.token};
+}
+
+DocumentPosition place_from_json(const nlohmann::json& j) {
+  return {j.at(0).get<int64_t>(), j.at(1).get<int64_t>(), j.at(2).get<int64_t>(), j.at(3).get<int64_t>()};
+}
+
+}  // namespace
+
+std::string DataCursor::to_json() const {
+  nlohmann::ordered_json out;
+  auto& settings = out["made_with"] = nlohmann::ordered_json::object();
+  for (const auto& [name, value] : made_with) settings[name] = value;
+  out["batches"] = batches;
+  out["next"] = place_to_json(next);
+  out["block"] = block;
+  out["first_row"] = first_row;
+  out["used_rows"] = used_rows;
+  auto& rows = out["streams"] = nlohmann::ordered_json::array();
+  for (const StreamPosition& row : streams)
+    rows.push_back({{"started", row.started}, {"in_document", row.in_document}, {"at", place_to_json(row.at)}});
+  return out.dump();
+}
+
+DataCursor DataCursor::from_json(std::string_view text) {
+  try {
+    const auto in = nlohmann::ordered_json::parse(text);
+    DataCursor out;
+    for (const auto& [name, value] : in.at("made_with").items()) out.made_with.emplace_back(name, value.get<std::string>());
+    out.batches = in.at("batches").get<int64_t>();
+    out.next = place_from_json(in.at("next"));
+    out.block = in.at("block").get<int64_t>();
+    out.first_row = in.at("first_row").get<int64_t>();
+    out.used_rows = in.at("used_rows").get<int64_t>();
+    for (const auto& row : in.at("streams"))
+      out.streams.push_back({row.at("started").get<bool>(), row.at("in_document").get<bool>(), place_from_json(row.at("at"))});
+    return out;
+  } catch (const nlohmann::json::exception& error) {
+    throw FileError("data cursor: the text is not a cursor", {{"reason", error.what()}, {"text", std::string(text.substr(0, 80))}});
+  }
+}
+
+}  // namespace longhand

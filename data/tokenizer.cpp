@@ -1,0 +1,17 @@
+// Chooses the tokenizer; see tokenizer.h.
+#include "data/tokenizer.h"
+
+#include "data/bpe_tokenizer.h"
+#include "data/byte_tokenizer.h"
+#include "data/tokenizer_json.h"
+
+namespace longhand {
+
+Tokenizer::~Tokenizer() = default;
+
+std::unique_ptr<Tokenizer> open_tokenizer(const std::string& name_or_path, TokenizerOptions options) {
+  if (name_or_path == "bytes") return std::make_unique<ByteTokenizer>(options);
+  return std::make_unique<BpeTokenizer>(read_tokenizer_json(name_or_path), options);
+}
+
+}  // namespace longhand

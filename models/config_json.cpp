@@ -1,0 +1,107 @@
+// See config_json.h.
+#include "models/config_json.h"
+
+#include <cmath>
+#include <limits>
+
+#include "core/error.h"
+
+namespace longhand {
+namespace {
+
+// Puts quotes around Infinity, -Infinity and NaN where they stand outside strings.
+std::string quote_bare_words(const std::string& text) {
+  std::string out;
+  out.reserve(text.size());
+  bool in_string = false;
+  for (std::size_t i = 0; i < text.size();) {
+    if (in_string) {
+      if (text[i] == '\\' && i + 1 < text.size()) out += text[i++];
+      else if (text[i] == '"') in_string = false;
+      out += text[i++];
+      continue;
+    }
+    bool replaced = false;
+    for (const char* word : {"-Infinity", "Infinity", "NaN"}) {
+      if (text.compare(i, std::string::traits_type::length(word), word) != 0) continue;
+      out += '"' + std::string(word) + '"';
+      i += std::string::traits_type::length(word);
+      replaced = true;
+      break;
+    }
+    if (replaced) continue;
+    in_string = text[i] == '"';
+    out += text[i++];
+  }
+  return out;
+}
+
+}  // namespace
+
+nlohmann::ordered_json parse_python_json(const std::string& text, const std::string& file) {
+  try {
+    auto json = nlohmann::ordered_json::parse(quote_bare_words(text));
+    if (!json.is_object()) throw ConfigError("config: not a JSON object", {{"file", file}});
+    return json;
+  } catch (const nlohmann::ordered_json::exception& problem) {
+    throw ConfigError("config: not valid JSON", {{"file", file}, {"reason", problem.what()}});
+  }
+}
+
+double json_number(const nlohmann::ordered_json& value) {
+  if (value.is_number()) return value.get<double>();
+  if (value == "Infinity") return std::numeric_limits<double>::infinity();
+  if (value == "-Infinity") return -std::numeric_limits<double>::infinity();
+  return std::numeric_limits<double>::quiet_NaN();
+}
+
+void ConfigReader::refuse(const std::string& key, const std::string& expected) const {
+  throw ConfigError("config: a value that longhand cannot follow",
+                    {{"file", file_}, {"key", key}, {"given", object_.contains(key) ? object_.at(key).dump() : "(absent)"}, {"expected", expected}});
+}
+
+nlohmann::ordered_json ConfigReader::value(const std::string& key) {
+  asked_.insert(key);
+  return has(key) ? object_.at(key) : nlohmann::ordered_json();
+}
+
+double ConfigReader::number(const std::string& key, double fallback) {
+  const auto v = value(key);
+  if (v.is_null()) return fallback;
+  const double n = json_number(v);
+  if (std::isnan(n)) refuse(key, "a number");
+  return n;
+}
+
+int64_t ConfigReader::integer(const std::string& key, int64_t fallback) {
+  const auto v = value(key);
+  if (v.is_null()) return fallback;
+  if (!v.is_number_integer()) refuse(key, "a whole number");
+  return v.get<int64_t>();
+}
+
+bool ConfigReader::boolean(const std::string& key, bool fallback) {
+  const auto v = value(key);
+  if (v.is_null()) return fallback;
+  if (!v.is_boolean()) refuse(key, "true or false");
+  return v.get<bool>();
+}
+
+std::string ConfigReader::text(const std::string& key, const std::string& fallback) {
+  const auto v = value(key);
+  if (v.is_null()) return fallback;
+  if (!v.is_string()) refuse(key, "a string");
+  return v.get<std::string>();
+}
+
+void ConfigReader::require(const std::string& key, const nlohmann::ordered_json& only) {
+  const auto v = value(key);
+  if (!v.is_null() && v != only) refuse(key, only.dump());
+}
+
+void ConfigReader::refuse_unknown() const {
+  for (const auto& [key, v] : object_.items())
+    if (!asked_.contains(key)) refuse(key, "no such key");
+}
+
+}  // namespace longhand

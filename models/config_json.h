@@ -1,0 +1,42 @@
+// Reading config.json files as other libraries write them: Python's Infinity and NaN, absent keys, keys of the wrong type.
+#pragma once
+#include <functional>
+#include <nlohmann/json.hpp>
+#include <set>
+#include <string>
+
+namespace longhand {
+
+/// JSON as Python's json module writes it: the bare words Infinity, -Infinity and NaN stand as strings in the result (see ConfigReader).
+/// errors  ConfigError naming file and byte
+nlohmann::ordered_json parse_python_json(const std::string& text, const std::string& file);
+
+/// Typed access to the keys of a configuration that remembers which were asked for.
+class ConfigReader {
+ public:
+  ConfigReader(const nlohmann::ordered_json& object, std::string file) : object_(object), file_(std::move(file)) {}
+
+  bool has(const std::string& key) const { return object_.contains(key) && !object_.at(key).is_null(); }
+  double number(const std::string& key, double fallback);   // also "Infinity"
+  int64_t integer(const std::string& key, int64_t fallback);
+  bool boolean(const std::string& key, bool fallback);
+  std::string text(const std::string& key, const std::string& fallback);
+  nlohmann::ordered_json value(const std::string& key);     // null when absent
+  void ignore(const std::string& key) { asked_.insert(key); }
+
+  /// Throws ConfigError unless the key is absent or equal to `only`: for options that longhand does not compute otherwise.
+  void require(const std::string& key, const nlohmann::ordered_json& only);
+  /// Throws ConfigError for the first key that nobody asked for.
+  void refuse_unknown() const;
+  [[noreturn]] void refuse(const std::string& key, const std::string& expected) const;
+
+ private:
+  const nlohmann::ordered_json& object_;
+  std::string file_;
+  std::set<std::string> asked_;
+};
+
+/// A JSON value as a number; the strings "Infinity" and "-Infinity" count. NaN when it is none.
+double json_number(const nlohmann::ordered_json& value);
+
+}  // namespace longhand

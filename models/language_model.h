@@ -1,0 +1,74 @@
+// LanguageModel: embedding, a stack of pre-norm residual layers, final norm, head. A function of tokens and of a state that returns a state:
+//   R = E[tokens];  for each sublayer: R = R + mixer(norm(R));  hidden = norm_f(R);  logits = hidden head^T
+// The residual stream R is f32 (f64 in gradient checks) whatever the compute type.
+#pragma once
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "autograd/parameters.h"
+#include "models/model_config.h"
+#include "models/model_family.h"
+#include "models/recurrent_state.h"
+
+namespace longhand {
+
+/// What a loss is computed from, on the model's device.
+struct TokenBatch {
+  Tensor tokens;   // [B, T] i32
+  Tensor targets;  // [B, T] i32
+  Tensor mask;     // [B, T] f32, or undefined: every position counts
+};
+
+class LanguageModel {
+ public:
+  /// Declares and allocates every parameter; values are unset until initialize() or loading.
+  /// compute_dtype  f32, bf16 (GPU), f64 (with master_dtype f64, for gradient checks on the CPU)
+  LanguageModel(ModelConfig config, const Device& device, Dtype compute_dtype, Dtype master_dtype = Dtype::f32);
+
+  const ModelConfig& config() const { return config_; }
+  const Device& device() const { return device_; }
+  Dtype compute_dtype() const { return parameters_.compute_dtype(); }
+  ParameterSet& parameters() { return parameters_; }
+  const ParameterSet& parameters() const { return parameters_; }
+  void initialize(uint64_t seed) { parameters_.initialize(seed); }
+
+  RecurrentState zero_state(int64_t rows) const;
+
+  struct Forward {
+    Variable hidden;       // [B, T, d_model] after the final norm, compute type
+    RecurrentState state;  // after the last token
+  };
+  /// tokens   [B, T] i32 on the model's device
+  /// h0       B rows, or absent for zeros
+  /// holds    forward of [0, s), then of [s, T) from that state, equals forward of [0, T) for every s
+  Forward forward(const Tensor& tokens, const RecurrentState& h0 = {}) const;
+
+  /// hidden [.., d_model] -> [.., padded vocabulary]; use the last positions only where possible, whole logits are large.
+  Variable logits(const Variable& hidden) const;
+
+  struct Loss {
+    Variable loss;         // scalar: mean of -log softmax(logits)[target] over the positions that count, times loss_scale
+    Tensor token_loss;     // [B, T] f32 (f64), nats; no gradient
+    RecurrentState state;  // after the last token, still attached to the tape
+  };
+  /// The logits never exist as a whole. loss_scale multiplies loss and gradients (1 / micro-batches for accumulation).
+  Loss loss(const TokenBatch& batch, const RecurrentState& h0 = {}, double loss_scale = 1.0) const;
+
+  double forward_flops_per_token() const;                                             // with the head
+  double training_flops_per_token() const { return 3 * forward_flops_per_token(); }   // backward counts twice
+  int64_t parameter_count() const { return parameters_.count(); }
+  int64_t non_embedding_parameter_count() const;
+
+ private:
+  ModelConfig config_;
+  const ModelFamily* family_;
+  Device device_;
+  ParameterSet parameters_;
+  Parameter* embedding_ = nullptr;
+  Parameter* head_ = nullptr;  // the embedding itself when tied
+  Parameter* final_norm_ = nullptr;
+  std::vector<std::vector<Sublayer>> layers_;
+};
+
+}  // namespace longhand

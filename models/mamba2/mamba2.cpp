@@ -1,0 +1,187 @@
+// Mamba-2: one state space duality (SSD) block per layer.
+//   [z | x B C | dt] = X in_proj^T
+//   [x | B | C]      = silu(conv1d(x B C))                                     window of d_conv - 1 inputs carried as "conv"
+//   S[t] = exp(dt A) S[t-1] + dt x[t] B[t]^T,  y[t] = S[t] C[t] + D x[t]       state S carried as "ssm"
+//   out  = norm(y, gated by silu(z)) out_proj^T
+// source  Dao & Gu 2024, arXiv:2405.21060
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "autograd/tape.h"
+#include "core/error.h"
+#include "core/philox.h"
+#include "models/mamba2/mamba2_layouts.h"
+#include "models/model_family.h"
+#include "ops/causal_conv1d/causal_conv1d.h"
+#include "ops/gated_rmsnorm/gated_rmsnorm.h"
+#include "ops/linear/linear.h"
+#include "ops/ssd/ssd.h"
+
+namespace longhand::mamba2 {
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr ModelOption kOptions[] = {
+    {"d_state", 128, "N, state size per channel"},
+    {"d_conv", 4, "W, width of the causal convolution"},
+    {"expand", 2, "d_inner = expand * d_model"},
+    {"headdim", 64, "P, channels per head"},
+    {"ngroups", 1, "G, groups of B and C"},
+    {"chunk_size", 256, "Q of the published configuration; the result does not depend on it"},
+    {"bias", 0, "1: in_proj and out_proj have biases"},
+    {"conv_bias", 1, "1: the convolution has a bias"},
+    {"rmsnorm", 1, "0: only the gate, no norm before out_proj"},
+    {"norm_before_gate", 0, "1: normalise, then gate"},
+    {"norm_per_group", 1, "1: mean per group of d_inner / ngroups (state-spaces); 0: over d_inner (transformers)"},
+    {"D_has_hdim", 0, "1: one D per channel instead of one per head"},
+    {"dt_limit_min", 0, "lower clamp of dt after softplus"},
+    {"dt_limit_max", kInfinity, "upper clamp of dt after softplus"},
+    {"dt_min", 0.001, "initialisation: smallest dt"},
+    {"dt_max", 0.1, "initialisation: largest dt"},
+    {"dt_init_floor", 1e-4, "initialisation: floor of dt"},
+    {"A_init_min", 1, "initialisation: smallest -A"},
+    {"A_init_max", 16, "initialisation: largest -A"},
+    {"conv_init", 0, "initialisation of the convolution: U(-c, c); 0: c = 1/sqrt(d_conv)"},
+};
+
+// The sizes of one block.
+struct Sizes {
+  int64_t d_model, d_inner, heads, headdim, groups, d_state, d_conv;
+  int64_t conv_channels() const { return d_inner + 2 * groups * d_state; }
+  int64_t projection() const { return d_inner + conv_channels() + heads; }  // z, x B C, dt
+};
+
+Sizes sizes_of(const ModelConfig& c) {
+  const int64_t d_inner = c.count("expand") * c.d_model;
+  return {c.d_model, d_inner, d_inner / c.count("headdim"), c.count("headdim"), c.count("ngroups"), c.count("d_state"), c.count("d_conv")};
+}
+
+void check(const ModelConfig& c) {
+  for (const char* name : {"d_state", "d_conv", "expand", "headdim", "ngroups", "chunk_size"}) {
+    const double value = c.option(name);
+    if (!(value >= 1 && value <= 65536 && value == std::floor(value)))
+      throw ConfigError("mamba2: a size must be a whole number between 1 and 65536", {{"option", name}, {"given", std::to_string(value)}});
+  }
+  const Sizes s = sizes_of(c);
+  if (s.d_inner % s.headdim != 0)
+    throw ConfigError("mamba2: headdim does not divide d_inner", {{"headdim", std::to_string(s.headdim)}, {"d_inner", std::to_string(s.d_inner)}});
+  if (s.heads % s.groups != 0)
+    throw ConfigError("mamba2: ngroups does not divide the number of heads", {{"ngroups", std::to_string(s.groups)}, {"heads", std::to_string(s.heads)}});
+  if (s.d_conv > 8) throw ConfigError("mamba2: d_conv over 8 is not supported", {{"d_conv", std::to_string(s.d_conv)}});
+}
+
+class Mamba2Mixer final : public Mixer {
+ public:
+  Mamba2Mixer(const ModelConfig& config, const std::string& prefix, ParameterSet& parameters)
+      : sizes_(sizes_of(config)), ssd_{.chunk_size = std::min<int64_t>(config.count("chunk_size"), kComputeChunk),
+                                       .dt_min = config.option("dt_limit_min"),
+                                       .dt_max = config.option("dt_limit_max")},
+        norm_{.eps = config.norm_eps,
+              .groups = config.flag("norm_per_group") ? sizes_.groups : 1,
+              .norm_before_gate = config.flag("norm_before_gate")} {
+    const Sizes& s = sizes_;
+    const double in_bound = 1 / std::sqrt(static_cast<double>(s.d_model));
+    const double out_bound = 1 / std::sqrt(static_cast<double>(s.d_inner)) / std::sqrt(static_cast<double>(config.n_layer));
+    const double conv_default = 1 / std::sqrt(static_cast<double>(s.d_conv));
+    const double conv_bound = config.option("conv_init") > 0 ? config.option("conv_init") : conv_default;
+    auto small = [](Initializer init, bool decay = false) { return ParameterOptions{std::move(init), decay, true}; };
+
+    in_proj_ = parameters.declare(prefix + "in_proj.weight", {s.projection(), s.d_model}, {.init = init_uniform(-in_bound, in_bound)});
+    conv_weight_ = parameters.declare(prefix + "conv1d.weight", {s.conv_channels(), 1, s.d_conv}, small(init_uniform(-conv_bound, conv_bound), true));
+    if (config.flag("conv_bias"))
+      conv_bias_ = parameters.declare(prefix + "conv1d.bias", {s.conv_channels()}, small(init_uniform(-conv_default, conv_default)));
+    dt_bias_ = parameters.declare(prefix + "dt_bias", {s.heads}, small(init_dt_bias(config)));
+    A_log_ = parameters.declare(prefix + "A_log", {s.heads}, small(init_A_log(config)));
+    D_ = parameters.declare(prefix + "D", config.flag("D_has_hdim") ? Shape{s.d_inner} : Shape{s.heads}, small(init_constant(1)));
+    if (config.flag("rmsnorm")) norm_weight_ = parameters.declare(prefix + "norm.weight", {s.d_inner}, small(init_constant(1)));
+    out_proj_ = parameters.declare(prefix + "out_proj.weight", {s.d_model, s.d_inner}, {.init = init_uniform(-out_bound, out_bound)});
+    if (config.flag("bias")) {
+      in_bias_ = parameters.declare(prefix + "in_proj.bias", {s.projection()}, small(init_constant(0)));
+      out_bias_ = parameters.declare(prefix + "out_proj.bias", {s.d_model}, small(init_constant(0)));
+    }
+  }
+
+  Variable forward(const Variable& x, const LayerState& h0, LayerState& h_T) const override {
+    const Sizes& s = sizes_;
+    const int64_t B = x.value().dim(0), T = x.value().dim(1);
+    auto carried = [&](const char* name) {
+      const auto found = h0.find(name);
+      return found == h0.end() ? Variable() : found->second;
+    };
+    const Variable projected = linear(x, in_proj_->variable, optional(in_bias_));                  // [B, T, projection]
+    const auto parts = split(projected, {s.d_inner, s.conv_channels(), s.heads});                  // z, x B C, dt
+    const auto conv = causal_conv1d_silu(parts[1], conv_weight_->variable, optional(conv_bias_), carried("conv"));
+    const auto xBC = split(conv.y, {s.d_inner, s.groups * s.d_state, s.groups * s.d_state});
+    const Variable D_skip = D_->shape[0] == s.heads ? D_->variable : reshape(D_->variable, {s.heads, s.headdim});
+    const auto scan = ssd(reshape(xBC[0], {B, T, s.heads, s.headdim}), parts[2], A_log_->variable,  //
+                          reshape(xBC[1], {B, T, s.groups, s.d_state}), reshape(xBC[2], {B, T, s.groups, s.d_state}), D_skip,
+                          dt_bias_->variable, carried("ssm"), ssd_);
+    h_T["conv"] = conv.window;
+    h_T["ssm"] = scan.h_T;
+    const Variable gated = gated_rmsnorm(reshape(scan.y, {B, T, s.d_inner}), parts[0], optional(norm_weight_), norm_);
+    return linear(gated, out_proj_->variable, optional(out_bias_));                                // [B, T, d_model]
+  }
+
+  LayerState zero_state(int64_t rows, const Device& device, Dtype compute) const override {
+    const Sizes& s = sizes_;
+    const Dtype state_dtype = compute == Dtype::f64 ? Dtype::f64 : Dtype::f32;
+    return {{"ssm", Tensor::zeros(device, state_dtype, {rows, s.heads, s.headdim, s.d_state})},
+            {"conv", Tensor::zeros(device, compute, {rows, s.d_conv - 1, s.conv_channels()})}};
+  }
+
+  double forward_flops_per_token() const override {
+    const Sizes& s = sizes_;
+    const double e = static_cast<double>(s.d_inner), GN = static_cast<double>(s.groups * s.d_state), N = static_cast<double>(s.d_state);
+    const double Q = kFlopsChunk;  // counted for the published chunk, above-diagonal blocks skipped, whatever chunk a device uses
+    const double projections = 2 * static_cast<double>(s.projection() * s.d_model + s.d_model * s.d_inner);
+    return projections + GN * Q + e * (Q + 4 * N) + 2 * static_cast<double>(s.d_conv * s.conv_channels()) + 2 * e * N / Q;
+  }
+
+ private:
+  static constexpr int64_t kComputeChunk = 64;
+  static constexpr double kFlopsChunk = 256;
+
+  static Variable optional(const Parameter* parameter) { return parameter ? parameter->variable : Variable(); }
+
+  // The inverse softplus of dt0 = max(exp(u), floor), u ~ U(ln dt_min, ln dt_max).
+  static Initializer init_dt_bias(const ModelConfig& c) {
+    return [low = std::log(c.option("dt_min")), high = std::log(c.option("dt_max")), floor = c.option("dt_init_floor")](uint64_t key, uint64_t i) {
+      const double dt = std::max(std::exp(low + (high - low) * philox_uniform(key, i)), floor);
+      return dt + std::log(-std::expm1(-dt));
+    };
+  }
+  static Initializer init_A_log(const ModelConfig& c) {
+    return [low = c.option("A_init_min"), high = c.option("A_init_max")](uint64_t key, uint64_t i) {
+      return std::log(low + (high - low) * philox_uniform(key, i));
+    };
+  }
+
+  Sizes sizes_;
+  SsdOptions ssd_;
+  GatedRmsnormOptions norm_;
+  Parameter *in_proj_, *conv_weight_, *conv_bias_ = nullptr, *dt_bias_, *A_log_, *D_, *norm_weight_ = nullptr, *out_proj_;
+  Parameter *in_bias_ = nullptr, *out_bias_ = nullptr;
+};
+
+std::vector<Sublayer> make_layer(const ModelConfig& config, int64_t layer, ParameterSet& parameters) {
+  const std::string prefix = "backbone.layers." + std::to_string(layer) + ".";
+  Parameter* norm = parameters.declare(prefix + "norm.weight", {config.d_model}, {.init = init_constant(1), .decay = false, .full_precision = true});
+  std::vector<Sublayer> sublayers;
+  sublayers.push_back({"layers." + std::to_string(layer) + ".mixer", norm, std::make_unique<Mamba2Mixer>(config, prefix + "mixer.", parameters)});
+  return sublayers;
+}
+
+}  // namespace
+
+extern const ModelFamily kFamily;
+const ModelFamily kFamily{.name = "mamba2",
+                          .options = kOptions,
+                          .check = check,
+                          .embedding_name = "backbone.embeddings.weight",
+                          .final_norm_name = "backbone.norm_f.weight",
+                          .head_name = "lm_head.weight",
+                          .make_layer = make_layer,
+                          .layouts = kLayouts};
+
+}  // namespace longhand::mamba2

@@ -1,0 +1,213 @@
+// Keys and names of Mamba-2 checkpoints. Facts: huggingface/transformers models/mamba2, state-spaces/mamba models/config_mamba.py.
+#include "models/mamba2/mamba2_layouts.h"
+
+#include <cmath>
+
+#include "core/error.h"
+#include "models/config_json.h"
+
+namespace longhand::mamba2 {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+void read_limits(ConfigReader& reader, const char* key, ModelConfig& config) {
+  const Json limits = reader.value(key);
+  if (limits.is_null()) return;
+  if (!limits.is_array() || limits.size() != 2 || std::isnan(json_number(limits[0])) || std::isnan(json_number(limits[1])))
+    reader.refuse(key, "a list of two numbers");
+  config.options["dt_limit_min"] = json_number(limits[0]);
+  config.options["dt_limit_max"] = json_number(limits[1]);
+}
+
+// A limit of infinity is the default of both libraries and has no JSON form: it is left out.
+void write_limits(Json& json, const char* key, const ModelConfig& config) {
+  if (std::isfinite(config.option("dt_limit_max"))) json[key] = {config.option("dt_limit_min"), config.option("dt_limit_max")};
+}
+
+// --- transformers ---------------------------------------------------------------------------------------------
+
+bool transformers_matches(const Json& json) { return json.value("model_type", "") == "mamba2"; }
+
+ModelConfig transformers_read(const Json& json, const std::string& file) {
+  ConfigReader reader(json, file);
+  ModelConfig c;
+  c.family = "mamba2";
+  c.d_model = reader.integer("hidden_size", 4096);
+  c.n_layer = reader.integer("num_hidden_layers", 64);
+  c.vocab_size = reader.integer("vocab_size", 32768);
+  c.pad_vocab_size_multiple = 1;
+  c.tie_embeddings = reader.boolean("tie_word_embeddings", false);
+  c.norm_eps = reader.number("layer_norm_epsilon", 1e-5);
+  const int64_t heads = reader.integer("num_heads", 128), headdim = reader.integer("head_dim", 64), expand = reader.integer("expand", 2);
+  if (heads * headdim != expand * c.d_model) reader.refuse("num_heads", "num_heads * head_dim = expand * hidden_size");
+  c.options = {{"d_state", static_cast<double>(reader.integer("state_size", 128))},
+               {"d_conv", static_cast<double>(reader.integer("conv_kernel", 4))},
+               {"expand", static_cast<double>(expand)},
+               {"headdim", static_cast<double>(headdim)},
+               {"ngroups", static_cast<double>(reader.integer("n_groups", 8))},
+               {"chunk_size", static_cast<double>(reader.integer("chunk_size", 256))},
+               {"bias", reader.boolean("use_bias", false) ? 1.0 : 0.0},
+               {"conv_bias", reader.boolean("use_conv_bias", true) ? 1.0 : 0.0},
+               {"dt_min", reader.number("time_step_min", 0.001)},
+               {"dt_max", reader.number("time_step_max", 0.1)},
+               {"dt_init_floor", reader.number("time_step_floor", 1e-4)},
+               {"norm_per_group", 0.0}};
+  read_limits(reader, "time_step_limit", c);
+  reader.require("rms_norm", true);
+  const std::string activation = reader.text("hidden_act", "silu");
+  if (activation != "silu" && activation != "swish") reader.refuse("hidden_act", "silu");
+
+  // What transformers has no key for, when longhand wrote the file.
+  const Json own = reader.value("longhand");
+  if (own.is_object()) {
+    ConfigReader extra(own, file);
+    c.vocab_size = extra.integer("vocab_size", c.vocab_size);
+    c.pad_vocab_size_multiple = extra.integer("pad_vocab_size_multiple", 1);
+    if (c.padded_vocab() != reader.integer("vocab_size", 0)) reader.refuse("vocab_size", "the padded size of longhand.vocab_size");
+    for (const char* name : {"norm_per_group", "A_init_min", "A_init_max", "conv_init"}) c.options[name] = extra.number(name, 0);
+  }
+  return c;
+}
+
+bool transformers_expresses(const ModelConfig& c) {
+  return (!c.flag("norm_per_group") || c.count("ngroups") == 1) && c.flag("rmsnorm") && !c.flag("norm_before_gate") && !c.flag("D_has_hdim");
+}
+
+Json transformers_write(const ModelConfig& c) {
+  Json json{{"architectures", {"Mamba2ForCausalLM"}},
+            {"model_type", "mamba2"},
+            {"hidden_size", c.d_model},
+            {"num_hidden_layers", c.n_layer},
+            {"vocab_size", c.padded_vocab()},
+            {"state_size", c.count("d_state")},
+            {"num_heads", c.count("expand") * c.d_model / c.count("headdim")},
+            {"head_dim", c.count("headdim")},
+            {"expand", c.count("expand")},
+            {"n_groups", c.count("ngroups")},
+            {"conv_kernel", c.count("d_conv")},
+            {"chunk_size", c.count("chunk_size")},
+            {"use_bias", c.flag("bias")},
+            {"use_conv_bias", c.flag("conv_bias")},
+            {"hidden_act", "silu"},
+            {"rms_norm", true},
+            {"residual_in_fp32", true},
+            {"layer_norm_epsilon", c.norm_eps},
+            {"tie_word_embeddings", c.tie_embeddings},
+            {"time_step_min", c.option("dt_min")},
+            {"time_step_max", c.option("dt_max")},
+            {"time_step_floor", c.option("dt_init_floor")},
+            {"bos_token_id", 0},
+            {"eos_token_id", 0},
+            {"pad_token_id", 0}};
+  write_limits(json, "time_step_limit", c);
+  json["longhand"] = {{"vocab_size", c.vocab_size},
+                      {"pad_vocab_size_multiple", c.pad_vocab_size_multiple},
+                      {"norm_per_group", c.option("norm_per_group")},
+                      {"A_init_min", c.option("A_init_min")},
+                      {"A_init_max", c.option("A_init_max")},
+                      {"conv_init", c.option("conv_init")}};
+  return json;
+}
+
+std::string transformers_name(const std::string& parameter) { return parameter; }  // longhand's own names are these
+
+// --- state-spaces ---------------------------------------------------------------------------------------------
+
+bool state_spaces_matches(const Json& json) {
+  return json.contains("ssm_cfg") && json.contains("d_model") && json["ssm_cfg"].is_object() && json["ssm_cfg"].value("layer", "Mamba1") == "Mamba2";
+}
+
+ModelConfig state_spaces_read(const Json& json, const std::string& file) {
+  ConfigReader reader(json, file);
+  ModelConfig c;
+  c.family = "mamba2";
+  c.d_model = reader.integer("d_model", 2560);
+  c.n_layer = reader.integer("n_layer", 64);
+  c.vocab_size = reader.integer("vocab_size", 50277);
+  c.pad_vocab_size_multiple = reader.integer("pad_vocab_size_multiple", 8);
+  c.tie_embeddings = reader.boolean("tie_embeddings", true);
+  reader.require("d_intermediate", 0);
+  reader.require("attn_layer_idx", Json::array());
+  reader.require("rms_norm", true);
+  reader.ignore("residual_in_fp32");  // longhand's residual is always f32
+  reader.ignore("fused_add_norm");    // no effect on the result
+  reader.ignore("attn_cfg");
+  const Json block = reader.value("ssm_cfg");
+  reader.refuse_unknown();
+
+  ConfigReader ssm(block, file + " (ssm_cfg)");
+  ssm.ignore("layer");
+  ssm.ignore("use_mem_eff_path");
+  ssm.require("d_ssm", nullptr);
+  auto size = [&](const char* key, int64_t fallback) { c.options[key] = static_cast<double>(ssm.integer(key, fallback)); };
+  auto flag = [&](const char* key, bool fallback) { c.options[key] = ssm.boolean(key, fallback) ? 1.0 : 0.0; };
+  size("d_state", 128), size("d_conv", 4), size("expand", 2), size("headdim", 64), size("ngroups", 1), size("chunk_size", 256);
+  flag("D_has_hdim", false), flag("rmsnorm", true), flag("norm_before_gate", false), flag("bias", false), flag("conv_bias", true);
+  c.options["dt_min"] = ssm.number("dt_min", 0.001);
+  c.options["dt_max"] = ssm.number("dt_max", 0.1);
+  c.options["dt_init_floor"] = ssm.number("dt_init_floor", 1e-4);
+  c.options["conv_init"] = ssm.number("conv_init", 0);
+  c.options["norm_per_group"] = 1;
+  read_limits(ssm, "dt_limit", c);
+  const Json range = ssm.value("A_init_range");
+  if (!range.is_null()) {
+    if (!range.is_array() || range.size() != 2 || !range[0].is_number() || !range[1].is_number()) ssm.refuse("A_init_range", "a list of two numbers");
+    c.options["A_init_min"] = range[0].get<double>();
+    c.options["A_init_max"] = range[1].get<double>();
+  }
+  ssm.refuse_unknown();
+  return c;
+}
+
+bool state_spaces_expresses(const ModelConfig& c) {
+  return c.norm_eps == 1e-5 && (c.flag("norm_per_group") || c.count("ngroups") == 1);
+}
+
+Json state_spaces_write(const ModelConfig& c) {
+  Json ssm{{"layer", "Mamba2"},
+           {"d_state", c.count("d_state")},
+           {"d_conv", c.count("d_conv")},
+           {"expand", c.count("expand")},
+           {"headdim", c.count("headdim")},
+           {"ngroups", c.count("ngroups")},
+           {"chunk_size", c.count("chunk_size")},
+           {"A_init_range", {c.option("A_init_min"), c.option("A_init_max")}},
+           {"D_has_hdim", c.flag("D_has_hdim")},
+           {"rmsnorm", c.flag("rmsnorm")},
+           {"norm_before_gate", c.flag("norm_before_gate")},
+           {"dt_min", c.option("dt_min")},
+           {"dt_max", c.option("dt_max")},
+           {"dt_init_floor", c.option("dt_init_floor")},
+           {"bias", c.flag("bias")},
+           {"conv_bias", c.flag("conv_bias")}};
+  if (c.option("conv_init") > 0) ssm["conv_init"] = c.option("conv_init");
+  write_limits(ssm, "dt_limit", c);
+  return {{"d_model", c.d_model},
+          {"d_intermediate", 0},
+          {"n_layer", c.n_layer},
+          {"vocab_size", c.vocab_size},
+          {"ssm_cfg", ssm},
+          {"attn_layer_idx", Json::array()},
+          {"attn_cfg", Json::object()},
+          {"rms_norm", true},
+          {"residual_in_fp32", true},
+          {"fused_add_norm", true},
+          {"pad_vocab_size_multiple", c.pad_vocab_size_multiple},
+          {"tie_embeddings", c.tie_embeddings}};
+}
+
+std::string state_spaces_name(const std::string& parameter) {
+  return parameter == "backbone.embeddings.weight" ? "backbone.embedding.weight" : parameter;
+}
+
+constexpr CheckpointLayout kTable[] = {
+    {"transformers", transformers_matches, transformers_read, transformers_expresses, transformers_write, transformers_name},
+    {"state-spaces", state_spaces_matches, state_spaces_read, state_spaces_expresses, state_spaces_write, state_spaces_name},
+};
+
+}  // namespace
+
+const std::span<const CheckpointLayout> kLayouts = kTable;
+
+}  // namespace longhand::mamba2

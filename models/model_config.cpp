@@ -1,0 +1,36 @@
+// See model_config.h.
+#include "models/model_config.h"
+
+#include "core/error.h"
+#include "core/nearest.h"
+#include "models/model_family.h"
+
+namespace longhand {
+
+double ModelConfig::option(const std::string& name) const {
+  const auto found = options.find(name);
+  if (found == options.end()) throw ConfigError("model: the family has no such option", {{"family", family}, {"option", name}});
+  return found->second;
+}
+
+void ModelConfig::complete() {
+  const ModelFamily& known = model_family(family);
+  std::vector<std::string> names;
+  for (const ModelOption& row : known.options) names.emplace_back(row.name);
+  for (const auto& [name, value] : options) {
+    bool found = false;
+    for (const auto& candidate : names) found = found || candidate == name;
+    if (!found) throw ConfigError("model: unknown option", {{"family", family}, {"option", name}, {"nearest", nearest_name(name, names)}});
+  }
+  for (const ModelOption& row : known.options) options.emplace(row.name, row.default_value);
+  auto require = [&](bool holds, const char* what, int64_t value) {
+    if (!holds) throw ConfigError(std::string("model: ") + what, {{"family", family}, {"given", std::to_string(value)}});
+  };
+  require(d_model > 0 && d_model <= 1 << 20, "d_model must be between 1 and 2^20", d_model);
+  require(n_layer > 0 && n_layer <= 10'000, "n_layer must be between 1 and 10000", n_layer);
+  require(vocab_size > 0 && vocab_size <= 1 << 24, "vocab_size must be between 1 and 2^24", vocab_size);
+  require(pad_vocab_size_multiple > 0 && pad_vocab_size_multiple <= 1 << 16, "pad_vocab_size_multiple must be between 1 and 65536", pad_vocab_size_multiple);
+  known.check(*this);
+}
+
+}  // namespace longhand

@@ -1,0 +1,72 @@
+// ModelFamily: what a model folder offers. The table of families is generated from the add_model lines of the build.
+#pragma once
+#include <memory>
+#include <nlohmann/json_fwd.hpp>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "autograd/parameters.h"
+#include "models/model_config.h"
+#include "models/recurrent_state.h"
+
+namespace longhand {
+
+/// A sequence-mixing (or position-wise) part of a layer, between the norm and the residual sum.
+class Mixer {
+ public:
+  virtual ~Mixer() = default;
+
+  /// x        [B, T, d_model]  normalised input
+  /// h0       the layer's state before the first token; absent tensors mean zeros
+  /// h_T      receives the layer's state after the last token
+  /// returns  [B, T, d_model]  what is added to the residual stream
+  virtual Variable forward(const Variable& x, const LayerState& h0, LayerState& h_T) const = 0;
+
+  /// The state tensors of this mixer as zeros for a batch of `rows`; empty for a mixer without state.
+  virtual LayerState zero_state(int64_t rows, const Device& device, Dtype compute) const = 0;
+
+  /// Floating point operations of the forward for one token: 2 per multiply-add of its projections plus the mixing itself.
+  virtual double forward_flops_per_token() const = 0;
+};
+
+/// residual <- residual + mixer(norm(residual))
+struct Sublayer {
+  std::string scope;  // for messages and traces: "layers.3.mixer"
+  Parameter* norm;    // weight [d_model]
+  std::unique_ptr<Mixer> mixer;
+};
+
+/// How one library writes a family's models: the keys of its config.json and the names of its tensors.
+struct CheckpointLayout {
+  const char* name;  // "transformers"
+  bool (*matches)(const nlohmann::ordered_json& config);
+  /// errors  ConfigError naming `file` and the key
+  ModelConfig (*read)(const nlohmann::ordered_json& config, const std::string& file);
+  bool (*expresses)(const ModelConfig&);  // whether this library computes this model
+  nlohmann::ordered_json (*write)(const ModelConfig&);
+  std::string (*tensor_name)(const std::string& parameter);  // longhand's name -> the library's
+};
+
+struct ModelFamily {
+  const char* name;
+  std::span<const ModelOption> options;
+  void (*check)(const ModelConfig&);  // throws ConfigError for combinations that do not fit together
+
+  // Names of the parameters that every family has.
+  const char* embedding_name;
+  const char* final_norm_name;
+  const char* head_name;
+
+  std::vector<Sublayer> (*make_layer)(const ModelConfig&, int64_t layer, ParameterSet&);
+
+  std::span<const CheckpointLayout> layouts;  // in order of preference for writing
+};
+
+/// All families of this build.
+std::span<const ModelFamily* const> model_families();
+
+/// errors  ConfigError naming the known families
+const ModelFamily& model_family(const std::string& name);
+
+}  // namespace longhand

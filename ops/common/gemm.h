@@ -1,0 +1,27 @@
+// Matrix products of 2-D tensors with any row stride: OpenBLAS on the CPU, cuBLASLt on a GPU. What every projection comes down to.
+#pragma once
+#include "core/tensor.h"
+
+namespace longhand {
+
+/// Matrix product with optional transposition and accumulation.
+///   C = alpha * op(A) op(B) + beta * C        op(X) = X or X^T; with beta = 0 the old C is never read
+/// a        [m, k], or [k, m] when transpose_a   f64 | f32 on the CPU; f32 | bf16 on a GPU; rows contiguous, any row stride
+/// b        [k, n], or [n, k] when transpose_b   dtype of a
+/// c        [m, n]                               dtype of a, or f32
+/// sums     in f32 (f64 for f64); f32 operands are multiplied as f32, never as TF32
+/// order    the same call gives the same bits on one machine, whatever the number of threads
+/// errors   ShapeError, DtypeError, DeviceError naming the tensors
+void gemm(bool transpose_a, const Tensor& a, bool transpose_b, const Tensor& b, const Tensor& c, double alpha = 1.0, double beta = 0.0);
+
+/// The tensor as a matrix [rows, last axis]: a view where the leading axes have one common stride, else a contiguous copy.
+Tensor as_matrix(const Tensor& t);
+
+// The implementations; their arguments have been checked and no size is 0.
+struct GemmShape {
+  int64_t m, n, k;
+};
+void gemm_cpu(const GemmShape&, bool transpose_a, const Tensor& a, bool transpose_b, const Tensor& b, const Tensor& c, double alpha, double beta);
+void gemm_cuda(const GemmShape&, bool transpose_a, const Tensor& a, bool transpose_b, const Tensor& b, const Tensor& c, double alpha, double beta);
+
+}  // namespace longhand
