@@ -1,6 +1,8 @@
 // See allocator.h.
 #include "core/allocator.h"
 
+#include <fmt/core.h>
+
 #include <algorithm>
 #include <bit>
 
@@ -19,6 +21,19 @@ std::size_t size_class(std::size_t bytes) {
 }
 
 }  // namespace
+
+std::string memory_report(const MemoryUse& use) {
+  auto mib = [](int64_t bytes) { return fmt::format("{:10.1f} MiB", static_cast<double>(bytes) / (1 << 20)); };
+  std::string text = fmt::format("memory  live {}  peak {}  reserved {}  taken from the system {} times\n", mib(use.live_bytes), mib(use.peak_bytes),
+                                 mib(use.reserved_bytes), use.system_allocations);
+  std::vector<std::pair<int64_t, std::string>> at_peak;
+  for (const auto& [op, bytes] : use.peak_by_op)
+    if (bytes > 0) at_peak.emplace_back(bytes, op.empty() ? "(outside any op)" : op);
+  std::sort(at_peak.rbegin(), at_peak.rend());
+  if (!at_peak.empty()) text += "memory  alive at the peak, by the op that made it:\n";
+  for (const auto& [bytes, op] : at_peak) text += fmt::format("memory  {}  {}\n", mib(bytes), op);
+  return text;
+}
 
 void* CachingAllocator::allocate(std::size_t bytes) {
   const std::size_t size = size_class(bytes);

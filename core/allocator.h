@@ -18,6 +18,9 @@ struct MemoryUse {
   std::map<std::string, int64_t> peak_by_op;       // live_by_op at the moment of the peak
 };
 
+/// A table for people: live, peak and reserved bytes, and with LONGHAND_MEMORY=1 the ops whose tensors were alive at the peak.
+std::string memory_report(const MemoryUse& use);
+
 class CachingAllocator {
  public:
   virtual ~CachingAllocator() = default;

@@ -4,6 +4,7 @@
 #include <cublas_v2.h>
 #include <cuda_runtime.h>
 
+#include <memory>
 #include <source_location>
 
 namespace longhand {
@@ -19,6 +20,7 @@ struct CudaContext {
   int major = 0, minor = 0;       // compute capability
   int64_t shared_memory_per_block = 0;  // the opt-in limit
   double bf16_peak_flops = 0;     // dense tensor-core peak of the datasheet, 0 when unknown
+  std::shared_ptr<void> gemm_cache;  // the algorithm chosen for each shape of matrix product; ops/common/gemm_cuda.cpp fills it
 };
 
 /// Throws DeviceError naming the call and CUDA's reason unless `status` is success.

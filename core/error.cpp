@@ -11,7 +11,8 @@ namespace {
 std::string place(const std::source_location& at) {
   std::string_view file = at.file_name();
   for (std::string_view room : {"core/", "autograd/", "ops/", "models/", "data/", "train/", "eval/", "tools/", "tests/"}) {
-    const std::string needle = "/" + std::string(room);
+    std::string needle(1, '/');
+    needle += room;
     if (const auto pos = file.rfind(needle); pos != std::string_view::npos) {
       file = file.substr(pos + 1);
       break;

@@ -136,20 +136,14 @@ class PartReader {
 // Walks through epochs and parts in order.
 class Walker {
  public:
-  Walker(const Parts& parts, const SourceOptions& options, DocumentPosition start) : parts_(parts), options_(options), epoch_(start.epoch) {
+  Walker(const Parts& parts, const SourceOptions& options, DocumentPosition start)
+      : parts_(parts), options_(options), start_(start), epoch_(start.epoch) {
     shard_options_.skip_bad_lines = options.skip_bad_lines;
     order_ = epoch_order();
-    if (start.part < 0) return;
-    const auto found = std::find(order_.begin(), order_.end(), start.part);
-    if (found == order_.end())
-      throw FileError("data: the place to start from lies in a part that is not there",
-                      {{"part", std::to_string(start.part)}, {"parts", std::to_string(order_.size())}});
-    place_ = static_cast<std::size_t>(found - order_.begin());
-    first_line_ = start.line;
-    in_part_way_ = true;
   }
 
   bool next(Job& job) {
+    if (std::exchange(at_start_, false) && start_.part >= 0) enter_part_way();
     while (options_.epochs == 0 || epoch_ < options_.epochs) {
       if (place_ == order_.size()) {
         if (options_.epochs == 0 && found_ == 0 && !in_part_way_)
@@ -175,6 +169,16 @@ class Walker {
   }
 
  private:
+  void enter_part_way() {
+    const auto found = std::find(order_.begin(), order_.end(), start_.part);
+    if (found == order_.end())
+      throw FileError("data: the place to start from lies in a part that is not there",
+                      {{"part", std::to_string(start_.part)}, {"parts", std::to_string(order_.size())}});
+    place_ = static_cast<std::size_t>(found - order_.begin());
+    first_line_ = start_.line;
+    in_part_way_ = true;
+  }
+
   std::vector<int64_t> epoch_order() const {
     const auto size = static_cast<int64_t>(parts_.parts.size());
     const uint64_t key = philox_key(philox_key(options_.seed, hash_name("parts")), static_cast<uint64_t>(epoch_));
@@ -186,7 +190,9 @@ class Walker {
 
   const Parts& parts_;
   const SourceOptions& options_;
+  const DocumentPosition start_;
   ShardOptions shard_options_;
+  bool at_start_ = true;
   int64_t epoch_ = 0, first_line_ = 0, found_ = 0;
   bool in_part_way_ = false;  // the epoch was entered behind its beginning
   std::vector<int64_t> order_;

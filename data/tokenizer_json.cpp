@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <array>
 #include <filesystem>
-#include <fstream>
 #include <nlohmann/json.hpp>
 #include <unordered_map>
 #include <unordered_set>
@@ -14,6 +13,7 @@
 #include <vector>
 
 #include "core/error.h"
+#include "core/files.h"
 #include "data/unicode.h"
 
 namespace longhand {
@@ -22,7 +22,7 @@ namespace {
 using Json = nlohmann::json;
 
 // Limits far above any real vocabulary; they bound memory when a file is damaged or hostile.
-constexpr std::uintmax_t kMaxFileBytes = std::uintmax_t{256} << 20;
+constexpr std::size_t kMaxFileBytes = std::size_t{256} << 20;
 constexpr std::size_t kMaxTokens = std::size_t{1} << 22;
 constexpr std::size_t kMaxAddedBytes = std::size_t{1} << 14;
 constexpr std::size_t kMaxShownBytes = 60;
@@ -102,19 +102,7 @@ void require_type(const Source& source, const Json& top, const std::string& slot
 }
 
 Json parse_file(const Source& source) {
-  std::error_code error;
-  const auto size = std::filesystem::file_size(source.path, error);
-  std::ifstream file(source.path, std::ios::binary);
-  if (error || !file)
-    throw FileError("tokenizer: the file cannot be read", {{"file", source.path},
-                                                           {"reason", error ? error.message() : "it cannot be opened"},
-                                                           {"try", "the path of a tokenizer.json, or \"bytes\""}});
-  if (size > kMaxFileBytes)
-    source.refuse("the whole file", "the file is too large", fmt::format("{} bytes", size), fmt::format("at most {} bytes", kMaxFileBytes));
-  std::string text(static_cast<std::size_t>(size), '\0');
-  file.read(text.data(), static_cast<std::streamsize>(size));
-  if (static_cast<std::uintmax_t>(file.gcount()) != size)
-    source.refuse("the whole file", "the file ends early", fmt::format("{} bytes", file.gcount()), fmt::format("{} bytes", size));
+  const std::string text = read_text_file(source.path, kMaxFileBytes);
 
   // A key given twice would silently lose one of its values, and deep nesting belongs to no tokenizer.
   std::vector<std::unordered_set<std::string>> keys(kMaxDepth + 2);

@@ -12,6 +12,7 @@
 #include "data/tokenizer_json.h"
 #include "data/tokenizer_speed.h"
 #include "data/unicode.h"
+#include "data/word_cache.h"
 #include "tests/support/check.h"
 
 using namespace longhand;
@@ -325,6 +326,26 @@ TEST("a damaged file is an error with its path, never a crash") {
     }
   }
   CHECK(refused > 500);
+}
+
+TEST("word cache: a hit means the same bytes, length and tokenizer") {
+  WordCache cache;
+  const Ids ids = {1, 2};
+  for (uint32_t owner = 1; owner <= 50'000; ++owner) cache.put({"word", owner}, ids);
+  for (uint32_t owner = 50'001; owner <= 100'000; ++owner) REQUIRE(cache.find({"word", owner}).empty());
+  const auto found = cache.find({"word", 50'000});
+  CHECK(Ids(found.begin(), found.end()) == ids);
+  cache.put({"!", 1}, ids);
+  CHECK(cache.find({std::string_view("!\0", 2), 1}).empty());
+  cache.put({"long", 1}, Ids(WordCache::kMaxIds + 1, 1));
+  CHECK(cache.find({"long", 1}).empty());
+  cache.put({"full", 1}, Ids(WordCache::kMaxIds, 5));
+  CHECK(cache.find({"full", 1}).size() == WordCache::kMaxIds);
+  const std::string longest(WordCache::kMaxWordBytes, 'x');
+  CHECK(WordCache::takes(longest));
+  CHECK(!WordCache::takes(longest + "x"));
+  cache.put({longest, 1}, ids);
+  CHECK(cache.find({longest, 1}).size() == 2);
 }
 
 TEST("threads and several tokenizers share nothing by mistake") {

@@ -182,11 +182,14 @@ TEST("NFC by hand") {
   CHECK(to_nfc(utf8({0x301}), buffer) == utf8({0x301}));
 }
 
-TEST("NFC equals utf8proc's on random text") {
+TEST("NFC equals utf8proc's on random text and on long runs of marks") {
+  static const std::vector<char32_t> kMarks = {0x300, 0x301, 0x323, 0x327, 0x331};
   std::mt19937 random(1);
   std::string buffer;
   for (int i = 0; i < 20000; ++i) {
-    const std::string text = random_text(random);
+    std::string text = random_text(random);
+    if (i % 100 == 0)
+      for (int marks = 0; marks < 100; ++marks) append_utf8(kMarks[random() % kMarks.size()], text);
     utf8proc_uint8_t* expected = nullptr;
     const auto length = utf8proc_map(reinterpret_cast<const utf8proc_uint8_t*>(text.data()), static_cast<utf8proc_ssize_t>(text.size()),
                                      &expected, static_cast<utf8proc_option_t>(UTF8PROC_STABLE | UTF8PROC_COMPOSE));

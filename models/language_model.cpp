@@ -13,8 +13,7 @@
 
 namespace longhand {
 
-LanguageModel::LanguageModel(ModelConfig config, const Device& device, Dtype compute_dtype, Dtype master_dtype)
-    : config_(std::move(config)), family_(&model_family(config_.family)), device_(device) {
+LanguageModel::LanguageModel(ModelConfig config) : config_(std::move(config)), family_(&model_family(config_.family)) {
   config_.complete();
   const int64_t vocab = config_.padded_vocab(), d = config_.d_model;
   embedding_ = parameters_.declare(family_->embedding_name, {vocab, d}, {.init = init_normal(0.02)});
@@ -22,6 +21,10 @@ LanguageModel::LanguageModel(ModelConfig config, const Device& device, Dtype com
   final_norm_ = parameters_.declare(family_->final_norm_name, {d}, {.init = init_constant(1), .decay = false, .full_precision = true});
   const double bound = 1 / std::sqrt(static_cast<double>(d));
   head_ = config_.tie_embeddings ? embedding_ : parameters_.declare(family_->head_name, {vocab, d}, {.init = init_uniform(-bound, bound)});
+}
+
+LanguageModel::LanguageModel(ModelConfig config, const Device& device, Dtype compute_dtype, Dtype master_dtype) : LanguageModel(std::move(config)) {
+  device_ = device;
   parameters_.allocate(device, master_dtype, compute_dtype);
 }
 

@@ -26,6 +26,9 @@ class LanguageModel {
   /// compute_dtype  f32, bf16 (GPU), f64 (with master_dtype f64, for gradient checks on the CPU)
   LanguageModel(ModelConfig config, const Device& device, Dtype compute_dtype, Dtype master_dtype = Dtype::f32);
 
+  /// The same model without memory for its parameters: shapes, counts and FLOPs can be asked, nothing can be computed.
+  static LanguageModel plan(ModelConfig config) { return LanguageModel(std::move(config)); }
+
   const ModelConfig& config() const { return config_; }
   const Device& device() const { return device_; }
   Dtype compute_dtype() const { return parameters_.compute_dtype(); }
@@ -61,9 +64,10 @@ class LanguageModel {
   int64_t non_embedding_parameter_count() const;
 
  private:
+  explicit LanguageModel(ModelConfig config);  // declares the parameters
   ModelConfig config_;
   const ModelFamily* family_;
-  Device device_;
+  Device device_ = Device::cpu();
   ParameterSet parameters_;
   Parameter* embedding_ = nullptr;
   Parameter* head_ = nullptr;  // the embedding itself when tied

@@ -4,38 +4,25 @@
 #include <cstdint>
 #include <iostream>
 #include <iterator>
-#include <nlohmann/json.hpp>
+#include <utility>
 #include <vector>
 
 #include "core/error.h"
+#include "data/json_line.h"
 #include "data/tokenizer.h"
-#include "data/unicode.h"
 
 namespace longhand {
 namespace {
 
-using Json = nlohmann::json;
-
 // The "text" of one line of JSON lines. `offset` is the byte at which the line starts.
 std::string text_of_line(const std::string& line, std::size_t number, std::size_t offset) {
-  const auto refuse = [&](const std::string& reason, std::size_t byte) {
+  JsonLine parsed;
+  if (const auto fault = parse_json_line(line, parsed))
     throw FileError("tokenize: a line is not a JSON object with a text", {{"line", std::to_string(number)},
-                                                                          {"byte offset", std::to_string(offset + byte)},
-                                                                          {"reason", reason},
+                                                                          {"byte offset", std::to_string(offset + fault->byte)},
+                                                                          {"reason", fault->rule},
                                                                           {"expected", "{\"text\": \"...\"}"}});
-  };
-  Json json;
-  try {
-    json = Json::parse(line);
-  } catch (const Json::parse_error& e) {
-    refuse(replace_invalid_utf8(e.what()), e.byte > 0 ? e.byte - 1 : 0);  // the library counts from 1
-  } catch (const Json::exception& e) {
-    refuse(replace_invalid_utf8(e.what()), 0);
-  }
-  if (!json.is_object()) refuse("it is a JSON " + std::string(json.type_name()), 0);
-  if (!json.contains("text")) refuse("it has no \"text\"", 0);
-  if (!json["text"].is_string()) refuse("its \"text\" is a JSON " + std::string(json["text"].type_name()), 0);
-  return json["text"].get<std::string>();
+  return std::move(parsed.text);
 }
 
 void write_ids(const Tokenizer& tokenizer, const std::string& text, std::vector<int32_t>& ids, std::ostream& out) {

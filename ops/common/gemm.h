@@ -21,7 +21,9 @@ Tensor as_matrix(const Tensor& t);
 struct GemmShape {
   int64_t m, n, k;
 };
-void gemm_cpu(const GemmShape&, bool transpose_a, const Tensor& a, bool transpose_b, const Tensor& b, const Tensor& c, double alpha, double beta);
-void gemm_cuda(const GemmShape&, bool transpose_a, const Tensor& a, bool transpose_b, const Tensor& b, const Tensor& c, double alpha, double beta);
+void gemm_cpu(const GemmShape&, bool transpose_a, const Tensor& a, bool transpose_b, const Tensor& b, const Tensor& c, double alpha,
+              double beta);
+void gemm_cuda(const GemmShape&, bool transpose_a, const Tensor& a, bool transpose_b, const Tensor& b, const Tensor& c, double alpha,
+               double beta);
 
 }  // namespace longhand

@@ -12,8 +12,8 @@ namespace longhand {
 /// returns  [.., D]  dtype of x, contiguous; sums and product in f32 (f64 when x is f64), one rounding at the end
 /// saves    x, weight, rstd (one number per row in the dtype of weight)
 /// limits   D <= 16384 on CUDA
-/// errors   ShapeError if weight is not [D] or D is too wide; DtypeError for other dtypes; ValueError if eps <= 0; DeviceError for mixed devices
-/// source   Zhang & Sennrich 2019, arXiv:1910.07467, Eq. 4
+/// errors   ShapeError if weight is not [D] or D is too wide; DtypeError for other dtypes; ValueError if eps <= 0; DeviceError for mixed
+/// devices source   Zhang & Sennrich 2019, arXiv:1910.07467, Eq. 4
 Variable rmsnorm(const Variable& x, const Variable& weight, double eps);
 
 struct AddRmsnormOutput {

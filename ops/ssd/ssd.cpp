@@ -28,7 +28,6 @@ void require_ssd_args(const SsdInputs& in, const SsdOptions& options) {
   if (x.rank() != 4) throw ShapeError("ssd: x is not [B, T, H, P]", {{"x", x.describe()}});
   if (B_t.rank() != 4) throw ShapeError("ssd: B_t is not [B, T, G, N]", {{"B_t", B_t.describe()}, {"x", x.describe()}});
   const SsdSizes s = ssd_sizes(x, B_t);
-  if (s.T < 1) throw ShapeError("ssd: there are no tokens", {{"x", x.describe()}, {"expected", "T >= 1"}});
   if (s.G < 1 || s.H % s.G != 0)
     throw ShapeError("ssd: the groups do not divide the heads", {{"x", x.describe()}, {"B_t", B_t.describe()}, {"expected", "G divides H"}});
   require_shape(B_t, "B_t", {s.B, s.T, s.G, s.N}, x);

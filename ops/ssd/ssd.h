@@ -30,7 +30,7 @@ struct SsdOutput {
 /// holds     running [0, s), then [s, T) from that state, gives the run of [0, T) for every s, gradients too
 /// saves     its inputs only; backward recomputes the states at chunk borders (bounded, freed when it returns)
 /// errors    ShapeError naming both tensors; DtypeError; DeviceError; ValueError if chunk_size < 1 or dt_min > dt_max;
-///           CUDA: ValueError if P > 128 or N > 256
+///           CUDA: ValueError if P > 128 or N > 256 (f32: N > 128)
 /// source    Dao & Gu 2024, arXiv:2405.21060, sections 6 and 7
 SsdOutput ssd(const Variable& x, const Variable& dt, const Variable& A_log, const Variable& B_t, const Variable& C_t, const Variable& D_skip,
               const Variable& dt_bias, const Variable& h0, const SsdOptions& options = {});

@@ -1,0 +1,163 @@
+// The tape, views, parameters, and the gradient check itself.
+#include <cmath>
+
+#include "autograd/gradcheck.h"
+#include "autograd/parameters.h"
+#include "autograd/tape.h"
+#include "core/error.h"
+#include "core/op_scope.h"
+#include "core/switches.h"
+#include "tests/support/check.h"
+
+using namespace longhand;
+using namespace longhand::test;
+
+namespace {
+
+const Device kCpu = Device::cpu();
+
+// y = x^2 elementwise; `slope` is 2 when the gradient is right.
+Variable square(const Variable& x, double slope = 2.0) {
+  auto values = x.value().to_vector<double>();
+  for (double& v : values) v *= v;
+  return record("square", Tensor::from(kCpu, x.shape(), values), {x}, [x, slope](BackwardCall& call) {
+    const auto in = x.value().to_vector<double>();
+    auto grad = call.grad(0).to_vector<double>();
+    for (std::size_t i = 0; i < grad.size(); ++i) grad[i] *= slope * in[i];
+    const Tensor out = call.buffer(0);
+    copy(out, Tensor::from(kCpu, x.shape(), grad));
+    call.set(0, out);
+  });
+}
+
+Tensor random64(Shape shape, uint64_t seed) { return random_tensor(kCpu, Dtype::f64, shape, seed); }
+
+}  // namespace
+
+TEST("a right gradient passes the gradient check and a wrong one fails") {
+  const std::vector<Tensor> inputs{random64({3, 4}, 1)};
+  CHECK(gradcheck([](const auto& in) { return std::vector<Variable>{square(in[0])}; }, inputs).worst < 1e-7);
+  const auto wrong = gradcheck([](const auto& in) { return std::vector<Variable>{square(in[0], 2.001)}; }, inputs);
+  CHECK(wrong.worst > 1e-4);
+  CHECK(wrong.where.find("input 0") != std::string::npos);
+}
+
+TEST("a variable used twice gets the sum of both gradients") {
+  const Variable x = Variable::leaf(random64({5}, 2));
+  const auto f = [](const auto& in) { return std::vector<Variable>{add(square(in[0]), add(in[0], in[0]))}; };
+  CHECK(gradcheck(f, {random64({5}, 2)}).worst < 1e-7);
+}
+
+TEST("split and reshape pass gradients through views") {
+  const auto f = [](const std::vector<Variable>& in) {
+    const auto parts = split(in[0], {2, 4, 1});
+    const Variable heads = reshape(parts[1], {2, 3, 2, 2});
+    // parts[2] is used twice and parts[0] once, so buffers inside the whole and extra contributions both occur.
+    return std::vector<Variable>{square(parts[0]), square(heads), add(square(parts[2]), parts[2])};
+  };
+  CHECK(gradcheck(f, {random64({2, 3, 7}, 3)}).worst < 1e-7);
+}
+
+TEST("parts of a split write into one gradient without a copy, and unused parts are zero") {
+  const Variable x = Variable::leaf(random64({2, 5}, 4));
+  const auto parts = split(x, {2, 3});
+  const Variable y = square(parts[1]);
+  backward({y}, {Tensor::full(kCpu, Dtype::f64, {2, 3}, 1.0)});
+  const auto grad = x.grad().to_vector<double>();
+  const auto value = x.value().to_vector<double>();
+  for (std::size_t i = 0; i < grad.size(); ++i) CHECK(grad[i] == doctest::Approx(i % 5 < 2 ? 0.0 : 2 * value[i]));
+}
+
+TEST("nothing is recorded under NoGrad, and constants want no gradient") {
+  const Variable x = Variable::leaf(random64({3}, 5));
+  {
+    const NoGrad no_grad;
+    CHECK_FALSE(square(x).requires_grad());
+  }
+  CHECK(square(x).requires_grad());
+  CHECK_FALSE(square(x.detach()).requires_grad());
+  CHECK_THROWS_AS(backward({square(x.detach())}, {Tensor::zeros(kCpu, Dtype::f64, {3})}), ValueError);
+}
+
+TEST("a graph is walked once") {
+  const Variable x = Variable::leaf(random64({1}, 6));
+  const Variable y = square(x);
+  backward(y);
+  CHECK_THROWS_AS(backward(y), ValueError);
+}
+
+TEST("backward frees what nodes kept") {
+  const Variable x = Variable::leaf(random64({4}, 7));
+  auto kept = std::make_shared<int>(1);
+  const Variable y = record("keeps", x.value().clone(), {x}, [kept](BackwardCall& call) { call.set(0, call.grad(0)); });
+  CHECK(kept.use_count() == 2);
+  backward({y}, {Tensor::zeros(kCpu, Dtype::f64, {4})});
+  CHECK(kept.use_count() == 1);
+}
+
+TEST("parameters add into one flat buffer, and accumulation starts anew after clear_grads") {
+  ParameterSet set;
+  Parameter* a = set.declare("a", {3}, {.init = init_constant(2), .decay = false});
+  Parameter* b = set.declare("b", {2, 2}, {.init = init_normal(1)});
+  set.allocate(kCpu, Dtype::f64, Dtype::f64);
+  set.initialize(1);
+  CHECK(set.count() == 7);
+  CHECK(set.decayed_elements() == 64);  // b stands first because it decays
+  CHECK(b->master.offset() == 0);
+  auto run = [&] { backward({square(a->variable)}, {Tensor::full(kCpu, Dtype::f64, {3}, 1.0)}); };
+  set.clear_grads();
+  run();
+  run();
+  set.complete_grads();
+  CHECK(a->grad.to_vector<double>() == std::vector<double>(3, 8.0));
+  CHECK(b->grad.to_vector<double>() == std::vector<double>(4, 0.0));
+  CHECK(set.flat_grad().to_vector<double>()[64] == 8.0);
+  set.clear_grads();
+  run();
+  CHECK(a->grad.to_vector<double>() == std::vector<double>(3, 4.0));
+  CHECK_THROWS_AS(set.declare("c", {1}, {}), ValueError);
+}
+
+TEST("initial values depend on seed and name only") {
+  auto values = [](bool swapped, uint64_t seed) {
+    ParameterSet set;
+    if (swapped) set.declare("other", {7}, {.init = init_constant(0)});
+    const Parameter* p = set.declare("w", {5}, {.init = init_uniform(-1, 1)});
+    set.allocate(kCpu, Dtype::f32, Dtype::f32);
+    set.initialize(seed);
+    return p->master.to_vector<float>();
+  };
+  CHECK(values(false, 1) == values(true, 1));
+  CHECK(values(false, 1) != values(false, 2));
+}
+
+TEST("LONGHAND_CHECK names op, layer, output and index of the first NaN") {
+  const SwitchScope scope([](Switches& s) { s.check = true; });
+  const LayerScope layer("layers", 2);
+  const Variable x = Variable::leaf(Tensor::from(kCpu, {3}, std::vector<double>{1, NAN, 2}));
+  try {
+    square(x);
+    FAIL("a NaN passed");
+  } catch (const NumericError& error) {
+    const std::string text = error.what();
+    CHECK(text.find("square: output 0") != std::string::npos);
+    CHECK(text.find("layers.2") != std::string::npos);
+    CHECK(text.find("1 (row-major)") != std::string::npos);
+  }
+}
+
+TEST("LONGHAND_CHECK sees a NaN that appears in backward") {
+  const SwitchScope scope([](Switches& s) { s.check = true; });
+  const Variable x = Variable::leaf(random64({2}, 8));
+  const Variable y = record("breaks", x.value().clone(), {x}, [](BackwardCall& call) {
+    call.set(0, Tensor::full(kCpu, Dtype::f64, {2}, NAN));
+  });
+  CHECK_THROWS_AS(backward({y}, {Tensor::zeros(kCpu, Dtype::f64, {2})}), NumericError);
+}
+
+TEST("the graph is printed with ops and shapes") {
+  const Variable x = Variable::leaf(random64({2}, 9), "weight");
+  const std::string dot = graph_dot(square(x));
+  CHECK(dot.find("square") != std::string::npos);
+  CHECK(dot.find("weight [2]") != std::string::npos);
+}

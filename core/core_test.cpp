@@ -1,0 +1,147 @@
+// Element types, shapes, random numbers, errors, switches, memory.
+#include <cmath>
+#include <cstdlib>
+#include <set>
+
+#include "core/allocator.h"
+#include "core/dtype.h"
+#include "core/error.h"
+#include "core/files.h"
+#include "core/nearest.h"
+#include "core/op_scope.h"
+#include "core/philox.h"
+#include "core/switches.h"
+#include "core/tensor.h"
+#include "tests/support/check.h"
+
+using namespace longhand;
+using namespace longhand::test;
+
+TEST("Philox gives the published vectors") {
+  const PhiloxBlock zero = philox(0, 0, 0);
+  CHECK(zero.word[0] == 0x6627e8d5u);
+  CHECK(zero.word[1] == 0xe169c58du);
+  CHECK(zero.word[2] == 0xbc57ac4cu);
+  CHECK(zero.word[3] == 0x9b00dbd8u);
+  const PhiloxBlock ones = philox(~uint64_t{0}, ~uint64_t{0}, ~uint64_t{0});
+  CHECK(ones.word[0] == 0x408f276du);
+  CHECK(ones.word[1] == 0x41c83b0eu);
+  CHECK(ones.word[2] == 0xa20bc7c6u);
+  CHECK(ones.word[3] == 0x6d5451fdu);
+  const PhiloxBlock pi = philox(0x299f31d0a4093822u, 0x85a308d3243f6a88u, 0x0370734413198a2eu);
+  CHECK(pi.word[0] == 0xd16cfe09u);
+  CHECK(pi.word[1] == 0x94fdccebu);
+  CHECK(pi.word[2] == 0x5001e420u);
+  CHECK(pi.word[3] == 0x24126ea1u);
+}
+
+TEST("Philox normal numbers have mean 0 and standard deviation 1") {
+  constexpr int n = 200'000;
+  double sum = 0, squares = 0;
+  for (uint64_t i = 0; i < n; ++i) {
+    const double x = static_cast<double>(philox_normal(7, i));
+    sum += x;
+    squares += x * x;
+  }
+  CHECK(std::abs(sum / n) < 5 / std::sqrt(n));
+  CHECK(std::abs(squares / n - 1) < 5 * std::sqrt(2.0 / n));
+}
+
+TEST("every f16 value survives the way through float") {
+  for (uint32_t bits = 0; bits < 65536; ++bits) {
+    f16 h;
+    h.bits = static_cast<uint16_t>(bits);
+    const float value = static_cast<float>(h);
+    const f16 back(value);
+    if (std::isnan(value)) CHECK(std::isnan(static_cast<float>(back)));
+    else CHECK(back.bits == h.bits);
+  }
+  CHECK(f16(65519.0f).bits == 0x7bff);  // rounds down to the largest finite value
+  CHECK(f16(65520.0f).bits == 0x7c00);  // the tie goes to infinity
+  CHECK(f16(1.0f + 0x1p-11f).bits == f16(1.0f).bits);  // tie to even
+}
+
+TEST("bf16 rounds to nearest, ties to even, and keeps NaN") {
+  CHECK(static_cast<float>(bf16(1.0f + 0x1p-8f)) == 1.0f);
+  CHECK(static_cast<float>(bf16(1.0f + 3 * 0x1p-8f)) == 1.0f + 0x1p-6f);
+  CHECK(static_cast<float>(bf16(-2.5f)) == -2.5f);
+  CHECK(std::isnan(static_cast<float>(bf16(NAN))));
+  CHECK(std::isinf(static_cast<float>(bf16(3.4e38f))));
+}
+
+TEST("an error shows sentence, rows, place and way out") {
+  const ShapeError error("rmsnorm: weight does not match", {{"weight", "[768] f32"}, {"try", "a narrower model"}});
+  const std::string text = error.what();
+  CHECK(text.starts_with("rmsnorm: weight does not match\n"));
+  CHECK(text.find("\n  weight  [768] f32") != std::string::npos);
+  CHECK(text.find("\n  at      core/core_test.cpp:") != std::string::npos);
+  CHECK(text.ends_with("\n  try     a narrower model"));
+}
+
+TEST("the nearest known name is found") {
+  CHECK(nearest_name("lerning_rate", {"lr", "learning_rate", "warmup"}) == "learning_rate");
+  CHECK(nearest_name("x", {}).empty());
+}
+
+TEST("switches hold for a scope and unknown names are reported") {
+  const int before = switches().trace;
+  {
+    const SwitchScope scope([](Switches& s) { s.trace = 2; });
+    CHECK(switches().trace == 2);
+  }
+  CHECK(switches().trace == before);
+  setenv("LONGHAND_TRASE", "1", 1);
+  const auto unknown = unknown_switches();
+  unsetenv("LONGHAND_TRASE");
+  CHECK(std::set<std::string>(unknown.begin(), unknown.end()).contains("LONGHAND_TRASE"));
+}
+
+TEST("freed blocks are handed out again, and the peak is remembered") {
+  CachingAllocator& memory = Device::cpu().allocator();
+  const Tensor kept = Tensor::empty(Device::cpu(), Dtype::f32, {1 << 16});
+  const MemoryUse before = memory.use();
+  { const Tensor a = Tensor::empty(Device::cpu(), Dtype::f32, {12345}); }
+  const int64_t taken = memory.use().system_allocations;
+  for (int i = 0; i < 10; ++i) const Tensor b = Tensor::empty(Device::cpu(), Dtype::f32, {12300});  // the same size class
+  CHECK(memory.use().system_allocations == taken);
+  CHECK(memory.use().live_bytes == before.live_bytes);
+  CHECK(memory.use().peak_bytes >= before.live_bytes + 12345 * 4);
+}
+
+TEST("memory is counted by op and layer") {
+  const SwitchScope scope([](Switches& s) { s.memory = true; });
+  const LayerScope layer("layers", 3);
+  const OpScope op("ssd");
+  const Tensor t = Tensor::empty(Device::cpu(), Dtype::f32, {1000});
+  CHECK(Device::cpu().allocator().use().live_by_op.at("layers.3/ssd") >= 4000);
+}
+
+TEST("poisoned buffers read as NaN") {
+  const SwitchScope scope([](Switches& s) { s.poison = true; });
+  CHECK(std::isnan(Tensor::empty(Device::cpu(), Dtype::f32, {3}).to_vector<float>()[1]));
+  CHECK(std::isnan(static_cast<float>(Tensor::empty(Device::cpu(), Dtype::bf16, {1}).data<bf16>()[0])));
+}
+
+TEST("devices are named, and unknown ones refused") {
+  CHECK(Device::parse("cpu") == Device::cpu());
+  CHECK_THROWS_AS(Device::parse("gpu"), ConfigError);
+  CHECK_THROWS_AS(Device::parse("cuda:-1"), ConfigError);
+  CHECK_THROWS_AS(Device::cuda(cuda_device_count()), DeviceError);
+  CHECK_THROWS_AS(parse_dtype("float"), ConfigError);
+}
+
+TEST("a failed atomic write leaves the old content and no other file") {
+  const ScratchFolder scratch;
+  const std::string path = scratch.file("a.txt");
+  write_file_atomically(path, "old");
+  CHECK_THROWS_AS(write_file_atomically(path,
+                                        [](OutputFile& out) {
+                                          out.write("new");
+                                          throw ValueError("interrupted");
+                                        }),
+                  ValueError);
+  CHECK(read_text_file(path) == "old");
+  CHECK_THROWS_AS(write_file_atomically(scratch.file("no/such/folder"), "x"), FileError);
+  CHECK_THROWS_AS(read_text_file(scratch.file("absent")), FileError);
+  CHECK_THROWS_AS(MappedFile{scratch.path()}, FileError);  // a folder is not a file
+}

@@ -1,0 +1,92 @@
+// Reading and writing safetensors, and every rule of the strict reader.
+#include "core/safetensors.h"
+
+#include <cstring>
+
+#include "core/error.h"
+#include "core/files.h"
+#include "tests/support/check.h"
+
+using namespace longhand;
+using namespace longhand::test;
+
+namespace {
+
+std::string file_of(const std::string& header, const std::string& data, int64_t length = -1) {
+  const uint64_t n = length < 0 ? header.size() : static_cast<uint64_t>(length);
+  std::string bytes(8, '\0');
+  std::memcpy(bytes.data(), &n, 8);
+  return bytes + header + data;
+}
+
+// The message with which `bytes` is refused; empty when it is read.
+std::string refusal(const std::string& bytes) {
+  const ScratchFolder scratch;
+  const std::string path = scratch.file("x.safetensors");
+  write_file_atomically(path, bytes);
+  try {
+    read_safetensors(path);
+  } catch (const FileError& error) {
+    const std::string text = error.what();
+    CHECK(text.find(path) != std::string::npos);  // always names the file
+    return text;
+  }
+  return "";
+}
+
+bool refused_for(const std::string& bytes, const std::string& reason) { return refusal(bytes).find(reason) != std::string::npos; }
+
+}  // namespace
+
+TEST("tensors of every type survive writing and reading") {
+  const ScratchFolder scratch;
+  const Device cpu = Device::cpu();
+  const Tensor a = Tensor::from(cpu, {2, 3}, std::vector<float>{1, 2, 3, 4, 5, 6});
+  const std::map<std::string, Tensor> written{{"a", a},
+                                              {"half", a.to(Dtype::bf16)},
+                                              {"sixteen", a.to(Dtype::f16)},
+                                              {"wide", a.to(Dtype::f64)},
+                                              {"ids", Tensor::from(cpu, {3}, std::vector<int32_t>{7, -8, 9})},
+                                              {"scalar", Tensor::full(cpu, Dtype::f32, {}, 4)},
+                                              {"nothing", Tensor::empty(cpu, Dtype::f32, {0, 5})},
+                                              {"view", a.slice(-1, 1, 3)}};
+  write_safetensors(scratch.file("t.safetensors"), written, {{"format", "pt"}});
+  const NamedTensors read = read_safetensors(scratch.file("t.safetensors"));
+  CHECK(read.metadata.at("format") == "pt");
+  CHECK(read.tensors.size() == written.size());
+  for (const auto& [name, tensor] : written) {
+    CHECK(read.at(name).shape() == tensor.shape());
+    CHECK(read.at(name).dtype() == tensor.dtype());
+    CHECK(read.at(name).to_vector<double>() == tensor.to_vector<double>());
+  }
+  CHECK_THROWS_AS(read.at("absent"), FileError);
+  uint64_t header = 0;
+  std::memcpy(&header, read_text_file(scratch.file("t.safetensors")).data(), 8);
+  CHECK((8 + header) % 64 == 0);
+}
+
+TEST("each broken rule is refused by name") {
+  const std::string one = R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}})";
+  const std::string data(8, '\0');
+  CHECK(refusal(file_of(one, data)).empty());
+  CHECK(refused_for("123", "shorter than the 8 bytes"));
+  CHECK(refused_for(file_of(one, data, 100'000'001), "over the limit"));
+  CHECK(refused_for(file_of(one, data, 1000), "longer than the file"));
+  CHECK(refused_for(file_of("{\"a\":", ""), "not valid JSON"));
+  CHECK(refused_for(file_of("[1]", ""), "not a JSON object"));
+  CHECK(refused_for(file_of("{} x", ""), "not valid JSON"));
+  CHECK(refused_for(file_of(one, data + "x"), "bytes after the last tensor"));
+  CHECK(refused_for(file_of(one, "1234"), "outside the file"));
+  CHECK(refused_for(file_of(R"({"a":{"dtype":"F32","shape":[3],"data_offsets":[0,8]}})", data), "do not fit dtype and shape"));
+  CHECK(refused_for(file_of(R"({"a":{"dtype":"F32","shape":[-2],"data_offsets":[0,8]}})", data), "not a non-negative integer"));
+  CHECK(refused_for(file_of(R"({"a":{"dtype":"F32","shape":[2.0],"data_offsets":[0,8]}})", data), "not a non-negative integer"));
+  CHECK(refused_for(file_of(R"({"a":{"dtype":"F8_E4M3","shape":[8],"data_offsets":[0,8]}})", data), "F8_E4M3"));
+  CHECK(refused_for(file_of(R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8],"x":1}})", data), "exactly dtype, shape and data_offsets"));
+  CHECK(refused_for(file_of(R"({"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}})", data), "a gap"));
+  CHECK(refused_for(file_of(R"({"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}})", data), "overlap"));
+  CHECK(refused_for(file_of(R"({"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}})", data), "stands twice"));
+  CHECK(refused_for(file_of(R"({"a":{"dtype":"F32","dtype":"F32","shape":[2],"data_offsets":[0,8]}})", data), "stands twice"));
+  CHECK(refused_for(file_of(R"({"__metadata__":{"k":1}})", ""), "not a string"));
+  CHECK(refused_for(file_of(R"({"a\u0000b":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}})", data), "control character"));
+  CHECK(refused_for(file_of(R"({"a":{"dtype":"F32","shape":[281474976710656,281474976710656],"data_offsets":[0,8]}})", data), "over 2^48"));
+}

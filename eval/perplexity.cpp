@@ -1,0 +1,175 @@
+// Streaming evaluation: rows of sequences advance chunk by chunk with their recurrent state; see perplexity.h.
+#include "eval/perplexity.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numbers>
+#include <numeric>
+
+#include "autograd/tape.h"
+#include "core/error.h"
+
+namespace longhand {
+
+double PositionLoss::loss(int64_t position) const {
+  const auto i = static_cast<std::size_t>(position - 1);
+  if (position < 1 || i >= tokens.size() || tokens[i] == 0) return std::numeric_limits<double>::quiet_NaN();
+  return loss_sum[i] / static_cast<double>(tokens[i]);
+}
+
+double PositionLoss::perplexity(int64_t position) const { return std::exp(loss(position)); }
+
+int64_t PositionLoss::total_tokens() const { return std::accumulate(tokens.begin(), tokens.end(), int64_t{0}); }
+
+double PositionLoss::mean_loss() const {
+  return std::accumulate(loss_sum.begin(), loss_sum.end(), 0.0) / static_cast<double>(total_tokens());
+}
+
+namespace {
+
+struct Row {
+  std::vector<int32_t> tokens;
+  int64_t sequence = 0;   // its number, from 1
+  int64_t positions = 0;  // to score
+  int64_t at = 0;         // scored so far
+  int64_t left() const { return positions - at; }
+};
+
+bool take_next(Row& row, const NextSequence& next, int64_t& taken, const LanguageModel& model, int64_t context) {
+  if (!next(row.tokens)) return false;
+  row.sequence = ++taken;
+  row.at = 0;
+  row.positions = std::min(static_cast<int64_t>(row.tokens.size()) - 1, context);
+  if (row.positions < 1) throw ValueError("eval: a sequence without a token to predict", {{"sequence", std::to_string(taken)}, {"tokens", std::to_string(row.tokens.size())}});
+  const int64_t vocab = model.config().vocab_size;
+  for (std::size_t i = 0; i < row.tokens.size(); ++i)
+    if (row.tokens[i] < 0 || row.tokens[i] >= vocab)
+      throw ValueError("eval: a token is outside the model's vocabulary", {{"token", fmt::format("{} at index {} of sequence {}", row.tokens[i], i, taken)},
+                                                                          {"vocabulary", fmt::format("{} tokens", vocab)},
+                                                                          {"try", "the tokenizer that the model was trained with"}});
+  return true;
+}
+
+// The next `width` tokens of every row; where a row ends earlier, zeros that the mask leaves out.
+TokenBatch make_batch(const std::vector<Row>& rows, int64_t width, const Device& device) {
+  const auto B = static_cast<int64_t>(rows.size());
+  const auto size = static_cast<std::size_t>(B * width);
+  std::vector<int32_t> tokens(size), targets(size);
+  std::vector<float> mask(size);
+  bool ragged = false;
+  for (std::size_t b = 0; b < rows.size(); ++b) {
+    const auto count = static_cast<std::size_t>(std::min(width, rows[b].left()));
+    const auto from = rows[b].tokens.begin() + rows[b].at;
+    const std::size_t to = b * static_cast<std::size_t>(width);
+    for (std::size_t t = 0; t < count; ++t) {
+      tokens[to + t] = from[static_cast<std::ptrdiff_t>(t)];
+      targets[to + t] = from[static_cast<std::ptrdiff_t>(t) + 1];
+      mask[to + t] = 1;
+    }
+    ragged = ragged || rows[b].left() < width;
+  }
+  TokenBatch batch{Tensor::from(device, {B, width}, tokens), Tensor::from(device, {B, width}, targets), {}};
+  if (ragged) batch.mask = Tensor::from(device, {B, width}, mask);
+  return batch;
+}
+
+}  // namespace
+
+PositionLoss position_loss(const LanguageModel& model, const NextSequence& next, const PositionLossOptions& options) {
+  for (const auto& [name, value] : {std::pair{"context", options.context}, {"chunk", options.chunk}, {"batch", options.batch}})
+    if (value < 1) throw ValueError(fmt::format("eval: {} must be at least 1", name), {{name, std::to_string(value)}});
+  const NoGrad no_grad;
+
+  PositionLoss result;
+  PositionProgress progress;
+  int64_t taken = 0;
+  std::vector<Row> rows;
+  for (Row row; static_cast<int64_t>(rows.size()) < options.batch && take_next(row, next, taken, model, options.context);) rows.push_back(std::move(row));
+
+  RecurrentState state;  // absent: every row starts from zeros
+  while (!rows.empty()) {
+    // A row that goes on after this chunk has at least `chunk` positions left, so only rows that end are padded.
+    int64_t width = 0;
+    for (const Row& row : rows) width = std::max(width, std::min(options.chunk, row.left()));
+    LanguageModel::Loss out = model.loss(make_batch(rows, width, model.device()), state);
+    const std::vector<double> token_loss = out.token_loss.to_vector<double>();
+    state = std::move(out.state);
+
+    progress.position = 0;
+    for (std::size_t b = 0; b < rows.size(); ++b) {
+      Row& row = rows[b];
+      const int64_t count = std::min(width, row.left());
+      const auto reach = static_cast<std::size_t>(row.at + count);
+      if (result.tokens.size() < reach) result.tokens.resize(reach), result.loss_sum.resize(reach);
+      for (int64_t t = 0; t < count; ++t) {
+        const double loss = token_loss[b * static_cast<std::size_t>(width) + static_cast<std::size_t>(t)];
+        if (!std::isfinite(loss))
+          throw NumericError("eval: the loss is not a finite number", {{"loss", fmt::format("{}", loss)},
+                                                                      {"sequence", std::to_string(row.sequence)},
+                                                                      {"position", std::to_string(row.at + t + 1)},
+                                                                      {"try", "LONGHAND_CHECK=1 to see which layer it comes from"}});
+        result.loss_sum[static_cast<std::size_t>(row.at + t)] += loss;
+        ++result.tokens[static_cast<std::size_t>(row.at + t)];
+      }
+      row.at += count;
+      progress.tokens += count;
+      progress.position = std::max(progress.position, row.at);
+    }
+
+    // Rows that ended take the next sequence from the zero state; without one they leave the batch.
+    std::vector<int64_t> stay;
+    std::vector<uint8_t> fresh;
+    std::vector<Row> running;
+    for (std::size_t b = 0; b < rows.size(); ++b) {
+      const bool ended = rows[b].left() == 0;
+      if (ended) ++result.sequences;
+      if (ended && !take_next(rows[b], next, taken, model, options.context)) continue;
+      stay.push_back(static_cast<int64_t>(b));
+      fresh.push_back(ended ? 1 : 0);
+      running.push_back(std::move(rows[b]));
+    }
+    const bool all_fresh = std::count(fresh.begin(), fresh.end(), uint8_t{0}) == 0;
+    if (all_fresh) {
+      state = {};
+    } else {
+      if (stay.size() < rows.size()) state = state.select_rows(stay);
+      if (std::count(fresh.begin(), fresh.end(), uint8_t{1}) > 0) state = state.reset_rows(fresh);
+    }
+    rows = std::move(running);
+    progress.sequences_done = result.sequences;
+    progress.sequences_running = static_cast<int64_t>(rows.size());
+    if (options.progress) options.progress(progress);
+  }
+  return result;
+}
+
+double ValidationLoss::bits_per_byte(int64_t bytes) const {
+  if (bytes < 1) throw ValueError("eval: bits per byte need the number of bytes", {{"bytes", std::to_string(bytes)}});
+  return loss * static_cast<double>(tokens) / (static_cast<double>(bytes) * std::numbers::ln2);
+}
+
+ValidationLoss validation_loss(const LanguageModel& model, const NextBatch& next, int64_t max_batches) {
+  const NoGrad no_grad;
+  ValidationLoss result;
+  double sum = 0;
+  TokenBatch batch;
+  for (int64_t i = 0; i < max_batches && next(batch); ++i) {
+    const std::vector<double> loss = model.loss(batch).token_loss.to_vector<double>();
+    const std::vector<double> mask = batch.mask.defined() ? batch.mask.to_vector<double>() : std::vector<double>(loss.size(), 1.0);
+    for (std::size_t j = 0; j < loss.size(); ++j) {
+      if (mask[j] == 0) continue;
+      if (!std::isfinite(loss[j]))
+        throw NumericError("eval: the validation loss is not a finite number", {{"loss", fmt::format("{}", loss[j])}, {"batch", std::to_string(i)}, {"element", std::to_string(j)}});
+      sum += loss[j];
+      ++result.tokens;
+    }
+  }
+  if (result.tokens == 0) throw ValueError("eval: no token to compute the validation loss from", {{"batches", std::to_string(max_batches)}});
+  result.loss = sum / static_cast<double>(result.tokens);
+  return result;
+}
+
+}  // namespace longhand

@@ -1,0 +1,64 @@
+// Loss by position, for sequences of any length, and the mean loss that a training run watches.
+#pragma once
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "eval/token_sequences.h"
+#include "models/language_model.h"
+
+namespace longhand {
+
+/// Sums by position; position p = 1, 2, ... is the prediction of a token from the p tokens before it, and is stored at index p - 1.
+struct PositionLoss {
+  std::vector<double> loss_sum;  // nats, over the sequences that reach the position
+  std::vector<int64_t> tokens;   // how many sequences reach it
+  int64_t sequences = 0;
+
+  int64_t positions() const { return static_cast<int64_t>(tokens.size()); }
+  double loss(int64_t position) const;        // mean over sequences; NaN where none reaches
+  double perplexity(int64_t position) const;  // exp(loss(position))
+  int64_t total_tokens() const;
+  double mean_loss() const;                   // over all tokens
+};
+
+struct PositionProgress {
+  int64_t sequences_done = 0, sequences_running = 0;
+  int64_t tokens = 0;        // scored so far
+  int64_t position = 0;      // the furthest position of the rows that run
+};
+
+struct PositionLossOptions {
+  int64_t context = 2048;  // positions scored of each sequence
+  int64_t chunk = 2048;    // tokens of a row in one forward; the state is carried from chunk to chunk
+  int64_t batch = 8;       // rows at once; a row whose sequence ends takes the next one from the zero state
+  std::function<void(const PositionProgress&)> progress;  // after each chunk
+};
+
+/// Mean loss at each position over sequences that start from the zero state.
+///   loss(p) = mean over sequences of -log q(x[p] | x[0..p-1])        perplexity(p) = exp(loss(p))
+/// next     sequences; each counts min(its tokens - 1, context) positions
+/// returns  sums in f64 on the host
+/// memory   of the device: one chunk of batch rows and their state, whatever the context; of the host: the rows' tokens and two numbers a position
+/// holds    chunk and batch do not change the result, but for the rounding of the model
+/// errors   ValueError for a sequence of fewer than 2 tokens or a token outside the vocabulary;
+///          NumericError naming sequence and position for a loss that is no number
+/// source   Buitrago Ruiz & Gu 2025, arXiv:2507.02782
+PositionLoss position_loss(const LanguageModel& model, const NextSequence& next, const PositionLossOptions& options);
+
+struct ValidationLoss {
+  double loss = 0;     // nats per token
+  int64_t tokens = 0;  // that counted
+
+  /// loss * tokens / (bytes * ln 2), for the bytes of the text that the tokens encode. errors  ValueError if bytes < 1
+  double bits_per_byte(int64_t bytes) const;
+};
+
+/// Fills `batch` with rows on the model's device; false when there are none left.
+using NextBatch = std::function<bool(TokenBatch& batch)>;
+
+/// Mean loss over the first `max_batches` batches, every row from the zero state; sums in f64 on the host in the order of the batches.
+/// errors   ValueError when no position counts; NumericError for a loss that is no number
+ValidationLoss validation_loss(const LanguageModel& model, const NextBatch& next, int64_t max_batches);
+
+}  // namespace longhand

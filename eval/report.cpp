@@ -1,0 +1,404 @@
+// Reading runs and writing the page; see report.h.
+#include "eval/report.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <filesystem>
+#include <limits>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <set>
+#include <tuple>
+
+#include "core/error.h"
+#include "core/files.h"
+#include "eval/plot.h"
+#include "eval/report_page.h"
+
+namespace longhand {
+namespace {
+
+namespace fs = std::filesystem;
+using Json = nlohmann::json;
+using Runs = std::vector<RunData>;
+
+constexpr std::size_t kMostPoints = 400;  // of a training curve; more are joined
+
+std::string first_line(const std::exception& error) {
+  const std::string text = error.what();
+  return text.substr(0, text.find('\n'));
+}
+
+// The first line of an error with the rows that say where.
+std::string sentence(const Error& error) {
+  std::string text = first_line(error);
+  for (const ErrorRow& row : error.rows())
+    if (row.name != "try" && row.name != "at") text += fmt::format("; {} {}", row.name, row.value);
+  return text;
+}
+
+// --- reading ---------------------------------------------------------------------------------------------------
+
+PositionCurve read_curve(const fs::path& csv, RunData& run) {
+  PositionCurve curve;
+  curve.file = csv.filename().string();
+  curve.data = csv.stem().string();
+  if (const fs::path description = fs::path(csv).replace_extension(".json"); fs::exists(description)) {
+    const Json json = Json::parse(read_text_file(description.string()), nullptr, false);
+    const auto number = [&](const char* key, int64_t otherwise) { return json.contains(key) && json[key].is_number_integer() ? json[key].get<int64_t>() : otherwise; };
+    if (json.is_object()) {
+      if (json.contains("data_name") && json["data_name"].is_string()) curve.data = json["data_name"];
+      if (json.contains("documents") && json["documents"].is_string()) curve.documents = json["documents"];
+      curve.context = number("context", 0);
+      curve.sequences = number("sequences", 0);
+      curve.step = number("step", -1);
+      if (const int64_t length = number("train_length", 0); length > 0 && !run.train_length) run.train_length = length;
+    } else {
+      run.problems.push_back(fmt::format("{} is not a JSON object; the curve beside it is shown without its description", description.string()));
+    }
+  }
+  curve.bins = read_position_csv(csv.string(), kCurveBinsPerOctave, run.train_length ? std::vector<int64_t>{*run.train_length} : std::vector<int64_t>{});
+  return curve;
+}
+
+// --- pieces of figures -----------------------------------------------------------------------------------------
+
+// A logged value as a series of at most kMostPoints points: each is the mean of equally many neighbouring logged steps.
+Series logged_series(const Metrics& metrics, const std::string& value, const std::string& name, int color) {
+  Series series{.name = name, .points = {}, .color = color};
+  const auto found = metrics.values.find(value);
+  if (found == metrics.values.end()) return series;
+  const std::size_t every = (found->second.size() + kMostPoints - 1) / kMostPoints;
+  double step_sum = 0, value_sum = 0;
+  std::size_t count = 0, left = found->second.size();
+  for (const auto& [step, logged] : found->second) {
+    step_sum += static_cast<double>(step), value_sum += logged, ++count, --left;
+    if (count < every && left > 0) continue;
+    series.points.emplace_back(step_sum / static_cast<double>(count), value_sum / static_cast<double>(count));
+    step_sum = value_sum = 0, count = 0;
+  }
+  return series;
+}
+
+std::size_t most_logged(const Runs& runs, const std::string& value) {
+  std::size_t most = 0;
+  for (const RunData& run : runs)
+    if (const auto found = run.metrics.values.find(value); found != run.metrics.values.end()) most = std::max(most, found->second.size());
+  return most;
+}
+
+std::string joined_note(const Runs& runs, const std::string& value) {
+  const std::size_t every = (most_logged(runs, value) + kMostPoints - 1) / kMostPoints;
+  return every > 1 ? fmt::format(" Each point is the mean of up to {} logged steps.", every) : "";
+}
+
+double median(const std::map<int64_t, double>& logged) {
+  std::vector<double> values;
+  for (const auto& [step, value] : logged) values.push_back(value);
+  const auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
+  std::nth_element(values.begin(), middle, values.end());
+  return *middle;
+}
+
+const std::vector<std::string> kLoggedHeader = {"Curve", "First", "Last", "Median", "Lowest", "at step", "Highest", "at step"};
+
+void add_logged_row(Table& table, const Metrics& metrics, const std::string& value, const std::string& name) {
+  const auto found = metrics.values.find(value);
+  if (found == metrics.values.end()) return;
+  const auto less = [](const auto& a, const auto& b) { return a.second < b.second; };
+  const auto lowest = std::min_element(found->second.begin(), found->second.end(), less), highest = std::max_element(found->second.begin(), found->second.end(), less);
+  table.rows.push_back({name, format_aligned(found->second.begin()->second), format_aligned(found->second.rbegin()->second), format_aligned(median(found->second)), format_aligned(lowest->second),
+                        format_count(lowest->first), format_aligned(highest->second), format_count(highest->first)});
+}
+
+bool drawable(const std::vector<Series>& series) {
+  return std::any_of(series.begin(), series.end(), [](const Series& s) { return !s.points.empty(); });
+}
+
+// Logarithmic when the values span more than a factor of `factor` and are all above 0.
+Scale scale_for(const std::vector<Series>& series, double factor) {
+  double low = std::numeric_limits<double>::infinity(), high = 0;
+  for (const Series& s : series)
+    for (const auto& [x, y] : s.points)
+      if (std::isfinite(y)) low = std::min(low, y), high = std::max(high, y);
+  return low > 0 && high > factor * low ? Scale::log10 : Scale::linear;
+}
+
+// --- figures ---------------------------------------------------------------------------------------------------
+
+std::string data_text(const PositionCurve& curve) {
+  std::string text = "Measured on " + curve.data;
+  if (curve.context > 0) text += fmt::format(", context {}", format_count(curve.context));
+  if (!curve.documents.empty()) text += fmt::format(", documents: {}", curve.documents);
+  return text + ".";
+}
+
+// Rows of about one an octave; the first positions are put together so that the table stays short.
+Table perplexity_table(const std::vector<const PositionCurve*>& curves, const std::vector<Series>& series, const std::vector<int64_t>& lengths) {
+  int64_t furthest = 1;
+  for (const auto* curve : curves) furthest = std::max(furthest, curve->bins.back().last);
+  const int64_t first = std::max<int64_t>(1, int64_t{1} << std::max(0, static_cast<int>(std::log2(static_cast<double>(furthest))) - 11));
+  Table table{{"Positions"}, {}};
+  std::map<std::pair<int64_t, int64_t>, std::vector<std::string>> rows;
+  for (std::size_t i = 0; i < curves.size(); ++i) {
+    table.header.push_back(series[i].name);
+    for (const PositionBin& bin : octave_bins(curves[i]->bins, 1, lengths, first)) {
+      auto& row = rows[{bin.last, bin.first}];
+      row.resize(curves.size(), "–");
+      row[i] = format_aligned(bin.perplexity());
+    }
+  }
+  for (auto& [range, row] : rows) {
+    const auto [last, begin] = range;
+    row.insert(row.begin(), begin == last ? format_count(begin) : fmt::format("{}\u00a0–\u00a0{}", format_count(begin), format_count(last)));
+    table.rows.push_back(std::move(row));
+  }
+  return table;
+}
+
+void add_perplexity(const Runs& runs, std::vector<Figure>& figures) {
+  struct Member {
+    std::size_t run;
+    const PositionCurve* curve;
+  };
+  std::map<std::tuple<std::string, std::string, int64_t>, std::vector<Member>> groups;
+  for (std::size_t r = 0; r < runs.size(); ++r)
+    for (const PositionCurve& curve : runs[r].curves) groups[{curve.data, curve.documents, curve.context}].push_back({r, &curve});
+  for (const auto& [key, members] : groups) {
+    const std::string id = fmt::format("perplexity-{}", figures.size());
+    LinePlot plot{.id = id, .title = "Perplexity by position, " + std::get<0>(key), .x = {"position: tokens of context (log scale)", Scale::log2}, .y = {"perplexity"}, .series = {}, .markers = {}};
+    std::vector<const PositionCurve*> curves;
+    std::set<int64_t> lengths;
+    std::string counts;
+    std::set<int64_t> different_counts;
+    for (const auto& [r, curve] : members) {
+      const bool several = std::count_if(members.begin(), members.end(), [r = r](const Member& m) { return m.run == r; }) > 1;
+      std::string name = runs[r].name;
+      if (several) name += curve->step >= 0 ? fmt::format(", step {}", format_count(curve->step)) : ", " + curve->file;
+      Series series{.name = name, .points = {}, .color = static_cast<int>(runs.size() > 1 && !several ? r : plot.series.size())};
+      for (const PositionBin& bin : curve->bins) series.points.emplace_back(bin.centre(), bin.perplexity());
+      plot.series.push_back(std::move(series));
+      curves.push_back(curve);
+      plot.x.min = 1;
+      plot.x.max = std::max(plot.x.max.value_or(2), static_cast<double>(curve->bins.back().last));
+      different_counts.insert(curve->sequences);
+      if (curve->sequences > 0) counts += fmt::format("{}{} {}", counts.empty() ? "" : ", ", name, format_count(curve->sequences));
+      if (runs[r].train_length && lengths.insert(*runs[r].train_length).second)
+        plot.markers.push_back({static_cast<double>(*runs[r].train_length), fmt::format("training length {}", format_count(*runs[r].train_length))});
+    }
+    plot.y.scale = scale_for(plot.series, 4);
+    if (plot.y.scale == Scale::log10) plot.y.label += " (log scale)";
+    std::string caption = data_text(*members.front().curve) + " Perplexity at a position is exp of the mean loss there, starting from the zero state.";
+    if (different_counts.size() == 1 && !counts.empty()) counts = format_count(*different_counts.begin()) + (members.size() > 1 ? " each" : "");
+    if (!counts.empty()) caption += fmt::format(" Sequences: {}.", counts);
+    caption += fmt::format(" Neighbouring positions are joined ({} bins each time the position doubles, geometric mean).", kCurveBinsPerOctave);
+    figures.push_back({"Perplexity by position: " + std::get<0>(key), caption, legend_html(plot.series), line_plot_svg(plot), perplexity_table(curves, plot.series, {lengths.begin(), lengths.end()})});
+  }
+}
+
+void add_loss(const Runs& runs, std::vector<Figure>& figures) {
+  LinePlot plot{.id = "loss", .title = "Loss by training step", .x = {"step"}, .y = {"loss (nats per token)"}, .series = {}, .markers = {}};
+  Table table{kLoggedHeader, {}};
+  for (std::size_t r = 0; r < runs.size(); ++r) {
+    const auto color = static_cast<int>(r);
+    const std::string train = runs.size() == 1 ? "training" : runs[r].name + ", training", val = runs.size() == 1 ? "validation" : runs[r].name + ", validation";
+    if (Series s = logged_series(runs[r].metrics, "loss", train, color); !s.points.empty()) plot.series.push_back(std::move(s));
+    add_logged_row(table, runs[r].metrics, "loss", train);
+    if (Series s = logged_series(runs[r].metrics, "val_loss", val, runs.size() == 1 ? 1 : color); !s.points.empty()) {
+      s.dashed = true;
+      s.dots = s.points.size() <= 60;
+      plot.series.push_back(std::move(s));
+    }
+    add_logged_row(table, runs[r].metrics, "val_loss", val);
+  }
+  if (!drawable(plot.series)) return;
+  figures.push_back({"Loss", "Cross-entropy of the training batches (solid) and of the validation data (dashed)." + joined_note(runs, "loss"), legend_html(plot.series), line_plot_svg(plot), table});
+}
+
+void add_logged_figure(const Runs& runs, std::vector<Figure>& figures, const std::string& value, const std::string& id, const std::string& title, const std::string& label,
+                       const std::string& caption, double log_factor, bool from_zero) {
+  LinePlot plot{.id = id, .title = title + " by training step", .x = {"step"}, .y = {label}, .series = {}, .markers = {}, .height = 300};
+  Table table{kLoggedHeader, {}};
+  for (std::size_t r = 0; r < runs.size(); ++r) {
+    if (Series s = logged_series(runs[r].metrics, value, runs[r].name, static_cast<int>(r)); !s.points.empty()) plot.series.push_back(std::move(s));
+    add_logged_row(table, runs[r].metrics, value, runs[r].name);
+  }
+  if (!drawable(plot.series)) return;
+  plot.y.scale = scale_for(plot.series, log_factor);
+  if (plot.y.scale == Scale::log10) plot.y.label += " (log scale)";
+  else if (from_zero) plot.y.min = 0;
+  figures.push_back({title, caption + joined_note(runs, value), runs.size() > 1 ? legend_html(plot.series) : "", line_plot_svg(plot), table});
+}
+
+constexpr double kNeverLog = std::numeric_limits<double>::infinity();
+
+void add_learning_rate(const Runs& runs, std::vector<Figure>& figures) {
+  add_logged_figure(runs, figures, "lr", "learning-rate", "Learning rate", "learning rate", "The rate each step was taken with.", kNeverLog, true);
+}
+
+void add_grad_norm(const Runs& runs, std::vector<Figure>& figures) {
+  add_logged_figure(runs, figures, "grad_norm", "grad-norm", "Gradient norm", "norm before clipping", "Euclidean norm of the whole gradient, before clipping.", 30, true);
+}
+
+void add_speed(const Runs& runs, std::vector<Figure>& figures) {
+  add_logged_figure(runs, figures, "tokens_per_s", "speed", "Speed", "tokens/s", "Training tokens per second.", kNeverLog, true);
+}
+
+// In the order of the page.
+constexpr void (*kFigures[])(const Runs&, std::vector<Figure>&) = {add_perplexity, add_loss, add_learning_rate, add_grad_norm, add_speed};
+
+// --- the page --------------------------------------------------------------------------------------------------
+
+std::string table_html(const Table& table, const std::string& css_class = "") {
+  std::string html = css_class.empty() ? "<div class=\"scroll\"><table>\n<thead><tr>" : fmt::format("<div class=\"scroll\"><table class=\"{}\">\n<thead><tr>", css_class);
+  for (const std::string& name : table.header) html += fmt::format("<th scope=\"col\">{}</th>", escape_html(name));
+  html += "</tr></thead>\n<tbody>\n";
+  for (const auto& row : table.rows) {
+    html += "<tr>";
+    for (std::size_t c = 0; c < row.size(); ++c) html += c == 0 ? fmt::format("<th scope=\"row\">{}</th>", escape_html(row[c])) : fmt::format("<td>{}</td>", escape_html(row[c]));
+    html += "</tr>\n";
+  }
+  return html + "</tbody></table></div>\n";
+}
+
+std::string last_logged(const Metrics& metrics, const std::string& value) {
+  const auto found = metrics.values.find(value);
+  return found == metrics.values.end() ? "–" : format_aligned(found->second.rbegin()->second);
+}
+
+std::string duration(double seconds) {
+  const auto s = std::llround(seconds);
+  if (s >= 86400) return fmt::format("{} d {} h", s / 86400, s % 86400 / 3600);
+  if (s >= 3600) return fmt::format("{} h {} min", s / 3600, s % 3600 / 60);
+  return s >= 60 ? fmt::format("{} min {} s", s / 60, s % 60) : fmt::format("{} s", s);
+}
+
+std::string overview_html(const Runs& runs) {
+  Table table{{"Run", "Steps", "Tokens", "Training loss", "Validation loss", "Training length", "Tokens/s (median)", "Time"}, {}};
+  for (const RunData& run : runs) {
+    const auto& values = run.metrics.values;
+    int64_t steps = 0;
+    for (const auto& [name, logged] : values) steps = std::max(steps, logged.rbegin()->first);
+    const auto speed = values.find("tokens_per_s"), elapsed = values.find("elapsed_s");
+    table.rows.push_back({run.name, steps > 0 ? format_count(steps) : "–", last_logged(run.metrics, "tokens"), last_logged(run.metrics, "loss"), last_logged(run.metrics, "val_loss"),
+                          run.train_length ? format_count(*run.train_length) : "–", speed == values.end() ? "–" : format_number(median(speed->second)),
+                          elapsed == values.end() ? "–" : duration(elapsed->second.rbegin()->second)});
+  }
+  return "<section>\n<h2>Overview</h2>\n<p class=\"soft\">Losses are those logged last, in nats per token.</p>\n" + table_html(table) + "</section>\n";
+}
+
+std::string notes_html(const Runs& runs) {
+  std::string items;
+  for (const RunData& run : runs)
+    for (const std::string& problem : run.problems) items += fmt::format("<li><b>{}</b>: {}</li>\n", escape_html(run.name), escape_html(problem));
+  return items.empty() ? "" : "<section class=\"note\" aria-label=\"Notes\">\n<b>Missing or unreadable</b>\n<ul>\n" + items + "</ul></section>\n";
+}
+
+// Settings in the order of the first run that has them; where runs differ the row is marked.
+std::string configuration_html(const Runs& runs) {
+  std::vector<std::string> keys;
+  std::set<std::string> known;
+  for (const RunData& run : runs)
+    for (const auto& [key, value] : run.config.values)
+      if (known.insert(key).second) keys.push_back(key);
+  if (keys.empty()) return "";
+  std::string head = "<thead><tr><th scope=\"col\">Setting</th>", differing, common;
+  for (const RunData& run : runs) head += fmt::format("<th scope=\"col\">{}</th>", escape_html(run.name));
+  head += "</tr></thead>\n";
+  for (const std::string& key : keys) {
+    std::set<std::string> values;
+    std::string cells;
+    for (const RunData& run : runs) {
+      const std::string value = run.config.get(key).value_or("–");
+      values.insert(value);
+      cells += fmt::format("<td>{}</td>", escape_html(value));
+    }
+    (values.size() > 1 ? differing : common) += fmt::format("<tr><th scope=\"row\">{}</th>{}</tr>\n", escape_html(key), cells);
+  }
+  const auto table = [&](const std::string& rows) { return "<div class=\"scroll\"><table class=\"text\">\n" + head + "<tbody>\n" + rows + "</tbody></table></div>\n"; };
+  std::string html = "<section>\n<h2>Configuration</h2>\n";
+  if (runs.size() == 1) return html + table(common) + "</section>\n";
+  html += differing.empty() ? "<p>The runs have the same settings.</p>\n" : "<p class=\"soft\">Settings in which the runs differ.</p>\n" + table(differing);
+  if (!common.empty()) html += "<details><summary>Settings that all runs share</summary>\n" + table(common) + "</details>\n";
+  return html + "</section>\n";
+}
+
+}  // namespace
+
+RunData read_run(const std::string& folder) {
+  if (!fs::is_directory(folder)) throw FileError("report: there is no such run folder", {{"run", folder}});
+  RunData run;
+  run.name = folder_name(folder);
+  run.folder = folder;
+  const fs::path root(folder);
+  try {
+    run.metrics = read_metrics((root / "metrics.jsonl").string());
+    run.problems = run.metrics.problems;
+    if (run.metrics.values.empty()) run.problems.push_back((root / "metrics.jsonl").string() + " holds no logged step");
+  } catch (const Error& error) {
+    run.problems.push_back(sentence(error));
+  }
+  if (fs::exists(root / "config.toml")) {
+    run.config = parse_flat_config(read_text_file((root / "config.toml").string()));
+    if (run.config.lines_left_out > 0) run.problems.push_back(fmt::format("{}: {} lines are no \"key = value\" and are not shown", (root / "config.toml").string(), run.config.lines_left_out));
+  } else {
+    run.problems.push_back("the run has no configuration; file " + (root / "config.toml").string());
+  }
+  try {
+    run.train_length = read_run_record({"", folder, -1}).train_length;
+  } catch (const Error& error) {
+    run.problems.push_back(sentence(error));
+  }
+  std::vector<fs::path> tables;
+  if (fs::is_directory(root / "eval"))
+    for (const auto& entry : fs::directory_iterator(root / "eval"))
+      if (entry.path().extension() == ".csv" && entry.path().filename().string().starts_with("ppl-")) tables.push_back(entry.path());
+  std::sort(tables.begin(), tables.end());
+  for (const fs::path& table : tables) {
+    try {
+      run.curves.push_back(read_curve(table, run));
+    } catch (const Error& error) {
+      run.problems.push_back(sentence(error));
+    }
+  }
+  std::stable_sort(run.curves.begin(), run.curves.end(), [](const PositionCurve& a, const PositionCurve& b) { return a.step < b.step; });
+  if (run.metrics.values.empty() && run.curves.empty()) {
+    std::vector<ErrorRow> rows{{"run", folder}};
+    for (const std::string& problem : run.problems) rows.push_back({"found", problem});
+    throw FileError("report: the run has neither metrics nor evaluations that can be read", rows);
+  }
+  return run;
+}
+
+std::vector<RunData> read_runs(const std::vector<std::string>& folders) {
+  std::vector<RunData> runs;
+  std::map<std::string, int> names;
+  for (const std::string& folder : folders) runs.push_back(read_run(folder));
+  for (const RunData& run : runs) ++names[run.name];
+  for (RunData& run : runs)
+    if (names[run.name] > 1) run.name = run.folder;
+  return runs;
+}
+
+std::string report_html(const std::vector<RunData>& runs, const std::string& date) {
+  std::string names;
+  for (const RunData& run : runs) names += (names.empty() ? "" : ", ") + run.name;
+  const std::string heading = runs.size() == 1 ? names : fmt::format("Comparison of {} runs", runs.size());
+  std::vector<Figure> figures;
+  for (const auto add : kFigures) add(runs, figures);
+
+  std::string html = "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n<meta name=\"color-scheme\" content=\"light dark\">\n";
+  html += fmt::format("<title>{} – longhand report</title>\n<style>{}</style>\n</head>\n<body>\n<main>\n", escape_html(names), kReportStyle);
+  html += fmt::format("<header>\n<h1>{}</h1>\n<p class=\"soft\">longhand report, {}</p>\n</header>\n", escape_html(heading), escape_html(date));
+  html += notes_html(runs) + overview_html(runs);
+  for (const Figure& figure : figures) {
+    html += fmt::format("<section>\n<figure>\n<figcaption><h2>{}</h2>\n<p>{}</p></figcaption>\n{}<div class=\"scroll\"><div class=\"box\">{}</div></div>\n</figure>\n{}</section>\n", escape_html(figure.title),
+                        escape_html(figure.caption), figure.legend, figure.svg, table_html(figure.table));
+  }
+  html += configuration_html(runs);
+  return html + "</main>\n<script>" + kReportScript + "</script>\n</body>\n</html>\n";
+}
+
+}  // namespace longhand

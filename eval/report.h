@@ -1,0 +1,62 @@
+// The report: one HTML page with the curves of one or several runs, complete in itself (no script, font or picture from elsewhere).
+//
+// Adding a figure: write a function `void add_NAME(const std::vector<RunData>&, std::vector<Figure>&)` that appends one Figure for each
+// picture it draws (line_plot_svg or heat_map_svg of plot.h, and a table with the same numbers), or nothing when no run has the data,
+// and put it into the list kFigures in report.cpp, at the place where the page shall show it. Data that no RunData field holds yet are read
+// in read_run, which writes down in `problems` what is there but cannot be read.
+#pragma once
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "eval/position_curve.h"
+#include "eval/run_folder.h"
+
+namespace longhand {
+
+/// One RUN/eval/ppl-NAME.csv with what its .json says.
+struct PositionCurve {
+  std::string file;            // its name without folder
+  std::string data;            // what it was measured on; curves of equal data, documents and context share a figure
+  std::string documents;       // the choice of sequences
+  int64_t context = 0;         // 0: unknown
+  int64_t sequences = 0;       // 0: unknown
+  int64_t step = -1;           // of the checkpoint; -1: unknown
+  std::vector<PositionBin> bins;  // kCurveBinsPerOctave an octave
+};
+inline constexpr int kCurveBinsPerOctave = 24;
+
+struct RunData {
+  std::string name;                     // unique among the runs of a page
+  std::string folder;
+  Metrics metrics;
+  FlatConfig config;
+  std::optional<int64_t> train_length;  // tokens in a training row
+  std::vector<PositionCurve> curves;
+  std::vector<std::string> problems;    // what could not be read, as sentences
+};
+
+/// Reads what there is; each missing or damaged part becomes an entry of `problems`.
+/// errors   FileError if the folder does not exist or holds neither metrics nor evaluations
+RunData read_run(const std::string& folder);
+
+/// Reads several; runs of the same folder name are told apart by their paths.
+std::vector<RunData> read_runs(const std::vector<std::string>& folders);
+
+struct Table {
+  std::vector<std::string> header;             // the first column holds names, the others numbers
+  std::vector<std::vector<std::string>> rows;
+};
+
+struct Figure {
+  std::string title;
+  std::string caption;                         // a sentence or two; plain text
+  std::string legend, svg;                     // HTML; legend may be empty
+  Table table;
+};
+
+/// The page. `date` is shown as it is.
+std::string report_html(const std::vector<RunData>& runs, const std::string& date);
+
+}  // namespace longhand

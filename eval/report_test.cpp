@@ -1,0 +1,178 @@
+// Reports over made-up run folders.
+#include "eval/report.h"
+
+#include <fmt/format.h>
+
+#include <cmath>
+#include <filesystem>
+
+#include "core/error.h"
+#include "core/files.h"
+#include "eval/perplexity.h"
+#include "tests/support/check.h"
+
+using namespace longhand;
+using longhand::test::ScratchFolder;
+
+namespace {
+
+namespace fs = std::filesystem;
+
+std::size_t count(const std::string& text, const std::string& part) {
+  std::size_t n = 0;
+  for (std::size_t at = text.find(part); at != std::string::npos; at = text.find(part, at + part.size())) ++n;
+  return n;
+}
+
+void add_metrics(const std::string& run, int64_t lines, int64_t val_every = 50) {
+  fs::create_directories(run);
+  std::string text;
+  for (int64_t i = 1; i <= lines; ++i) {
+    text += fmt::format(R"({{"step": {}, "tokens": {}, "loss": {}, "lr": {}, "weight_decay": 0.01, "grad_norm": {}, "tokens_per_s": 50000, "elapsed_s": {})", i * 10, i * 5120,
+                        4 + 6 / static_cast<double>(i), 1e-3 / static_cast<double>(i), 1.0, static_cast<double>(i) * 0.1);
+    text += i % val_every == 0 ? fmt::format(", \"val_loss\": {}}}\n", 4.1 + 6 / static_cast<double>(i)) : "}\n";
+  }
+  write_file_atomically(run + "/metrics.jsonl", text);
+}
+
+void add_config(const std::string& run, double lr) {
+  write_file_atomically(run + "/config.toml", fmt::format("seed = 0 # the seed\n[train]\nlength = 512\n[optimizer]\nlr = {}\nname = \"a # b\"\n[data]\ntokenizer = \"bytes\"\n", lr));
+}
+
+void add_curve(const std::string& run, const std::string& name, int64_t positions, double level, const std::string& json = "") {
+  fs::create_directories(run + "/eval");
+  PositionLoss loss;
+  for (int64_t p = 1; p <= positions; ++p) {
+    loss.tokens.push_back(4);
+    loss.loss_sum.push_back(4 * (level + 4 / std::sqrt(static_cast<double>(p))));
+  }
+  write_position_csv(run + "/eval/" + name + ".csv", loss);
+  if (!json.empty()) write_file_atomically(run + "/eval/" + name + ".json", json);
+}
+
+std::string page_of(const std::vector<std::string>& runs) { return report_html(read_runs(runs), "2000-01-01"); }
+
+}  // namespace
+
+TEST("the page of one run has its curves, its tables and nothing from elsewhere") {
+  const ScratchFolder scratch;
+  const std::string run = scratch.file("base");
+  add_metrics(run, 200);
+  add_config(run, 0.001);
+  add_curve(run, "ppl-val", 4096, 3);
+  const std::string page = page_of({run});
+  for (const char* part : {"Perplexity by position", "<h2>Loss</h2>", "Learning rate", "Gradient norm", "Speed", "training length 512", "Configuration", "optimizer.lr"})
+    CHECK_MESSAGE(page.find(part) != std::string::npos, part);
+  CHECK(count(page, "data-points=") == 6);  // perplexity, training and validation loss, learning rate, gradient norm, speed
+  CHECK(page.find("http") == std::string::npos);
+  CHECK(page.find("src=") == std::string::npos);
+  CHECK(page.find("href=") == std::string::npos);
+  CHECK(page.find("nan") == std::string::npos);
+  CHECK(page.find("Missing or unreadable") == std::string::npos);
+  CHECK(page.find("<td>a # b</td>") != std::string::npos);
+  CHECK(page.find("<td>0</td>") != std::string::npos);
+}
+
+TEST("several runs share one plot with a legend, and settings that differ are shown apart") {
+  const ScratchFolder scratch;
+  const std::string base = scratch.file("base"), passing = scratch.file("state-passing");
+  for (const auto& run : {base, passing}) {
+    add_metrics(run, 60);
+    add_config(run, run == base ? 0.001 : 0.0003);
+    add_curve(run, "ppl-val", 4096, run == base ? 6 : 3, R"({"data_name": "val", "context": 4096, "documents": "packed", "sequences": 4, "step": 600})");
+  }
+  const std::string page = page_of({base, passing});
+  CHECK(count(page, "<h2>Perplexity by position") == 1);
+  CHECK(count(page, "data-name=\"base\"") == 4);
+  CHECK(count(page, "data-name=\"state-passing\"") == 4);
+  CHECK(page.find("Settings in which the runs differ") != std::string::npos);
+  CHECK(page.find("Sequences: 4 each.") != std::string::npos);
+  CHECK(page.find("http") == std::string::npos);
+}
+
+TEST("curves of other data or another context get their own figure; checkpoints of a run are told apart") {
+  const ScratchFolder scratch;
+  const std::string run = scratch.file("base");
+  add_metrics(run, 5);
+  add_config(run, 0.001);
+  add_curve(run, "ppl-val-step-10", 64, 3, R"({"data_name": "val", "context": 64, "step": 10})");
+  add_curve(run, "ppl-val-step-1000", 64, 3, R"({"data_name": "val", "context": 64, "step": 1000})");
+  add_curve(run, "ppl-books", 64, 3, R"({"data_name": "books", "context": 64, "step": 10})");
+  const std::string page = page_of({run});
+  CHECK(count(page, "<h2>Perplexity by position") == 2);
+  CHECK(page.find("data-name=\"base, step 10\"") < page.find("data-name=\"base, step 1,000\""));
+  CHECK(page.find("data-name=\"base, step 1,000\"") != std::string::npos);
+}
+
+TEST("names, settings and file names are escaped") {
+  const ScratchFolder scratch;
+  const std::string run = scratch.file("<b>&\"run\"");
+  add_metrics(run, 5);
+  write_file_atomically(run + "/config.toml", "name = \"<script>alert(1)</script>\"\n");
+  add_curve(run, "ppl-<i>", 64, 3);
+  const std::string page = page_of({run});
+  CHECK(page.find("<b>&\"run") == std::string::npos);
+  CHECK(page.find("<script>alert") == std::string::npos);
+  CHECK(page.find("ppl-<i>") == std::string::npos);
+  CHECK(page.find("&lt;b&gt;&amp;&quot;run&quot;") != std::string::npos);
+  CHECK(page.find("&lt;script&gt;alert(1)") != std::string::npos);
+}
+
+TEST("a run without evaluation, and one without metrics, still give a page") {
+  const ScratchFolder scratch;
+  const std::string training = scratch.file("training"), measured = scratch.file("measured");
+  add_metrics(training, 20);
+  add_curve(measured, "ppl-val", 128, 3);
+  const std::string page = page_of({training, measured});
+  CHECK(page.find("<h2>Loss</h2>") != std::string::npos);
+  CHECK(page.find("Perplexity by position") != std::string::npos);
+  CHECK(page.find("the run has no metrics") != std::string::npos);
+  CHECK(page.find("the run has no configuration") != std::string::npos);
+}
+
+TEST("what cannot be read is named, and the rest is shown") {
+  const ScratchFolder scratch;
+  const std::string run = scratch.file("base");
+  add_metrics(run, 20);
+  add_config(run, 0.001);
+  std::string text = read_text_file(run + "/metrics.jsonl");
+  write_file_atomically(run + "/metrics.jsonl", text + "{\"event\": 1}\n{\"step\": 500, \"lo");
+  add_curve(run, "ppl-val", 128, 3, "not JSON");
+  write_file_atomically(run + "/eval/ppl-bad.csv", "position,tokens\n");
+  const RunData data = read_run(run);
+  REQUIRE(data.problems.size() == 4);
+  CHECK(data.problems[0].find("metrics.jsonl: 1 line is not JSON and left out, the first is line 22") != std::string::npos);
+  CHECK(data.problems[1].find("1 line has no step") != std::string::npos);
+  CHECK(data.problems[2].find("ppl-bad.csv") != std::string::npos);
+  CHECK(data.problems[3].find("ppl-val.json is not a JSON object") != std::string::npos);
+  CHECK(data.curves.size() == 1);
+  CHECK(report_html({data}, "").find("ppl-bad.csv") != std::string::npos);
+}
+
+TEST("a folder that is no run is an error") {
+  const ScratchFolder scratch;
+  CHECK_THROWS_AS(read_run(scratch.file("nothing")), FileError);
+  fs::create_directories(scratch.file("empty"));
+  CHECK_THROWS_AS(read_run(scratch.file("empty")), FileError);
+}
+
+TEST("steps that were logged again after a resume count once, with their later values") {
+  const ScratchFolder scratch;
+  write_file_atomically(scratch.file("metrics.jsonl"), "{\"step\": 1, \"loss\": 5}\n{\"step\": 2, \"loss\": 4}\n{\"step\": 2, \"loss\": 3}\n{\"step\": 3, \"loss\": null}\n");
+  const Metrics metrics = read_metrics(scratch.file("metrics.jsonl"));
+  CHECK(metrics.values.at("loss") == std::map<int64_t, double>{{1, 5}, {2, 3}});
+  CHECK(metrics.problems.empty());
+}
+
+TEST("the page of a long run over long curves stays small") {
+  const ScratchFolder scratch;
+  const std::string a = scratch.file("a"), b = scratch.file("b");
+  for (const auto& run : {a, b}) {
+    add_metrics(run, 20000);
+    add_config(run, 0.001);
+    add_curve(run, "ppl-val", 300000, 3);
+  }
+  const std::string page = page_of({a, b});
+  CHECK(page.size() < 400000);
+  CHECK(page.find("mean of up to 50 logged steps") != std::string::npos);
+}

@@ -1,0 +1,56 @@
+// The state as a value: rows, statistics, files.
+#include "models/recurrent_state.h"
+
+#include <cmath>
+
+#include "core/error.h"
+#include "tests/support/check.h"
+
+using namespace longhand;
+using namespace longhand::test;
+
+namespace {
+RecurrentState example() {
+  const Device cpu = Device::cpu();
+  const Tensor ssm = Tensor::from(cpu, {2, 2, 1, 2}, std::vector<float>{1, 3, 5, 5, 2, 4, -7, 7});
+  return RecurrentState({{{"ssm", ssm}, {"conv", Tensor::full(cpu, Dtype::f32, {2, 3, 4}, 1)}}, {{"ssm", ssm.clone()}}});
+}
+}  // namespace
+
+TEST("rows can be selected and reset") {
+  const RecurrentState state = example();
+  CHECK(state.rows() == 2);
+  CHECK(state.select_rows({1, 1, 0}).get(0, "ssm").value().to_vector<float>() == std::vector<float>{2, 4, -7, 7, 2, 4, -7, 7, 1, 3, 5, 5});
+  const RecurrentState reset = state.reset_rows({1, 0});
+  CHECK(reset.get(0, "ssm").value().to_vector<float>() == std::vector<float>{0, 0, 0, 0, 2, 4, -7, 7});
+  CHECK(state.get(0, "ssm").value().to_vector<float>()[0] == 1);  // the original is untouched
+  CHECK_THROWS_AS(state.reset_rows({1}), ShapeError);
+}
+
+TEST("statistics are per head over rows and elements") {
+  const auto heads = example().statistics(0, "ssm", true);
+  REQUIRE(heads.size() == 2);
+  CHECK(heads[0].mean == doctest::Approx(2.5));
+  CHECK(heads[0].std == doctest::Approx(std::sqrt(1.25)));
+  CHECK(heads[1].max_abs == 7);
+  CHECK(heads[1].norm == doctest::Approx(std::sqrt(25.0 + 25 + 49 + 49)));
+  CHECK(example().statistics(0, "ssm", false)[0].count == 8);
+}
+
+TEST("a saved state is the same state") {
+  const ScratchFolder scratch;
+  const RecurrentState state = example();
+  state.save(scratch.file("state.safetensors"));
+  const RecurrentState read = RecurrentState::load(scratch.file("state.safetensors"), Device::cpu());
+  REQUIRE(read.layers().size() == 2);
+  CHECK(read.get(1, "ssm").value().to_vector<float>() == state.get(1, "ssm").value().to_vector<float>());
+  CHECK(read.get(0, "conv").shape() == Shape{2, 3, 4});
+  CHECK(read.size_bytes() == state.size_bytes());
+}
+
+TEST("an absent state has no rows and no tensors") {
+  const RecurrentState none;
+  CHECK(none.absent());
+  CHECK(none.rows() == 0);
+  CHECK_FALSE(none.get(3, "ssm").defined());
+}

@@ -1,0 +1,52 @@
+// gemm: what both backends share, the checks and the view of a tensor as a matrix. See gemm.h.
+#include "ops/common/gemm.h"
+
+#include "core/error.h"
+
+namespace longhand {
+namespace {
+
+void require_gemm_dtypes(const Tensor& a, const Tensor& b, const Tensor& c) {
+  const bool gpu = a.device().is_cuda();
+  const bool known = gpu ? a.dtype() == Dtype::f32 || a.dtype() == Dtype::bf16 : a.dtype() == Dtype::f32 || a.dtype() == Dtype::f64;
+  const bool sum_fits = c.dtype() == a.dtype() || (gpu && c.dtype() == Dtype::f32);
+  if (known && b.dtype() == a.dtype() && sum_fits) return;
+  throw DtypeError("gemm: a product of these element types is not offered",
+                   {{"a", a.describe()},
+                    {"b", b.describe()},
+                    {"c", c.describe()},
+                    {"expected", gpu ? "a and b both f32 or both bf16, c the same or f32" : "a, b and c all f32 or all f64"}});
+}
+
+}  // namespace
+
+void gemm(bool transpose_a, const Tensor& a, bool transpose_b, const Tensor& b, const Tensor& c, double alpha, double beta) {
+  const bool matrices = a.rank() == 2 && b.rank() == 2 && c.rank() == 2;
+  const int row = transpose_a ? 1 : 0, column = transpose_b ? 0 : 1;
+  if (!matrices || a.dim(1 - row) != b.dim(1 - column) || c.dim(0) != a.dim(row) || c.dim(1) != b.dim(column))
+    throw ShapeError("gemm: the matrices do not fit together", {{"a", a.describe() + (transpose_a ? " transposed" : "")},
+                                                                {"b", b.describe() + (transpose_b ? " transposed" : "")},
+                                                                {"c", c.describe()},
+                                                                {"expected", "[m, k] times [k, n] into [m, n]"}});
+  if (!(a.device() == b.device()) || !(a.device() == c.device()))
+    throw DeviceError("gemm: the matrices are on different devices", {{"a", a.describe()}, {"b", b.describe()}, {"c", c.describe()}});
+  require_gemm_dtypes(a, b, c);
+  const GemmShape shape{c.dim(0), c.dim(1), a.dim(1 - row)};
+  if (shape.m == 0 || shape.n == 0) return;
+  if (shape.k == 0) return beta == 0 ? fill(c, 0) : multiply(c, beta);
+  on_device(a.device(), &gemm_cpu, LONGHAND_CUDA_IMPL(gemm_cuda))(shape, transpose_a, a, transpose_b, b, c, alpha, beta);
+}
+
+Tensor as_matrix(const Tensor& t) {
+  const int64_t width = t.dim(-1);
+  const Shape matrix{width == 0 ? 0 : t.numel() / width, width};
+  int64_t joined = 0;  // the stride that the next outer axis must have; 0 until an inner one of more than one row was seen
+  for (int axis = t.rank() - 2; axis >= 0; --axis) {
+    if (t.dim(axis) == 1) continue;
+    if (joined != 0 && t.stride(axis) != joined) return t.contiguous().reshape(matrix);
+    joined = t.stride(axis) * t.dim(axis);
+  }
+  return t.reshape(matrix);
+}
+
+}  // namespace longhand

@@ -1,0 +1,147 @@
+// gemm against a triple loop, and the GPU against the CPU.
+#include "ops/common/gemm.h"
+
+#include <omp.h>
+
+#include <string>
+
+#include "autograd/gradcheck.h"
+#include "core/error.h"
+#include "core/switches.h"
+#include "tests/support/check.h"
+
+using namespace longhand;
+using namespace longhand::test;
+
+namespace {
+
+struct Sizes {
+  int64_t m, n, k;
+};
+
+/// A matrix inside a wider one, beginning at column `skip`: rows are `extra` elements further apart than they are wide.
+Tensor matrix(Device device, Dtype dtype, int64_t rows, int64_t columns, uint64_t seed, int64_t extra = 0, int64_t skip = 0) {
+  return random_tensor(device, dtype, {rows, columns + extra}, seed).slice(1, skip, skip + columns);
+}
+
+std::vector<double> product_by_hand(bool ta, const Tensor& a, bool tb, const Tensor& b, const Tensor& c, double alpha, double beta) {
+  const auto av = a.to_vector<double>(), bv = b.to_vector<double>();
+  auto cv = c.to_vector<double>();
+  const auto m = static_cast<std::size_t>(c.dim(0)), n = static_cast<std::size_t>(c.dim(1)),
+             k = static_cast<std::size_t>(a.dim(ta ? 0 : 1));
+  for (std::size_t i = 0; i < m; ++i)
+    for (std::size_t j = 0; j < n; ++j) {
+      double sum = 0;
+      for (std::size_t l = 0; l < k; ++l) sum += av[ta ? l * m + i : i * k + l] * bv[tb ? j * k + l : l * n + j];
+      cv[i * n + j] = alpha * sum + (beta == 0 ? 0 : beta * cv[i * n + j]);
+    }
+  return cv;
+}
+
+void check_products(const Device& device, Dtype dtype, Dtype c_dtype, const Sizes& s, double tolerance) {
+  for (const int64_t extra : {0, 3}) {
+    for (const bool ta : {false, true}) {
+      for (const bool tb : {false, true}) {
+        for (const double beta : {0.0, 1.0, 0.5}) {
+          const int64_t skip = extra / 2;
+          const Tensor a = matrix(device, dtype, ta ? s.k : s.m, ta ? s.m : s.k, 1, extra, skip);
+          const Tensor b = matrix(device, dtype, tb ? s.n : s.k, tb ? s.k : s.n, 2, extra, skip);
+          const Tensor c = matrix(device, c_dtype, s.m, s.n, 3, extra, skip);
+          const auto expected = product_by_hand(ta, a, tb, b, c, 0.75, beta);
+          gemm(ta, a, tb, b, c, 0.75, beta);
+          expect_close(
+              c.to_vector<double>(), expected, tolerance, 1e-3,
+              c.describe() + " k " + std::to_string(s.k) + (ta ? " A^T" : "") + (tb ? " B^T" : "") + " beta " + std::to_string(beta));
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+TEST("gemm: a product worked by hand") {
+  const Device cpu = Device::cpu();
+  const Tensor a = Tensor::from<double>(cpu, {2, 3}, {1, 2, 3, 4, 5, 6}), b = Tensor::from<double>(cpu, {3, 2}, {1, 0, 0, 1, 2, 2});
+  const Tensor c = Tensor::full(cpu, Dtype::f64, {2, 2}, 10.0);
+  gemm(false, a, false, b, c, 1.0, 2.0);
+  CHECK(c.to_vector<double>() == std::vector<double>{27, 28, 36, 37});
+}
+
+TEST("gemm: every transposition, row stride and beta agrees with a triple loop, at sizes around the tiles") {
+  for (const Sizes& s : {Sizes{1, 1, 1}, {1, 600, 33}, {5, 97, 33}, {257, 3, 7}, {256, 513, 5}, {3, 1025, 40}}) {
+    check_products(Device::cpu(), Dtype::f64, Dtype::f64, s, 1e-13);
+    check_products(Device::cpu(), Dtype::f32, Dtype::f32, s, 1e-5);
+  }
+}
+
+TEST("gemm: with beta 0 the old values are not read") {
+  const SwitchScope poison([](Switches& s) { s.poison = true; });
+  for (const int64_t m : {1, 4, 300}) {
+    const Tensor a = random_tensor(Device::cpu(), Dtype::f32, {m, 8}, 1), b = random_tensor(Device::cpu(), Dtype::f32, {700, 8}, 2);
+    const Tensor c = Tensor::empty(Device::cpu(), Dtype::f32, {m, 700});
+    gemm(false, a, true, b, c);
+    CHECK(first_non_finite(c) == -1);
+  }
+}
+
+TEST("gemm: the number of threads does not change a bit") {
+  const Tensor a = random_tensor(Device::cpu(), Dtype::f32, {300, 70}, 1), b = random_tensor(Device::cpu(), Dtype::f32, {900, 70}, 2);
+  auto product = [&](int threads) {
+    const int before = omp_get_max_threads();
+    omp_set_num_threads(threads);
+    const Tensor c = Tensor::empty(Device::cpu(), Dtype::f32, {300, 900});
+    gemm(false, a, true, b, c);
+    omp_set_num_threads(before);
+    return c.to_vector<float>();
+  };
+  const auto one = product(1);
+  CHECK(one == product(2));
+  CHECK(one == product(5));
+}
+
+TEST("gemm: without an inner axis C is only scaled") {
+  const Tensor a = Tensor::zeros(Device::cpu(), Dtype::f64, {2, 0}), b = Tensor::zeros(Device::cpu(), Dtype::f64, {0, 3});
+  const Tensor c = Tensor::full(Device::cpu(), Dtype::f64, {2, 3}, 4.0);
+  gemm(false, a, false, b, c, 1.0, 0.5);
+  CHECK(c.to_vector<double>() == std::vector<double>(6, 2.0));
+  gemm(false, a, false, b, c);
+  CHECK(c.to_vector<double>() == std::vector<double>(6, 0.0));
+}
+
+TEST("gemm: sizes and types that do not fit are named") {
+  const Tensor a = Tensor::zeros(Device::cpu(), Dtype::f32, {2, 3}), b = Tensor::zeros(Device::cpu(), Dtype::f32, {4, 5});
+  const Tensor c = Tensor::zeros(Device::cpu(), Dtype::f32, {2, 5}), wide = Tensor::zeros(Device::cpu(), Dtype::f64, {3, 5});
+  CHECK_THROWS_AS(gemm(false, a, false, b, c), ShapeError);
+  CHECK_THROWS_WITH_AS(gemm(false, a, false, wide, c), doctest::Contains("[3, 5] f64"), DtypeError);
+}
+
+TEST("as_matrix: a view where rows have one stride, a copy else") {
+  const Tensor whole = random_tensor(Device::cpu(), Dtype::f32, {2, 5, 8}, 1);
+  const Tensor columns = whole.slice(2, 2, 6), times = whole.slice(1, 1, 3);
+  CHECK(as_matrix(columns).same_storage(whole));
+  CHECK(as_matrix(columns).stride(0) == 8);
+  CHECK_FALSE(as_matrix(times).same_storage(whole));
+  CHECK(as_matrix(times).to_vector<float>() == times.to_vector<float>());
+  CHECK(as_matrix(whole.slice(1, 4, 5)).same_storage(whole));  // the last token of each row
+  CHECK(as_matrix(whole.slice(1, 4, 5)).stride(0) == 40);
+}
+
+TEST("gemm: CUDA agrees with a triple loop, whatever the widths and the alignment") {
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  const Device gpu = Device::cuda();
+  for (const Sizes& s : {Sizes{1, 1, 1}, {5, 97, 33}, {1, 64, 128}, {64, 1, 16}, {7, 24, 1}, {130, 72, 48}, {128, 256, 64}}) {
+    check_products(gpu, Dtype::f32, Dtype::f32, s, 1e-5);
+    check_products(gpu, Dtype::bf16, Dtype::f32, s, 1e-5);     // products of bf16 are exact in f32
+    check_products(gpu, Dtype::bf16, Dtype::bf16, s, 0x1p-8);  // one rounding of the result
+  }
+}
+
+TEST("gemm: CUDA keeps f32 products in f32") {
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  const Device gpu = Device::cuda();
+  // 1 + 2^-12 has no TF32 and no bf16 form: its square would lose the 2^-11.
+  const Tensor a = Tensor::full(gpu, Dtype::f32, {256, 256}, 1 + 0x1p-12), c = Tensor::empty(gpu, Dtype::f32, {256, 256});
+  gemm(false, a, true, a, c);
+  expect_close(c.to_vector<double>(), std::vector<double>(256 * 256, 256 * (1 + 0x1p-12) * (1 + 0x1p-12)), 1e-6);
+}

@@ -1,0 +1,72 @@
+// For the tests of ops: the same computation on a device and on the CPU in f64, outputs and gradients compared.
+#pragma once
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "autograd/gradcheck.h"
+#include "autograd/tape.h"
+#include "tests/support/check.h"
+
+namespace longhand::test {
+
+/// One input of a compared computation: random values of this shape, in this dtype on the device; an empty shape stands for "absent".
+struct ParityInput {
+  Shape shape;
+  Dtype dtype;
+  double mean = 0;
+};
+
+constexpr double kBf16Rounding = 1.0 / 256;  // one rounding is 2^-9 of the element; twice that leaves room for values near a tie
+
+constexpr double kSmallScale =
+    0.1;  // inputs are of size 1: where everything is smaller than this, it is what is left after terms cancelled
+
+/// f maps leaves to outputs; it takes all its dtypes from the leaves, since it also runs with every one of them in f64.
+/// Compares each output and the gradient of each input: f32 within `tolerance` of the largest element, bf16 within kBf16Rounding.
+/// grad_padding  unread elements behind each row of the output gradients: makes those strided
+inline void expect_parity(const std::function<std::vector<Variable>(const std::vector<Variable>&)>& f,
+                          const std::vector<ParityInput>& inputs, const Device& device, double tolerance, int64_t grad_padding = 0,
+                          const std::string& what = "") {
+  std::vector<Variable> on_device, reference;
+  for (std::size_t i = 0; i < inputs.size(); ++i) {
+    if (inputs[i].shape.rank() == 0) {
+      on_device.emplace_back();
+      reference.emplace_back();
+      continue;
+    }
+    const Tensor rounded = random_tensor(Device::cpu(), Dtype::f64, inputs[i].shape, 100 + i, 1.0, inputs[i].mean).to(inputs[i].dtype);
+    on_device.push_back(Variable::leaf(rounded.to(device)));
+    reference.push_back(Variable::leaf(rounded.to(Dtype::f64)));
+  }
+  const std::vector<Variable> outputs = f(on_device), expected = f(reference);
+
+  const auto compare = [&](const Tensor& actual, const Tensor& wanted, const std::string& name) {
+    REQUIRE(actual.shape() == wanted.shape());
+    expect_close(actual.to_vector<double>(), wanted.to_vector<double>(), actual.dtype() == Dtype::bf16 ? kBf16Rounding : tolerance,
+                 kSmallScale, what + " " + name);
+  };
+  std::vector<Variable> roots, expected_roots;
+  std::vector<Tensor> grads, expected_grads;
+  REQUIRE(outputs.size() == expected.size());
+  for (std::size_t i = 0; i < outputs.size(); ++i) {
+    compare(outputs[i].value(), expected[i].value(), "output " + std::to_string(i));
+    Shape padded = outputs[i].shape();
+    padded[-1] += grad_padding;
+    const Tensor rounded = random_tensor(Device::cpu(), Dtype::f64, padded, 200 + i).to(outputs[i].value().dtype());
+    roots.push_back(outputs[i]);
+    grads.push_back(rounded.to(device).slice(-1, 0, outputs[i].shape()[-1]));
+    expected_roots.push_back(expected[i]);
+    expected_grads.push_back(rounded.to(Dtype::f64).slice(-1, 0, outputs[i].shape()[-1]));
+  }
+  backward(roots, grads);
+  backward(expected_roots, expected_grads);
+  for (std::size_t i = 0; i < inputs.size(); ++i) {
+    if (!on_device[i]) continue;
+    REQUIRE(on_device[i].grad().defined());
+    CHECK(on_device[i].grad().dtype() == inputs[i].dtype);
+    compare(on_device[i].grad(), reference[i].grad(), "gradient of input " + std::to_string(i));
+  }
+}
+
+}  // namespace longhand::test

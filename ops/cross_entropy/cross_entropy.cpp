@@ -1,0 +1,132 @@
+// linear_cross_entropy: the loop over row chunks, the same for every device, and the node.
+#include "ops/cross_entropy/cross_entropy.h"
+
+#include <algorithm>
+
+#include "autograd/tape.h"
+#include "core/error.h"
+#include "core/op_scope.h"
+#include "core/switches.h"
+#include "ops/common/gemm.h"
+#include "ops/common/token_ids.h"
+#include "ops/cross_entropy/cross_entropy_kernels.h"
+
+namespace longhand {
+namespace {
+
+// How much memory the logits of a chunk may take. Large chunks spare passes over grad_weight, which every chunk adds to.
+constexpr int64_t kLogitsBytesCpu = int64_t{64} << 20;
+constexpr int64_t kLogitsBytesGpu = int64_t{416} << 20;  // 4096 rows of 50304 in bf16
+constexpr int64_t kRowMultiple = 128;                    // the tile of the matrix products
+constexpr int64_t kRowAlignment = 128;                   // bytes: one memory transaction
+
+int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+/// Chunks of about equal size that fit the budget.
+int64_t choose_chunk_rows(int64_t rows, int64_t row_bytes, bool gpu) {
+  const int64_t most = std::max(kRowMultiple, (gpu ? kLogitsBytesGpu : kLogitsBytesCpu) / row_bytes / kRowMultiple * kRowMultiple);
+  const int64_t chunks = std::max<int64_t>(1, (rows + most - 1) / most);
+  return std::min(most, round_up((rows + chunks - 1) / chunks, kRowMultiple));
+}
+
+void require_same_leading_shape(const char* name, const Tensor& t, const Tensor& x) {
+  bool same = t.rank() == x.rank() - 1;
+  for (int axis = 0; same && axis < t.rank(); ++axis) same = t.dim(axis) == x.dim(axis);
+  if (!same)
+    throw ShapeError(std::string("cross_entropy: ") + name + " must have the shape of x without its last axis",
+                     {{name, t.describe()}, {"x", x.describe()}});
+  if (!(t.device() == x.device()))
+    throw DeviceError(std::string("cross_entropy: ") + name + " and x are on different devices",
+                      {{name, t.describe()}, {"x", x.describe()}});
+}
+
+void require_cross_entropy_args(const Tensor& x, const Tensor& weight, const Tensor& targets, const Tensor& mask,
+                                const CrossEntropyOptions& options) {
+  if (x.rank() < 1 || weight.rank() != 2 || weight.dim(1) != x.dim(-1) || weight.dim(0) == 0)
+    throw ShapeError("cross_entropy: weight does not fit the last axis of x",
+                     {{"x", x.describe()}, {"weight", weight.describe()}, {"expected", "x [.., d], weight [V, d]"}});
+  if (weight.dtype() != x.dtype())
+    throw DtypeError("cross_entropy: x and weight must have one dtype", {{"x", x.describe()}, {"weight", weight.describe()}});
+  require_same_leading_shape("targets", targets, x);
+  if (targets.dtype() != Dtype::i32) throw DtypeError("cross_entropy: targets must be i32", {{"targets", targets.describe()}});
+  if (mask.defined()) {
+    require_same_leading_shape("mask", mask, x);
+    if (mask.dtype() != Dtype::f32) throw DtypeError("cross_entropy: mask must be f32", {{"mask", mask.describe()}});
+  }
+  if (options.valid_vocab < 0 || options.valid_vocab > weight.dim(0))
+    throw ValueError("cross_entropy: valid_vocab is not between 0 and the rows of weight",
+                     {{"valid_vocab", std::to_string(options.valid_vocab)}, {"weight", weight.describe()}});
+  if (options.chunk_rows < 0)
+    throw ValueError("cross_entropy: chunk_rows is negative", {{"chunk_rows", std::to_string(options.chunk_rows)}});
+}
+
+}  // namespace
+
+CrossEntropyOutput linear_cross_entropy(const Variable& x, const Variable& weight, const Tensor& targets, const Tensor& mask,
+                                        const CrossEntropyOptions& options) {
+  const OpScope op("cross_entropy", {&x.value(), &weight.value()});
+  require_cross_entropy_args(x.value(), weight.value(), targets, mask, options);
+  const Device& device = x.value().device();
+  const Dtype dtype = x.value().dtype(), wide = dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32;
+  const bool wants_x = grad_enabled() && x.requires_grad(), wants_weight = grad_enabled() && weight.requires_grad();
+  const bool gradient = wants_x || wants_weight;
+
+  // Masked columns take no part at all: the head is cut to its valid rows.
+  const int64_t vocab = options.valid_vocab > 0 ? options.valid_vocab : weight.value().dim(0);
+  const Tensor head = weight.value().slice(0, 0, vocab);  // [V, d]
+  const Tensor rows = as_matrix(x.value());               // [R, d]
+  const int64_t count = rows.dim(0);
+  const Tensor ids = targets.contiguous().reshape({count});
+  const Tensor weights = mask.defined() ? mask.contiguous().reshape({count}) : mask;
+  if (!device.is_cuda() || switches().check) require_ids("cross_entropy", targets, vocab, mask);
+
+  const Tensor token_loss = Tensor::empty(device, wide, targets.shape());
+  const Tensor losses = token_loss.reshape({count});
+  const Tensor loss = Tensor::empty(device, wide, {}), factor = Tensor::empty(device, wide, {});
+  if (weights.defined()) on_device(device, &loss_factor_cpu, LONGHAND_CUDA_IMPL(loss_factor_cuda))(weights, options.loss_scale, factor);
+  else fill(factor, count > 0 ? options.loss_scale / static_cast<double>(count) : 0.0);
+
+  Tensor grad_x, grad_weight, grad_head;
+  if (wants_x) grad_x = Tensor::empty(device, dtype, {count, rows.dim(1)});
+  if (wants_weight) {
+    grad_weight = Tensor::empty(device, wide, weight.shape());
+    grad_head = grad_weight.slice(0, 0, vocab);
+    fill(count > 0 ? grad_weight.slice(0, vocab, weight.value().dim(0)) : grad_weight, 0);
+  }
+
+  const Dtype logits_dtype = gradient ? dtype : wide;
+  const int64_t stride = round_up(vocab, kRowAlignment / size_of(logits_dtype));
+  const int64_t chunk_rows = std::min(
+      count, options.chunk_rows > 0 ? options.chunk_rows : choose_chunk_rows(count, stride * size_of(logits_dtype), device.is_cuda()));
+  const Tensor chunk_memory = Tensor::empty(device, logits_dtype, {chunk_rows, stride});
+  for (int64_t begin = 0; begin < count; begin += chunk_rows) {
+    const int64_t end = std::min(begin + chunk_rows, count);
+    const Tensor chunk_x = rows.slice(0, begin, end);  // [chunk, d]
+    const Tensor logits = chunk_memory.slice(0, 0, end - begin).slice(1, 0, vocab);
+    gemm(false, chunk_x, true, head, logits);
+    on_device(device, &loss_chunk_cpu, LONGHAND_CUDA_IMPL(loss_chunk_cuda))({logits, chunk_x, head, ids.slice(0, begin, end),
+                                                                             weights.defined() ? weights.slice(0, begin, end) : weights,
+                                                                             factor, losses.slice(0, begin, end), begin, gradient});
+    if (wants_x) gemm(false, logits, false, head, grad_x.slice(0, begin, end));
+    if (wants_weight) gemm(true, logits, false, chunk_x, grad_head, 1.0, begin == 0 ? 0.0 : 1.0);
+  }
+  on_device(device, &mean_loss_cpu, LONGHAND_CUDA_IMPL(mean_loss_cuda))(losses, weights, factor, loss);
+
+  const Shape x_shape = x.shape();
+  Variable result = record("cross_entropy", loss, {x, weight}, [grad_x, grad_weight, x_shape](BackwardCall& call) {
+    const auto scale = on_device(call.grad(0).device(), &scale_gradient_cpu, LONGHAND_CUDA_IMPL(scale_gradient_cuda));
+    if (call.needs(0)) {
+      scale(grad_x, call.grad(0), grad_x, 0.0);
+      call.set(0, grad_x.reshape(x_shape));
+    }
+    if (call.needs(1)) {
+      const auto [destination, beta] = call.accumulate(1);
+      scale(grad_weight, call.grad(0), destination, beta);
+    }
+  });
+  return {result, token_loss};
+}
+
+}  // namespace longhand

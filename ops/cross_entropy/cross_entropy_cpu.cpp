@@ -1,0 +1,115 @@
+// cross_entropy on the CPU: the reference, in the order of the formula. A row's terms e^(l - max) are kept where its logits were.
+#include <algorithm>
+#include <cmath>
+
+#include "ops/common/activations.h"
+#include "ops/cross_entropy/cross_entropy_kernels.h"
+
+namespace longhand {
+namespace {
+
+constexpr int64_t kRun = 512;  // terms summed in T before they join the sum in f64
+
+template <class T>
+T largest(const T* logits, int64_t vocab) {
+  T top = logits[0];
+#pragma omp simd reduction(max : top)
+  for (int64_t v = 0; v < vocab; ++v) top = std::max(top, logits[v]);
+  return top;
+}
+
+// logits[v] becomes e^(logits[v] - top); returns their sum.
+template <class T>
+double exponentials(T* logits, int64_t vocab, T top) {
+  double total = 0;
+  for (int64_t begin = 0; begin < vocab; begin += kRun) {
+    const int64_t end = std::min(begin + kRun, vocab);
+    T sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t v = begin; v < end; ++v) {
+      logits[v] = exp_of(logits[v] - top);
+      sum += logits[v];
+    }
+    total += static_cast<double>(sum);
+  }
+  return total;
+}
+
+// -log softmax(logits)[target]; with `gradient`, logits[v] becomes scale * (softmax(logits)[v] - [v = target]).
+template <class T>
+double loss_of_row(T* logits, int64_t vocab, int64_t target, bool gradient, double scale) {
+  const T top = largest(logits, vocab);
+  const T target_logit = logits[target];
+  logits[target] = -INFINITY;  // the target is counted apart: softmax - 1 = -others / sum, without cancellation
+  const double others = exponentials(logits, vocab, top);
+  const double own = std::exp(static_cast<double>(target_logit) - static_cast<double>(top));
+  const double sum = others + own;
+  if (gradient) {
+    const T per_class = static_cast<T>(scale / sum);
+    for (int64_t v = 0; v < vocab; ++v) logits[v] *= per_class;
+    logits[target] = static_cast<T>(-scale * others / sum);
+  }
+  const double below = static_cast<double>(top) - static_cast<double>(target_logit);
+  return below == 0 ? std::log1p(others) : below + std::log(sum);
+}
+
+template <class T>
+void loss_rows(const LossChunk& chunk) {
+  const int64_t rows = chunk.logits.dim(0), vocab = chunk.logits.dim(1), stride = chunk.logits.stride(0);
+  T* logits = chunk.logits.data<T>();
+  const auto* targets = chunk.targets.data<int32_t>();
+  const float* mask = chunk.mask.defined() ? chunk.mask.data<float>() : nullptr;
+  const auto factor = static_cast<double>(*chunk.factor.data<T>());
+  T* token_loss = chunk.token_loss.data<T>();
+#pragma omp parallel for schedule(static)
+  for (int64_t r = 0; r < rows; ++r) {
+    T* row = logits + r * stride;
+    if (targets[r] < 0 || targets[r] >= vocab) {  // only where mask is 0
+      token_loss[r] = 0;
+      if (chunk.gradient) std::fill(row, row + vocab, T(0));
+      continue;
+    }
+    const double weight = mask != nullptr ? static_cast<double>(mask[r]) : 1.0;
+    token_loss[r] = static_cast<T>(loss_of_row(row, vocab, targets[r], chunk.gradient, factor * weight));
+  }
+}
+
+template <class T>
+void scale_values(const Tensor& gradient, const Tensor& upstream, const Tensor& destination, T beta) {
+  const T scale = *upstream.data<T>();
+  const T* from = gradient.data<T>();
+  T* to = destination.data<T>();
+  const int64_t count = gradient.numel();
+#pragma omp parallel for simd schedule(static)
+  for (int64_t i = 0; i < count; ++i) to[i] = (beta == T(0) ? T(0) : beta * to[i]) + scale * from[i];
+}
+
+}  // namespace
+
+void loss_chunk_cpu(const LossChunk& chunk) {
+  if (chunk.logits.dtype() == Dtype::f64) loss_rows<double>(chunk);
+  else loss_rows<float>(chunk);
+}
+
+void loss_factor_cpu(const Tensor& mask, double scale, const Tensor& factor) {
+  double sum = 0;
+  for (int64_t r = 0; r < mask.numel(); ++r) sum += static_cast<double>(mask.data<float>()[r]);
+  fill(factor, sum > 0 ? scale / sum : 0.0);
+}
+
+void mean_loss_cpu(const Tensor& token_loss, const Tensor& mask, const Tensor& factor, const Tensor& loss) {
+  const auto losses = token_loss.to_vector<double>();
+  double sum = 0;
+  for (std::size_t r = 0; r < losses.size(); ++r) {
+    const double weight = mask.defined() ? static_cast<double>(mask.data<float>()[r]) : 1.0;
+    if (weight != 0) sum += weight * losses[r];
+  }
+  fill(loss, factor.item() * sum);
+}
+
+void scale_gradient_cpu(const Tensor& gradient, const Tensor& upstream, const Tensor& destination, double beta) {
+  if (gradient.dtype() == Dtype::f64) scale_values<double>(gradient, upstream, destination, beta);
+  else scale_values<float>(gradient, upstream, destination, static_cast<float>(beta));
+}
+
+}  // namespace longhand

@@ -1,0 +1,39 @@
+// The pieces of linear_cross_entropy that differ by device; arguments have been checked. For cross_entropy's own files.
+#pragma once
+#include "core/tensor.h"
+
+namespace longhand {
+
+// How far a GPU's losses and gradients may be from float64, relative to the largest and to 1 + the largest |logit|: a logit is off by its
+// own rounding (f32 sums of d products; bf16 storage), a term of the softmax by as much again relative to itself.
+inline constexpr double kCrossEntropyToleranceF32 = 2e-6;
+inline constexpr double kCrossEntropyToleranceBf16 = 0x1p-8;
+
+/// One chunk of rows between the products that make its logits and those that use their gradient.
+struct LossChunk {
+  Tensor logits;      // [R, V] in; with `gradient`, out: grad_logits. On a GPU rows begin at multiples of 16 bytes and what lies
+                      // between V and the next such multiple belongs to the row too
+  Tensor x, weight;   // [R, d], [V, d]: what the logits were made from (a GPU sums the target's logit again in f32)
+  Tensor targets;     // [R] i32
+  Tensor mask;        // [R] f32, or undefined
+  Tensor factor;      // [] loss_scale / sum(mask): what one counted position's loss is multiplied by
+  Tensor token_loss;  // [R] out
+  int64_t first_row;  // of the chunk in the whole, for messages
+  bool gradient;
+};
+void loss_chunk_cpu(const LossChunk&);
+void loss_chunk_cuda(const LossChunk&);
+
+/// factor = scale / sum(mask), or 0 when the sum is 0
+void loss_factor_cpu(const Tensor& mask, double scale, const Tensor& factor);
+void loss_factor_cuda(const Tensor& mask, double scale, const Tensor& factor);
+
+/// loss = factor * sum_r mask[r] token_loss[r]; positions with mask 0 are not read
+void mean_loss_cpu(const Tensor& token_loss, const Tensor& mask, const Tensor& factor, const Tensor& loss);
+void mean_loss_cuda(const Tensor& token_loss, const Tensor& mask, const Tensor& factor, const Tensor& loss);
+
+/// destination = beta * destination + upstream * gradient; upstream is one number on the device; contiguous, one dtype; may be in place
+void scale_gradient_cpu(const Tensor& gradient, const Tensor& upstream, const Tensor& destination, double beta);
+void scale_gradient_cuda(const Tensor& gradient, const Tensor& upstream, const Tensor& destination, double beta);
+
+}  // namespace longhand

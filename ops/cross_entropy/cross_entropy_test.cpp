@@ -1,0 +1,292 @@
+// cross_entropy: against a float64 log-softmax by hand, gradients, chunks, masks, extreme logits, tied weights, the GPU against the CPU.
+#include "ops/cross_entropy/cross_entropy.h"
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+
+#include "autograd/gradcheck.h"
+#include "autograd/parameters.h"
+#include "autograd/tape.h"
+#include "core/error.h"
+#include "core/philox.h"
+#include "core/switches.h"
+#include "ops/cross_entropy/cross_entropy_kernels.h"
+#include "ops/embedding/embedding.h"
+#include "ops/linear/linear.h"
+#include "tests/support/check.h"
+
+using namespace longhand;
+using namespace longhand::test;
+
+namespace {
+
+void set_poison(Switches& s) {
+  s.poison = true;
+}
+
+Tensor random_f64(Shape shape, uint64_t seed) {
+  return random_tensor(Device::cpu(), Dtype::f64, shape, seed);
+}
+
+Tensor random_targets(Shape shape, int64_t vocab, uint64_t seed) {
+  std::vector<int32_t> ids;
+  for (int64_t i = 0; i < shape.numel(); ++i)
+    ids.push_back(static_cast<int32_t>(philox_u64(seed, static_cast<uint64_t>(i)) % static_cast<uint64_t>(vocab)));
+  return Tensor::from(Device::cpu(), shape, ids);
+}
+
+/// What the op should give, from the logits, in float64.
+struct ByHand {
+  std::vector<double> token_loss, grad_logits;
+  double loss = 0, largest = 0;
+};
+
+ByHand by_hand(const Tensor& x, const Tensor& weight, const Tensor& targets, const Tensor& mask, int64_t vocab, double loss_scale = 1.0) {
+  const auto logits = linear(x.to(Device::cpu()).to(Dtype::f64), weight.to(Device::cpu()).to(Dtype::f64)).value().to_vector<double>();
+  const auto ids = targets.to_vector<int32_t>();
+  const auto weights = mask.defined() ? mask.to_vector<double>() : std::vector<double>(ids.size(), 1.0);
+  const auto all = static_cast<std::size_t>(weight.dim(0)), valid = static_cast<std::size_t>(vocab);
+  double counted = 0;
+  for (double w : weights) counted += w;
+  ByHand result;
+  result.grad_logits.assign(ids.size() * all, 0.0);
+  for (std::size_t r = 0; r < ids.size(); ++r) {
+    const double* l = logits.data() + r * all;
+    const double top = *std::max_element(l, l + valid);
+    for (std::size_t v = 0; v < valid; ++v) result.largest = std::max(result.largest, std::abs(l[v]));
+    double sum = 0;
+    for (std::size_t v = 0; v < valid; ++v) sum += std::exp(l[v] - top);
+    const bool known = ids[r] >= 0 && ids[r] < vocab;
+    const auto target = static_cast<std::size_t>(known ? ids[r] : 0);
+    result.token_loss.push_back(known ? top + std::log(sum) - l[target] : 0.0);
+    result.loss += loss_scale * weights[r] * result.token_loss[r] / counted;
+    for (std::size_t v = 0; v < valid && known; ++v)
+      result.grad_logits[r * all + v] = loss_scale * weights[r] / counted * (std::exp(l[v] - top) / sum - (v == target ? 1 : 0));
+  }
+  return result;
+}
+
+}  // namespace
+
+TEST("cross_entropy: loss of every position and mean against a float64 log-softmax") {
+  const SwitchScope poison(set_poison);
+  const Tensor targets = random_targets({2, 3}, 97, 3);
+  for (const Dtype dtype : {Dtype::f64, Dtype::f32}) {
+    const Tensor x = random_f64({2, 3, 33}, 1).to(dtype), w = random_f64({97, 33}, 2).to(dtype);
+    const auto [loss, token_loss] = linear_cross_entropy(x, w, targets, {});
+    const ByHand expected = by_hand(x, w, targets, {}, 97);
+    const double tolerance = dtype == Dtype::f64 ? 1e-13 : 1e-6;
+    CHECK(token_loss.shape() == Shape{2, 3});
+    CHECK(loss.shape() == Shape{});
+    CHECK(loss.value().dtype() == dtype);
+    expect_close(token_loss.to_vector<double>(), expected.token_loss, tolerance);
+    expect_close({loss.value().item()}, {expected.loss}, tolerance);
+  }
+}
+
+TEST("cross_entropy: gradients of x and weight, with mask, masked columns, scale and any chunk size") {
+  const SwitchScope poison(set_poison);
+  const Tensor targets = random_targets({2, 4}, 9, 3);
+  const Tensor mask = Tensor::from<float>(Device::cpu(), {2, 4}, {1, 0, 1, 0.25f, 1, 1, 0, 1});
+  const std::vector<Tensor> inputs{random_f64({2, 4, 5}, 1), random_f64({11, 5}, 2)};
+  for (const int64_t chunk : {0, 1, 3, 8, 100}) {
+    const CrossEntropyOptions options{chunk, 9, 0.5};
+    const auto f = [&](const std::vector<Variable>& v) {
+      return std::vector{linear_cross_entropy(v[0], v[1], targets, mask, options).loss};
+    };
+    const auto result = gradcheck(f, inputs);
+    CHECK_MESSAGE(result.worst < 1e-7, result.where);
+    CHECK(f({inputs[0], inputs[1]})[0].value().item() ==
+          doctest::Approx(by_hand(inputs[0], inputs[1], targets, mask, 9, 0.5).loss).epsilon(1e-13));
+  }
+}
+
+TEST("cross_entropy: a gradient for one input alone") {
+  const Tensor targets = random_targets({4}, 7, 3), x = random_f64({4, 5}, 1), w = random_f64({7, 5}, 2);
+  const Variable leaf_x = Variable::leaf(x), leaf_w = Variable::leaf(w), both_x = Variable::leaf(x), both_w = Variable::leaf(w);
+  backward(linear_cross_entropy(leaf_x, w, targets, {}).loss);
+  backward(linear_cross_entropy(x, leaf_w, targets, {}).loss);
+  backward(linear_cross_entropy(both_x, both_w, targets, {}).loss);
+  CHECK(leaf_x.grad().to_vector<double>() == both_x.grad().to_vector<double>());
+  CHECK(leaf_w.grad().to_vector<double>() == both_w.grad().to_vector<double>());
+}
+
+TEST("cross_entropy: the target's gradient keeps its digits where softmax is nearly 1") {
+  // One feature: logits are 0 and g. softmax - 1 = -1 / (1 + e^g), which 1 - softmax in f32 would round to nothing at g = 20.
+  for (const double g : {5.0, 7.0, 20.0}) {
+    const Variable w = Variable::leaf(Tensor::from<float>(Device::cpu(), {2, 1}, {0.0f, static_cast<float>(g)}));
+    const Tensor x = Tensor::full(Device::cpu(), Dtype::f32, {1, 1}, 1.0);
+    const auto out = linear_cross_entropy(x, w, Tensor::from<int32_t>(Device::cpu(), {1}, {1}), {});
+    backward(out.loss);
+    const double miss = 1 / (1 + std::exp(g));
+    CHECK(w.grad().to_vector<double>()[1] == doctest::Approx(-miss).epsilon(1e-5));
+    CHECK(w.grad().to_vector<double>()[0] == doctest::Approx(miss).epsilon(1e-5));
+    CHECK(out.token_loss.item() == doctest::Approx(-std::log1p(-miss)).epsilon(1e-5));
+  }
+}
+
+TEST("cross_entropy: logits of +-1e4 give finite losses and gradients") {
+  for (const Dtype dtype : {Dtype::f32, Dtype::f64}) {
+    const Variable w = Variable::leaf(Tensor::from<double>(Device::cpu(), {4, 1}, {1e4, -1e4, 0, 9999}).to(dtype));
+    const Tensor x = Tensor::full(Device::cpu(), dtype, {4, 1}, 1.0);
+    const auto out = linear_cross_entropy(x, w, Tensor::from<int32_t>(Device::cpu(), {4}, {0, 1, 2, 3}), {});
+    backward(out.loss);
+    const double near = std::log1p(std::exp(-1.0));
+    expect_close(out.token_loss.to_vector<double>(), {near, 2e4 + near, 1e4 + near, 1 + near}, 1e-6);
+    CHECK(out.token_loss.to_vector<double>()[0] == doctest::Approx(near).epsilon(1e-6));
+    CHECK(first_non_finite(w.grad()) == -1);
+    CHECK(w.grad().to_vector<double>()[1] == doctest::Approx(-0.25));
+  }
+}
+
+TEST("cross_entropy: positions that are not counted need no target; nothing counted is a loss of 0") {
+  const SwitchScope poison(set_poison);
+  const Tensor x = random_f64({3, 2}, 1), w = random_f64({5, 2}, 2);
+  const Tensor targets = Tensor::from<int32_t>(Device::cpu(), {3}, {4, -100, 5});
+  const Variable leaf = Variable::leaf(x);
+  const auto out = linear_cross_entropy(leaf, w, targets, Tensor::from<float>(Device::cpu(), {3}, {1, 0, 0}));
+  backward(out.loss);
+  CHECK(out.token_loss.to_vector<double>()[1] == 0.0);
+  CHECK(leaf.grad().slice(0, 1, 3).to_vector<double>() == std::vector<double>(4, 0.0));
+  const Variable again = Variable::leaf(x);
+  const auto none = linear_cross_entropy(again, w, targets, Tensor::zeros(Device::cpu(), Dtype::f32, {3}));
+  backward(none.loss);
+  CHECK(none.loss.value().item() == 0.0);
+  CHECK(again.grad().to_vector<double>() == std::vector<double>(6, 0.0));
+  CHECK_THROWS_WITH_AS(linear_cross_entropy(x, w, targets, {}), doctest::Contains("-100"), ValueError);
+}
+
+TEST("cross_entropy: no positions at all") {
+  const SwitchScope poison(set_poison);
+  const Variable x = Variable::leaf(Tensor::zeros(Device::cpu(), Dtype::f32, {0, 4})),
+                 w = Variable::leaf(Tensor::zeros(Device::cpu(), Dtype::f32, {5, 4}));
+  const auto out = linear_cross_entropy(x, w, random_targets({0}, 5, 1), {});
+  backward(out.loss);
+  CHECK(out.loss.value().item() == 0.0);
+  CHECK(w.grad().to_vector<double>() == std::vector<double>(20, 0.0));
+}
+
+TEST("cross_entropy: a head tied to the embedding gets both gradients, as a leaf and as a parameter") {
+  const SwitchScope poison(set_poison);
+  const Tensor tokens = random_targets({2, 3}, 7, 1), targets = random_targets({2, 3}, 7, 2);
+  auto loss_of = [&](const Variable& w) {
+    return linear_cross_entropy(embedding(tokens, w, Dtype::f64), w, targets, {}, {2, 0, 3.0}).loss;
+  };
+  ParameterSet set;
+  Parameter* w = set.declare("embedding.weight", {7, 4}, {init_normal(1.0)});
+  set.allocate(Device::cpu(), Dtype::f64, Dtype::f64);
+  set.initialize(1);
+  const auto result = gradcheck([&](const auto& v) { return std::vector{loss_of(v[0])}; }, {w->master.clone()});
+  CHECK_MESSAGE(result.worst < 1e-7, result.where);
+  const Variable leaf = Variable::leaf(w->master.clone());
+  backward(loss_of(leaf));
+  fill(set.flat_grad(), std::nan(""));
+  backward(loss_of(w->variable));
+  expect_close(w->grad.to_vector<double>(), leaf.grad().to_vector<double>(), 1e-14);
+}
+
+TEST("cross_entropy: what does not fit is named") {
+  const Tensor x = Tensor::zeros(Device::cpu(), Dtype::f32, {2, 3, 4}), w = Tensor::zeros(Device::cpu(), Dtype::f32, {5, 4});
+  const Tensor targets = random_targets({2, 3}, 5, 1);
+  CHECK_THROWS_AS(linear_cross_entropy(x, Tensor::zeros(Device::cpu(), Dtype::f32, {5, 6}), targets, {}), ShapeError);
+  CHECK_THROWS_WITH_AS(linear_cross_entropy(x, w, random_targets({6}, 5, 1), {}), doctest::Contains("targets"), ShapeError);
+  CHECK_THROWS_WITH_AS(linear_cross_entropy(x, w, targets, Tensor::zeros(Device::cpu(), Dtype::f32, {2})), doctest::Contains("mask"),
+                       ShapeError);
+  CHECK_THROWS_WITH_AS(linear_cross_entropy(x, w, targets, {}, {0, 6, 1.0}), doctest::Contains("valid_vocab"), ValueError);
+  CHECK_THROWS_WITH_AS(linear_cross_entropy(x, w, Tensor::from<int32_t>(Device::cpu(), {2, 3}, {0, 1, 2, 3, 5, 4}), {}),
+                       doctest::Contains("[1, 1]"), ValueError);
+}
+
+TEST("cross_entropy: CUDA agrees with float64, odd sizes, masks, chunks, rows beyond shared memory") {
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  const SwitchScope poison(set_poison);
+  const Device cpu = Device::cpu(), gpu = Device::cuda();
+  struct Case {
+    int64_t rows, vocab, valid, width, chunk;
+  };
+  for (const Dtype dtype : {Dtype::f32, Dtype::bf16}) {
+    for (const Case& c : {Case{1, 1, 0, 8, 0},
+                          {5, 97, 0, 33, 0},
+                          {5, 97, 90, 33, 2},
+                          {6, 4100, 4097, 16, 4},
+                          {3, 50280, 50277, 24, 0},
+                          {2, 130001, 0, 8, 0}}) {
+      const int64_t valid = c.valid > 0 ? c.valid : c.vocab;
+      const Tensor x = random_tensor(cpu, dtype, {1, c.rows, c.width}, 1), w = random_tensor(cpu, dtype, {c.vocab, c.width}, 2, 0.5);
+      Tensor targets = random_targets({1, c.rows}, valid, 3);
+      Tensor mask;
+      if (c.rows > 2) {  // the second position is not counted and has no target
+        std::vector<float> weights(static_cast<std::size_t>(c.rows), 1.0f);
+        auto ids = targets.to_vector<int32_t>();
+        weights[1] = 0;
+        weights[2] = 0.5f;
+        ids[1] = -100;
+        mask = Tensor::from(cpu, {1, c.rows}, weights);
+        targets = Tensor::from(cpu, {1, c.rows}, ids);
+      }
+      const ByHand expected = by_hand(x, w, targets, mask, valid, 2.0);
+      const CrossEntropyOptions options{c.chunk, c.valid, 2.0};
+      const Tensor targets_gpu = targets.to(gpu), mask_gpu = mask.defined() ? mask.to(gpu) : mask;
+      const Tensor sink = Tensor::full(gpu, Dtype::f32, {c.vocab, c.width}, std::nan(""));
+      const Variable leaf_x = Variable::leaf(x.to(gpu)), parameter = Variable::parameter(w.to(gpu), sink, "head");
+      const auto out = linear_cross_entropy(leaf_x, parameter, targets_gpu, mask_gpu, options);
+      const auto evaluated = linear_cross_entropy(x.to(gpu), w.to(gpu), targets_gpu, mask_gpu, options);
+      backward({out.loss}, {Tensor::full(gpu, Dtype::f32, {}, 0.5)});
+
+      const std::string what = w.describe() + " rows " + std::to_string(c.rows);
+      const double evaluation = kCrossEntropyToleranceF32 * (1 + expected.largest);
+      const double training = dtype == Dtype::f32 ? evaluation : kCrossEntropyToleranceBf16 * (1 + expected.largest);
+      expect_close(evaluated.token_loss.to_vector<double>(), expected.token_loss, evaluation, 1.0, what + " evaluation");
+      expect_close(out.token_loss.to_vector<double>(), expected.token_loss, training, 1.0, what + " token_loss");
+      expect_close({out.loss.value().item()}, {expected.loss}, training, 1.0, what + " loss");
+      const Tensor grad_logits = Tensor::from(cpu, {c.rows, c.vocab}, expected.grad_logits);
+      const Tensor x64 = x.to(Dtype::f64).reshape({c.rows, c.width}), w64 = w.to(Dtype::f64);
+      const Variable by_x = Variable::leaf(x64), by_w = Variable::leaf(w64);
+      backward({linear(by_x, by_w)}, {grad_logits});
+      multiply(by_x.grad(), 0.5);
+      multiply(by_w.grad(), 0.5);
+      expect_close(leaf_x.grad().to_vector<double>(), by_x.grad().to_vector<double>(), training, 1e-6, what + " grad_x");
+      expect_close(sink.to_vector<double>(), by_w.grad().to_vector<double>(), training, 1e-6, what + " grad_weight");
+    }
+  }
+}
+
+TEST("cross_entropy: CUDA keeps the digits of the target's gradient, and a bad counted target is NaN") {
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  const Device gpu = Device::cuda();
+  for (const Dtype dtype : {Dtype::f32, Dtype::bf16}) {
+    for (const double g : {5.0, 7.0, 20.0}) {
+      const Variable w = Variable::leaf(Tensor::from<float>(gpu, {2, 1}, {0.0f, static_cast<float>(g)}).to(dtype));
+      const Tensor x = Tensor::full(gpu, dtype, {1, 1}, 1.0);
+      const auto out = linear_cross_entropy(x, w, Tensor::from<int32_t>(gpu, {1}, {1}), {});
+      backward(out.loss);
+      const double miss = 1 / (1 + std::exp(g));
+      const double tolerance = dtype == Dtype::f32 ? 1e-5 : 0x1p-7;
+      CHECK(w.grad().to_vector<double>()[1] == doctest::Approx(-miss).epsilon(tolerance));
+      CHECK(out.token_loss.item() == doctest::Approx(-std::log1p(-miss)).epsilon(1e-5));  // 5, 7 and 20 are exact in bf16
+      const auto bad = linear_cross_entropy(x, w, Tensor::from<int32_t>(gpu, {1}, {2}), {});
+      CHECK(std::isnan(bad.loss.value().item()));
+    }
+  }
+}
+
+TEST("cross_entropy: CUDA gives finite numbers for logits of +-1e4, and the same bits twice") {
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  const Device gpu = Device::cuda();
+  for (const Dtype dtype : {Dtype::f32, Dtype::bf16}) {
+    const Tensor weight = Tensor::from<float>(gpu, {4, 1}, {1e4f, -1e4f, 0, 5000}).to(dtype), x = Tensor::full(gpu, dtype, {4, 1}, 1.0);
+    auto run = [&] {
+      const Variable w = Variable::leaf(weight);
+      const auto out = linear_cross_entropy(x, w, Tensor::from<int32_t>(gpu, {4}, {0, 1, 2, 3}), {});
+      backward(out.loss);
+      auto values = out.token_loss.to_vector<double>();
+      for (const double v : w.grad().to_vector<double>()) values.push_back(v);
+      return values;
+    };
+    const auto values = run();
+    expect_close({values[1], values[2], values[3]}, {2e4, 1e4, 5000}, 0x1p-8);
+    for (const double v : values) CHECK(std::isfinite(v));
+    CHECK(values == run());
+  }
+}

@@ -1,0 +1,69 @@
+// linear: everything is a matrix product, the bias too: y starts as ones times bias, and grad_bias is ones^T grad_y. The same code serves
+// every device; see linear.h for the formulas and ops/common/gemm.h for the products.
+#include "ops/linear/linear.h"
+
+#include "autograd/tape.h"
+#include "core/error.h"
+#include "core/op_scope.h"
+#include "ops/common/gemm.h"
+
+namespace longhand {
+namespace {
+
+void require_linear_args(const Variable& x, const Variable& weight, const Variable& bias) {
+  const Tensor& w = weight.value();
+  if (x.value().rank() < 1 || w.rank() != 2 || w.dim(1) != x.value().dim(-1))
+    throw ShapeError("linear: weight does not fit the last axis of x",
+                     {{"x", x.value().describe()},
+                      {"weight", w.describe() + (weight.name().empty() ? "" : " \"" + weight.name() + "\"")},
+                      {"expected", "x [.., in], weight [out, in]"}});
+  if (w.dtype() != x.value().dtype())
+    throw DtypeError("linear: x and weight must have one dtype", {{"x", x.value().describe()}, {"weight", w.describe()}});
+  if (!bias) return;
+  const Tensor& b = bias.value();
+  if (b.rank() != 1 || b.dim(0) != w.dim(0))
+    throw ShapeError("linear: bias does not match the rows of weight",
+                     {{"bias", b.describe()}, {"weight", w.describe()}, {"expected", "bias [out]"}});
+  if (b.dtype() != w.dtype() && b.dtype() != Dtype::f32)
+    throw DtypeError("linear: bias must have weight's dtype or f32", {{"bias", b.describe()}, {"weight", w.describe()}});
+}
+
+Tensor row_vector(const Tensor& t) {
+  return t.reshape({1, t.numel()});
+}
+
+Tensor ones_row(const Tensor& like, int64_t count) {
+  return Tensor::full(like.device(), like.dtype(), {1, count}, 1.0);
+}
+
+}  // namespace
+
+Variable linear(const Variable& x, const Variable& weight, const Variable& bias) {
+  const OpScope op("linear", {&x.value(), &weight.value()});
+  require_linear_args(x, weight, bias);
+  const Tensor rows = as_matrix(x.value()), w = weight.value();  // rows [R, in]   w [out, in]
+  Shape shape = x.shape();
+  shape[-1] = w.dim(0);
+  const Tensor y = Tensor::empty(rows.device(), rows.dtype(), shape);
+  const Tensor y_rows = y.reshape({rows.dim(0), w.dim(0)});
+  if (bias) gemm(true, ones_row(rows, rows.dim(0)), false, row_vector(bias.value().to(rows.dtype())), y_rows);
+  gemm(false, rows, true, w, y_rows, 1.0, bias ? 1.0 : 0.0);
+  return record("linear", y, {x, weight, bias}, [rows, w](BackwardCall& call) {
+    const Tensor grad_y = as_matrix(call.grad(0));  // [R, out]
+    if (call.needs(0)) {
+      const Tensor grad_x = call.buffer(0);
+      gemm(false, grad_y, false, w, grad_x.reshape({rows.dim(0), rows.dim(1)}));
+      call.set(0, grad_x);
+    }
+    if (call.needs(1)) {
+      const auto [grad_weight, beta] = call.accumulate(1);
+      gemm(true, grad_y, false, rows, grad_weight, 1.0, beta);
+    }
+    if (call.needs(2)) {
+      const auto [grad_bias, beta] = call.accumulate(2);
+      gemm(false, ones_row(grad_y, grad_y.dim(0)), false, grad_y, row_vector(grad_bias), 1.0, beta);
+    }
+  });
+}
+
+}  // namespace longhand

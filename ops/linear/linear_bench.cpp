@@ -1,0 +1,64 @@
+// linear: flops and time at the projections of the models. A parameter, so that the weight gradient goes straight to its place.
+#include "ops/linear/linear.h"
+
+#include "autograd/gradcheck.h"
+#include "autograd/tape.h"
+#include "ops/common/bench.h"
+
+namespace longhand {
+namespace {
+
+struct Case {
+  std::string shape;
+  int64_t rows, in, out;
+};
+
+BenchCase make_case(const Device& device, Dtype dtype, const Case& c) {
+  const int sets = device.is_cuda() ? 3 : 1;
+  std::vector<Variable> xs;
+  std::vector<Tensor> grads;
+  for (int i = 0; i < sets; ++i) {
+    const auto seed = static_cast<uint64_t>(i) * 10;
+    xs.push_back(Variable::leaf(random_tensor(device, dtype, {c.rows, c.in}, seed + 1)));
+    grads.push_back(random_tensor(device, dtype, {c.rows, c.out}, seed + 2));
+  }
+  const Variable weight =
+      Variable::parameter(random_tensor(device, dtype, {c.out, c.in}, 3, 0.05), Tensor::zeros(device, Dtype::f32, {c.out, c.in}), "weight");
+  BenchCase bench;
+  bench.shape = c.shape;
+  bench.input_sets = sets;
+  bench.run = [=](int set, bool with_backward) {
+    const Variable& x = xs[static_cast<std::size_t>(set)];
+    if (!with_backward) {
+      const NoGrad no_grad;
+      linear(x, weight);
+      return;
+    }
+    x.clear_grad();
+    weight.clear_grad();
+    backward({linear(x, weight)}, {grads[static_cast<std::size_t>(set)]});
+  };
+  const auto size = static_cast<double>(size_of(dtype)), rows = static_cast<double>(c.rows), in = static_cast<double>(c.in),
+             out = static_cast<double>(c.out);
+  bench.forward_bytes = size * (rows * in + in * out + rows * out);
+  bench.backward_bytes = size * (2 * rows * in + in * out + rows * out) + 4 * in * out;
+  bench.forward_flops = 2 * rows * in * out;
+  bench.backward_flops = 2 * bench.forward_flops;
+  return bench;
+}
+
+std::vector<BenchCase> cases(const Device& device, Dtype dtype) {
+  std::vector<Case> shapes;
+  if (device.is_cuda())
+    shapes = {
+        {"65536 x 768 -> 3352", 65536, 768, 3352}, {"65536 x 1536 -> 768", 65536, 1536, 768}, {"4096 x 512 -> 2200", 4096, 512, 2200}};
+  else shapes = {{"1024 x 256 -> 1160", 1024, 256, 1160}, {"1 x 1024 -> 4352", 1, 1024, 4352}};
+  std::vector<BenchCase> result;
+  for (const Case& c : shapes) result.push_back(make_case(device, dtype, c));
+  return result;
+}
+
+const BenchRegistration registration("linear", cases);
+
+}  // namespace
+}  // namespace longhand

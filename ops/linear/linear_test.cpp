@@ -1,0 +1,120 @@
+// linear: gradients, strided rows, parameters, the GPU against the CPU.
+#include "ops/linear/linear.h"
+
+#include <cmath>
+#include <string>
+
+#include "autograd/gradcheck.h"
+#include "autograd/parameters.h"
+#include "autograd/tape.h"
+#include "core/error.h"
+#include "core/switches.h"
+#include "tests/support/check.h"
+
+using namespace longhand;
+using namespace longhand::test;
+
+namespace {
+
+Tensor random_f64(Shape shape, uint64_t seed) {
+  return random_tensor(Device::cpu(), Dtype::f64, shape, seed);
+}
+void set_poison(Switches& s) {
+  s.poison = true;
+}
+
+}  // namespace
+
+TEST("linear: a case worked by hand") {
+  const Device cpu = Device::cpu();
+  const Tensor x = Tensor::from<double>(cpu, {1, 2, 2}, {1, 2, 3, 4}), w = Tensor::from<double>(cpu, {3, 2}, {1, 0, 0, 1, 1, 1});
+  const Tensor b = Tensor::from<double>(cpu, {3}, {10, 20, 30});
+  CHECK(linear(x, w, b).value().to_vector<double>() == std::vector<double>{11, 22, 33, 13, 24, 37});
+  CHECK(linear(x, w).shape() == Shape{1, 2, 3});
+}
+
+TEST("linear: gradients of x, weight and bias") {
+  const SwitchScope poison(set_poison);
+  const std::vector<Tensor> inputs{random_f64({2, 3, 5}, 1), random_f64({4, 5}, 2), random_f64({4}, 3)};
+  const auto result = gradcheck([](const auto& v) { return std::vector{linear(v[0], v[1], v[2])}; }, inputs);
+  CHECK_MESSAGE(result.worst < 1e-7, result.where);
+}
+
+TEST("linear: gradients through views of one projection, written into one buffer") {
+  const SwitchScope poison(set_poison);
+  const std::vector<Tensor> inputs{random_f64({2, 3, 7}, 1), random_f64({4, 5}, 2), random_f64({3, 2}, 3)};
+  const auto f = [](const std::vector<Variable>& v) {
+    const auto parts = split(v[0], {5, 2});
+    return std::vector{linear(parts[0], v[1]), linear(parts[1], v[2])};
+  };
+  const auto result = gradcheck(f, inputs);
+  CHECK_MESSAGE(result.worst < 1e-7, result.where);
+}
+
+TEST("linear: rows that need two strides are copied, and give the same") {
+  const Tensor whole = random_f64({2, 5, 4}, 1), w = random_f64({3, 4}, 2);
+  const Tensor times = whole.slice(1, 1, 4);
+  CHECK(linear(times, w).value().to_vector<double>() == linear(times.clone(), w).value().to_vector<double>());
+}
+
+TEST("linear: a parameter used twice sums both gradients in its place") {
+  const SwitchScope poison(set_poison);
+  ParameterSet set;
+  Parameter* w = set.declare("w", {4, 5}, {init_normal(1.0)});
+  Parameter* b = set.declare("b", {4}, {init_normal(1.0)});
+  set.allocate(Device::cpu(), Dtype::f64, Dtype::f64);
+  set.initialize(1);
+  const Tensor x1 = random_f64({3, 5}, 1), x2 = random_f64({6, 5}, 2), g1 = random_f64({3, 4}, 3), g2 = random_f64({6, 4}, 4);
+  const Variable leaf_w = Variable::leaf(w->master.clone()), leaf_b = Variable::leaf(b->master.clone());
+  backward({linear(x1, leaf_w, leaf_b), linear(x2, leaf_w, leaf_b)}, {g1, g2});
+  fill(set.flat_grad(), std::nan(""));  // what was there before does not matter
+  backward({linear(x1, w->variable, b->variable), linear(x2, w->variable, b->variable)}, {g1, g2});
+  expect_close(w->grad.to_vector<double>(), leaf_w.grad().to_vector<double>(), 1e-13, 1e-30, "weight");
+  expect_close(b->grad.to_vector<double>(), leaf_b.grad().to_vector<double>(), 1e-13, 1e-30, "bias");
+}
+
+TEST("linear: no rows give no rows, and zero gradients") {
+  const SwitchScope poison(set_poison);
+  const Variable x = Variable::leaf(Tensor::zeros(Device::cpu(), Dtype::f32, {2, 0, 5})),
+                 w = Variable::leaf(Tensor::zeros(Device::cpu(), Dtype::f32, {4, 5}));
+  const Variable y = linear(x, w);
+  CHECK(y.shape() == Shape{2, 0, 4});
+  backward({y}, {Tensor::zeros(Device::cpu(), Dtype::f32, {2, 0, 4})});
+  CHECK(w.grad().to_vector<double>() == std::vector<double>(20, 0.0));
+}
+
+TEST("linear: what does not fit is named") {
+  const Tensor x = Tensor::zeros(Device::cpu(), Dtype::f32, {2, 3, 5}), w = Tensor::zeros(Device::cpu(), Dtype::f32, {4, 6});
+  CHECK_THROWS_WITH_AS(linear(x, Variable::leaf(w, "layers.3.in_proj.weight")), doctest::Contains("layers.3.in_proj.weight"), ShapeError);
+  CHECK_THROWS_AS(linear(x, Tensor::zeros(Device::cpu(), Dtype::f64, {4, 5})), DtypeError);
+  CHECK_THROWS_WITH_AS(linear(x, Tensor::zeros(Device::cpu(), Dtype::f32, {4, 5}), Tensor::zeros(Device::cpu(), Dtype::f32, {5})),
+                       doctest::Contains("bias"), ShapeError);
+}
+
+TEST("linear: CUDA agrees with the CPU, forward and backward, odd widths and strided rows") {
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  const SwitchScope poison(set_poison);
+  const Device cpu = Device::cpu(), gpu = Device::cuda();
+  struct Sizes {
+    int64_t rows, in, out;
+  };
+  for (const Dtype dtype : {Dtype::f32, Dtype::bf16}) {
+    const double tolerance = dtype == Dtype::f32 ? 1e-5 : 0x1p-7;  // bf16: the result's rounding, and the bias's
+    for (const Sizes& s : {Sizes{1, 8, 16}, {5, 33, 97}, {3, 1, 1}, {64, 64, 48}, {0, 8, 8}}) {
+      const Tensor wide = random_tensor(cpu, dtype, {1, s.rows, s.in + 3}, 1), w = random_tensor(cpu, dtype, {s.out, s.in}, 2);
+      const Tensor bias = random_tensor(cpu, dtype, {s.out}, 3).to(Dtype::f32), g = random_tensor(cpu, dtype, {1, s.rows, s.out}, 4);
+      auto run = [&](const Device& device, Dtype type) {
+        const Variable x_wide = Variable::leaf(wide.to(device).to(type)), weight = Variable::leaf(w.to(device).to(type));
+        const Variable b = Variable::leaf(bias.to(device));
+        const Variable y = linear(split(x_wide, {s.in, 3})[0], weight, b);
+        backward({y}, {g.to(device).to(type)});
+        return std::vector{y.value().to_vector<double>(), x_wide.grad().to_vector<double>(), weight.grad().to_vector<double>(),
+                           b.grad().to_vector<double>()};
+      };
+      const auto expected = run(cpu, Dtype::f32), actual = run(gpu, dtype);
+      const char* names[] = {"y", "grad_x", "grad_weight", "grad_bias"};
+      for (std::size_t i = 0; i < 4; ++i)
+        expect_close(actual[i], expected[i], tolerance, 1e-3, std::string(names[i]) + " " + wide.describe());
+    }
+  }
+}

@@ -1,0 +1,126 @@
+// See inspect_command.h.
+#include "tools/inspect_command.h"
+
+#include <fmt/core.h>
+
+#include <cmath>
+#include <filesystem>
+#include <regex>
+
+#include "core/error.h"
+#include "core/safetensors.h"
+#include "core/switches.h"
+#include "models/checkpoint.h"
+#include "eval/run_folder.h"
+#include "train/recipe.h"
+
+namespace longhand {
+namespace {
+
+namespace fs = std::filesystem;
+
+std::string grouped(int64_t n) {
+  std::string digits = std::to_string(n);
+  for (auto i = static_cast<std::ptrdiff_t>(digits.size()) - 3; i > 0; i -= 3) digits.insert(static_cast<std::size_t>(i), ",");
+  return digits;
+}
+
+std::string option_text(double value) {
+  if (std::isinf(value)) return "unlimited";
+  return value == std::floor(value) ? fmt::format("{}", static_cast<int64_t>(value)) : fmt::format("{}", value);
+}
+
+// "backbone.layers.3.mixer.D" -> "backbone.layers.*.mixer.D"
+std::string kind_of(const std::string& name) {
+  static const std::regex number(R"(\.\d+\.)");
+  return std::regex_replace(name, number, ".*.");
+}
+
+void print_model(const ModelConfig& config, bool all_parameters) {
+  const LanguageModel model = LanguageModel::plan(config);
+  const ModelConfig& c = model.config();
+  fmt::print("configuration\n  {:<28}{}\n", "family", c.family);
+  for (const auto& [name, value] : {std::pair{"d_model", c.d_model}, {"n_layer", c.n_layer}, {"vocab_size", c.vocab_size}, {"vocab_size padded", c.padded_vocab()}})
+    fmt::print("  {:<28}{}\n", name, value);
+  fmt::print("  {:<28}{}\n  {:<28}{}\n", "tie_embeddings", c.tie_embeddings, "norm_eps", c.norm_eps);
+  for (const ModelOption& row : model_family(c.family).options) fmt::print("  {:<28}{:<12}{}\n", row.name, option_text(c.option(row.name)), row.meaning);
+
+  struct Kind {
+    std::string name;
+    Shape shape;
+    int64_t tensors = 0, elements = 0;
+    bool decay = true;
+  };
+  std::vector<Kind> kinds;
+  for (const Parameter& p : model.parameters().all()) {
+    const std::string name = all_parameters ? p.name : kind_of(p.name);
+    Kind* kind = nullptr;
+    for (Kind& k : kinds)
+      if (k.name == name) kind = &k;
+    if (kind == nullptr) kind = &kinds.emplace_back(Kind{name, p.shape, 0, 0, p.options.decay});
+    ++kind->tensors;
+    kind->elements += p.shape.numel();
+  }
+  fmt::print("\nparameters\n  {:<48}{:<20}{:>8}{:>16}  {}\n", "name", "shape", "tensors", "elements", "weight decay");
+  for (const Kind& k : kinds) fmt::print("  {:<48}{:<20}{:>8}{:>16}  {}\n", k.name, k.shape.str(), k.tensors, grouped(k.elements), k.decay ? "yes" : "no");
+  const int64_t embedding = model.parameter_count() - model.non_embedding_parameter_count();
+  const int64_t final_norm = c.d_model;
+  fmt::print("  {:<76}{:>16}\n", "total", grouped(model.parameter_count()));
+  fmt::print("  {:<76}{:>16}\n", "without embedding and head", grouped(model.parameter_count() - embedding));
+  fmt::print("  {:<76}{:>16}\n", "per layer", grouped((model.non_embedding_parameter_count() - final_norm) / c.n_layer));
+
+  fmt::print("\ncompute\n  {:<28}{:.4g} GFLOP/token\n  {:<28}{:.4g} GFLOP/token\n", "forward", model.forward_flops_per_token() / 1e9, "training",
+             model.training_flops_per_token() / 1e9);
+  fmt::print("  {:<28}{} bytes in f32, {} in bf16\n", "weights", grouped(model.parameter_count() * 4), grouped(model.parameter_count() * 2));
+
+  fmt::print("\nrecurrent state of one sequence (f32)\n");
+  std::map<std::string, std::pair<Shape, int64_t>> states;
+  int64_t bytes = 0;
+  const RecurrentState state = model.zero_state(1);
+  for (const LayerState& layer : state.layers()) {
+    for (const auto& [name, variable] : layer) {
+      auto& entry = states[name];
+      entry.first = variable.shape();
+      entry.second += variable.value().numel();
+      bytes += variable.value().numel() * 4;
+    }
+  }
+  for (const auto& [name, entry] : states) fmt::print("  {:<28}{:<20}{:>24} elements in all layers\n", name, entry.first.str(), grouped(entry.second));
+  fmt::print("  {:<28}{} bytes\n", "total", grouped(bytes));
+}
+
+void print_tensors(const std::string& file) {
+  const NamedTensors stored = read_safetensors(file);
+  for (const auto& [key, value] : stored.metadata) fmt::print("metadata {}: {}\n", key, value);
+  fmt::print("{:<60}{:<8}{}\n", "tensor", "dtype", "shape");
+  int64_t elements = 0;
+  for (const auto& [name, tensor] : stored.tensors) {
+    fmt::print("{:<60}{:<8}{}\n", name, name_of(tensor.dtype()), tensor.shape().str());
+    elements += tensor.numel();
+  }
+  fmt::print("{} tensors, {} elements\n", stored.tensors.size(), grouped(elements));
+}
+
+void print_switches() {
+  for (const SwitchRow& row : switch_table()) fmt::print("{:<18}{:<10}{}\n", row.name, row.values, row.shows);
+}
+
+}  // namespace
+
+int run_inspect(const InspectOptions& options) {
+  const std::string& target = options.target;
+  if (target == "switches") {
+    print_switches();
+  } else if (target.ends_with(".safetensors")) {
+    print_tensors(target);
+  } else if (target.ends_with(".toml")) {
+    print_model(recipe_model_config(target), options.all_parameters);
+  } else {
+    const std::string folder = find_model(target).model_folder;
+    fmt::print("model {}\n", folder);
+    print_model(read_model_config(folder), options.all_parameters);
+  }
+  return 0;
+}
+
+}  // namespace longhand

@@ -1,0 +1,166 @@
+// The longhand program: parses the command line, calls one function per subcommand, turns errors into messages and exit codes.
+// Exit code 0 only on success; messages on stderr, data on stdout.
+#include <fmt/core.h>
+
+#include <CLI/CLI.hpp>
+#include <cstdio>
+
+#include "core/allocator.h"
+#include "core/device.h"
+#include "core/error.h"
+#include "core/switches.h"
+#include "tools/bench_command.h"
+#include "tools/data_commands.h"
+#include "tools/eval_command.h"
+#include "tools/inspect_command.h"
+#include "tools/report_command.h"
+#include "tools/tokenize_command.h"
+#include "tools/train_command.h"
+
+namespace longhand {
+namespace {
+
+// Every subcommand sets this to what main runs after parsing.
+using Action = std::function<int()>;
+
+void add_train(CLI::App& app, Action& action) {
+  auto* command = app.add_subcommand("train", "Train a model from a recipe, or resume a run");
+  auto options = std::make_shared<TrainCommand>();
+  command->add_option("recipe", options->recipe, "TOML recipe (see tools/recipes); not with --resume")->type_name("RECIPE.toml");
+  command->add_option("--set", options->overrides, "Change one key of the recipe, for example --set train.steps=500; may be repeated")->type_name("KEY=VALUE")->allow_extra_args(false);
+  command->add_option("--resume", options->resume, "Continue this run from its latest checkpoint, bit for bit")->type_name("RUN");
+  command->add_option("--device", options->device, "cpu, cuda or cuda:N (default: the recipe's)")->type_name("DEVICE");
+  command->add_option("--init-from", options->init_from, "Start from the weights of this model, checkpoint or run folder")->type_name("DIR");
+  command->add_option("--name", options->name, "Name of the run: its folder is runs/NAME (default: the recipe's)")->type_name("NAME");
+  command->add_flag("--help-recipe", options->help_recipe, "List every key of a recipe with type, default and meaning");
+  command->callback([=, &action] { action = [=] { return run_train(*options); }; });
+}
+
+void add_eval(CLI::App& app, Action& action) {
+  auto* eval = app.add_subcommand("eval", "Measure a model");
+  eval->require_subcommand(1);
+  auto* ppl = eval->add_subcommand("ppl", "Loss and perplexity by position, streamed at constant memory");
+  auto options = std::make_shared<EvalPplOptions>();
+  add_eval_ppl_options(*ppl, *options);
+  ppl->callback([=, &action] { action = [=] { return run_eval_ppl(*options); }; });
+}
+
+void add_tokenize(CLI::App& app, Action& action) {
+  auto* command = app.add_subcommand("tokenize", "Text on stdin to token ids on stdout, or shards to a token cache (--out)");
+  auto text = std::make_shared<TokenizeOptions>();
+  auto cache = std::make_shared<TokenCacheOptions>();
+  command->add_option("--tokenizer", text->tokenizer, "A tokenizer.json, or the word bytes")->required()->type_name("FILE");
+  command->add_flag("--jsonl", text->jsonl, "stdin holds {\"text\": ...} objects, one a line");
+  auto* out = command->add_option("--out", cache->out, "Write a token cache of the given shards instead")->type_name("CACHE");
+  command->add_option("files", cache->files, "Shards, folders of shards (with --out)")->type_name("FILE")->needs(out);
+  command->add_flag("--skip-bad-lines", cache->skip_bad_lines, "Leave out lines that are not documents, and count them (with --out)")->needs(out);
+  command->add_option("--threads", cache->threads, "Tokenizing threads (with --out)")->needs(out);
+  command->callback([=, &action] {
+    action = [=] {
+      if (cache->out.empty()) return run_tokenize(*text);
+      cache->tokenizer = text->tokenizer;
+      return run_tokenize_cache(*cache);
+    };
+  });
+}
+
+void add_data(CLI::App& app, Action& action) {
+  auto* data = app.add_subcommand("data", "Check and make shards");
+  data->require_subcommand(1);
+
+  auto* check = data->add_subcommand("check", "Documents, bytes and tokens of every shard, or its first fault with file, line and byte");
+  auto checked = std::make_shared<DataCheckOptions>();
+  check->add_option("files", checked->files, "Shards (.jsonl.zst, .jsonl), token caches, folders")->required()->type_name("FILE");
+  check->add_option("--tokenizer", checked->tokenizer, "Count tokens with this tokenizer.json, or bytes")->type_name("FILE");
+  check->add_flag("--skip-bad-lines", checked->skip_bad_lines, "Count bad lines instead of stopping at the first");
+  check->add_option("--threads", checked->threads, "Tokenizing threads");
+  check->callback([=, &action] { action = [=] { return run_data_check(*checked); }; });
+
+  auto* pack = data->add_subcommand("pack", "Text files of a folder into a shard in the Pile's form");
+  auto packed = std::make_shared<PackOptions>();
+  pack->add_option("folder", packed->folder, "Searched with its subfolders")->required()->type_name("DIR");
+  pack->add_option("--out", packed->out, "The shard to write")->required()->type_name("F.jsonl.zst");
+  pack->add_option("--set-name", packed->set_name, "meta.pile_set_name of every document");
+  pack->add_option("--include", packed->include, "Only files that match one of these patterns (*.txt); may be repeated")->type_name("GLOB")->allow_extra_args(false);
+  pack->add_option("--exclude", packed->exclude, "No files that match one of these patterns; may be repeated")->type_name("GLOB")->allow_extra_args(false);
+  pack->add_option("--shuffle-seed", packed->shuffle_seed, "Shuffle the documents with this seed (default: order of the paths)");
+  pack->add_option("--split-val", packed->val_fraction, "This share of the documents goes to --val-out");
+  pack->add_option("--val-out", packed->val_out, "Shard for the validation documents")->type_name("F.jsonl.zst");
+  pack->add_option("--level", packed->zstd_level, "Compression level of zstd");
+  pack->callback([=, &action] { action = [=] { return run_data_pack(*packed); }; });
+}
+
+void add_inspect(CLI::App& app, Action& action) {
+  auto* command = app.add_subcommand("inspect", "Configuration, parameters, FLOPs and bytes per token, state sizes; or the environment switches");
+  auto options = std::make_shared<InspectOptions>();
+  command->add_option("target", options->target, "A model or run folder, a .safetensors file, a recipe, or the word switches")->required()->type_name("DIR|FILE");
+  command->add_flag("--all", options->all_parameters, "One line per tensor instead of one per kind");
+  command->callback([=, &action] { action = [=] { return run_inspect(*options); }; });
+}
+
+void add_bench(CLI::App& app, Action& action) {
+  auto* bench = app.add_subcommand("bench", "Measure speed");
+  bench->require_subcommand(1);
+
+  auto* ops = bench->add_subcommand("ops", "Every op beside the floor that this machine's copy and matrix product rates set");
+  auto timed = std::make_shared<BenchOpsOptions>();
+  ops->add_option("--device", timed->device, "cpu, cuda or cuda:N");
+  ops->add_option("--dtype", timed->dtype, "auto (bf16 on a GPU, f32 on a CPU), f32 or bf16");
+  ops->add_option("--op", timed->op, "Only this op");
+  ops->add_option("--repeats", timed->repeats, "Measurements per figure; the median is shown");
+  ops->add_flag("--csv", timed->csv, "Comma separated values");
+  ops->callback([=, &action] { action = [=] { return run_bench_ops(*timed); }; });
+
+  auto* data = bench->add_subcommand("data", "MB/s of reading, parsing and tokenizing shards");
+  auto read = std::make_shared<BenchDataOptions>();
+  data->add_option("files", read->files, "Shards or folders of shards")->required()->type_name("FILE");
+  data->add_option("--tokenizer", read->tokenizer, "A tokenizer.json, or bytes")->type_name("FILE");
+  data->add_option("--threads", read->threads, "Threads of the last row");
+  data->callback([=, &action] { action = [=] { return run_bench_data(*read); }; });
+}
+
+void add_report(CLI::App& app, Action& action) {
+  auto* command = app.add_subcommand("report", "One self-contained HTML page with the curves of one or several runs");
+  auto options = std::make_shared<ReportOptions>();
+  command->add_option("runs", options->runs, "Run folders")->required()->type_name("RUN");
+  command->add_option("--out", options->out, "The page to write (default: report.html in the first run)")->type_name("FILE.html");
+  command->callback([=, &action] { action = [=] { return run_report(*options); }; });
+}
+
+int run(int argc, char** argv) {
+  CLI::App app{"longhand: recurrent language models from scratch. Train, measure and cure length generalisation.\n"
+               "Environment switches: longhand inspect switches."};
+  app.set_version_flag("--version", std::string("longhand ") + LONGHAND_VERSION);
+  app.require_subcommand(1);
+  app.get_formatter()->column_width(34);
+  Action action;
+  add_train(app, action);
+  add_eval(app, action);
+  add_tokenize(app, action);
+  add_data(app, action);
+  add_inspect(app, action);
+  add_bench(app, action);
+  add_report(app, action);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& problem) {
+    return app.exit(problem) == 0 ? 0 : 2;
+  }
+  for (const std::string& name : unknown_switches())
+    fmt::print(stderr, "warning: {} is not a switch that longhand knows; see longhand inspect switches\n", name);
+  const int code = action();
+  if (switches().memory) fmt::print(stderr, "{}", memory_report(Device::cpu().allocator().use()));
+  return code;
+}
+
+}  // namespace
+}  // namespace longhand
+
+int main(int argc, char** argv) {
+  try {
+    return longhand::run(argc, argv);
+  } catch (const std::exception& problem) {
+    fmt::print(stderr, "error: {}\n", problem.what());
+    return 1;
+  }
+}

@@ -1,0 +1,74 @@
+// Initial-state strategies: where the recurrent state of a batch comes from. The training loop around them is always
+//
+//   h0          = strategy.begin(info)
+//   loss, h_T   = model.loss(batch, h0)          backward(loss)
+//   strategy.end(info, h_T)
+//
+// A strategy is one file that defines its class and a make function, plus one line in the table of initial_state.cpp.
+#pragma once
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "models/recurrent_state.h"
+
+namespace longhand {
+
+/// Settings that strategies share; each uses those that mean something for it.
+struct InitialStateOptions {
+  std::string cover = "all";  // "all": every state tensor | "ssm": the convolution window starts from zeros
+  double probability = 1;     // of a row being treated; the others start from zero
+};
+
+/// What a strategy may know about a micro-batch. With gradient accumulation the rows of a step are cut into micro-batches of equal size;
+/// micro-batch m of every step is the same slot, so row b of a step is row b of the next one whatever the accumulation.
+struct BatchInfo {
+  int64_t step = 0;                  // from 0
+  int64_t micro = 0;                 // micro-batch of the step, from 0
+  int64_t rows = 0;
+  std::span<const uint8_t> resets;   // [rows]  1: the row begins a new sequence; empty when rows never continue each other (packed)
+  std::span<const int64_t> row_ids;  // [rows]  a number for each row of the run, independent of how it is cut into batches
+};
+
+class InitialState {
+ public:
+  virtual ~InitialState() = default;
+
+  /// The state before the first token; absent for zeros.
+  virtual RecurrentState begin(const BatchInfo& info) = 0;
+
+  /// Takes note of the state after the last token.
+  virtual void end(const BatchInfo& info, const RecurrentState& h_T) = 0;
+
+  /// What a resumed run needs to go on exactly; becomes carried_state.safetensors. Empty when there is nothing.
+  virtual std::map<std::string, Tensor> save() const { return {}; }
+
+  /// The counterpart of save(); an empty map means a run that starts.
+  /// micro_batches  slots of a step
+  /// errors         FileError naming what does not fit
+  virtual void load(const std::map<std::string, Tensor>& stored, int64_t micro_batches);
+};
+
+/// What strategies are made from.
+struct InitialStateContext {
+  std::function<RecurrentState(int64_t rows)> zero_state;  // LanguageModel::zero_state
+  Device device;
+  uint64_t seed = 0;
+  InitialStateOptions options;
+};
+
+struct InitialStateStrategy {
+  const char* name;
+  const char* meaning;
+  std::unique_ptr<InitialState> (*make)(const InitialStateContext&);
+};
+std::span<const InitialStateStrategy> initial_state_strategies();
+
+/// errors  ConfigError naming the nearest known strategy; an unknown cover or a probability outside [0, 1]
+std::unique_ptr<InitialState> make_initial_state(const std::string& name, const InitialStateContext& context);
+
+}  // namespace longhand
