@@ -116,8 +116,9 @@ Json parse_file(const Source& source) {
   try {
     return Json::parse(text, watch);
   } catch (const Json::parse_error& e) {
-    throw FileError("tokenizer: the file is not valid JSON",
-                    {{"file", source.path}, {"byte offset", std::to_string(e.byte)}, {"reason", replace_invalid_utf8(e.what())}});
+    throw FileError(
+        "tokenizer: the file is not valid JSON",
+        {{"file", source.path}, {"byte offset", std::to_string(e.byte > 0 ? e.byte - 1 : 0)}, {"reason", replace_invalid_utf8(e.what())}});
   } catch (const Json::exception& e) {  // for example a number that no double can hold
     throw FileError("tokenizer: the file is not valid JSON", {{"file", source.path}, {"reason", replace_invalid_utf8(e.what())}});
   }

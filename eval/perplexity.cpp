@@ -154,7 +154,7 @@ double ValidationLoss::bits_per_byte(int64_t bytes) const {
 ValidationLoss validation_loss(const LanguageModel& model, const NextBatch& next, int64_t max_batches) {
   const NoGrad no_grad;
   ValidationLoss result;
-  double sum = 0;
+  double sum = 0, weight = 0;
   TokenBatch batch;
   for (int64_t i = 0; i < max_batches && next(batch); ++i) {
     const std::vector<double> loss = model.loss(batch).token_loss.to_vector<double>();
@@ -163,12 +163,12 @@ ValidationLoss validation_loss(const LanguageModel& model, const NextBatch& next
       if (mask[j] == 0) continue;
       if (!std::isfinite(loss[j]))
         throw NumericError("eval: the validation loss is not a finite number", {{"loss", fmt::format("{}", loss[j])}, {"batch", std::to_string(i)}, {"element", std::to_string(j)}});
-      sum += loss[j];
+      sum += mask[j] * loss[j], weight += mask[j];
       ++result.tokens;
     }
   }
   if (result.tokens == 0) throw ValueError("eval: no token to compute the validation loss from", {{"batches", std::to_string(max_batches)}});
-  result.loss = sum / static_cast<double>(result.tokens);
+  result.loss = sum / weight;
   return result;
 }
 

@@ -48,7 +48,7 @@ PositionLoss position_loss(const LanguageModel& model, const NextSequence& next,
 
 struct ValidationLoss {
   double loss = 0;     // nats per token
-  int64_t tokens = 0;  // that counted
+  int64_t tokens = 0;  // positions whose mask is not 0
 
   /// loss * tokens / (bytes * ln 2), for the bytes of the text that the tokens encode. errors  ValueError if bytes < 1
   double bits_per_byte(int64_t bytes) const;
@@ -57,7 +57,8 @@ struct ValidationLoss {
 /// Fills `batch` with rows on the model's device; false when there are none left.
 using NextBatch = std::function<bool(TokenBatch& batch)>;
 
-/// Mean loss over the first `max_batches` batches, every row from the zero state; sums in f64 on the host in the order of the batches.
+/// Mean loss over the first `max_batches` batches, every row from the zero state, each position weighted by its mask; sums in f64 on the
+/// host in the order of the batches, so that the same batches give the same bits.
 /// errors   ValueError when no position counts; NumericError for a loss that is no number
 ValidationLoss validation_loss(const LanguageModel& model, const NextBatch& next, int64_t max_batches);
 

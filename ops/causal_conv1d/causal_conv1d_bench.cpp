@@ -1,7 +1,7 @@
-// Causal convolution at the shapes of Mamba-1 (contiguous x) and Mamba-2 (x a slice of the projection).
-#include "autograd/gradcheck.h"
+// Causal convolution at the shapes of Mamba-1 and Mamba-2.
 #include "ops/causal_conv1d/causal_conv1d.h"
 #include "ops/common/bench.h"
+#include "ops/common/bench_inputs.h"
 
 namespace longhand {
 namespace {
@@ -25,10 +25,10 @@ std::vector<BenchCase> cases(const Device& device, Dtype activations) {
     const int count = device.is_cuda() ? 3 : 1;
     for (int i = 0; i < count; ++i) {
       const auto seed = static_cast<uint64_t>(10 * i);
-      sets.push_back({Variable::leaf(random_tensor(device, activations, {B, T, C}, seed)),
-                      Variable::leaf(random_tensor(device, sums, {C, 1, kWidth}, seed + 1, 0.3)),
-                      Variable::leaf(random_tensor(device, sums, {C}, seed + 2, 0.3)),
-                      random_tensor(device, activations, {B, T, C}, seed + 3)});
+      sets.push_back({Variable::leaf(repeated_random_tensor(device, activations, {B, T, C}, seed)),
+                      Variable::leaf(repeated_random_tensor(device, sums, {C, 1, kWidth}, seed + 1, 0.3)),
+                      Variable::leaf(repeated_random_tensor(device, sums, {C}, seed + 2, 0.3)),
+                      repeated_random_tensor(device, activations, {B, T, C}, seed + 3)});
     }
     BenchCase bench;
     bench.shape = "B" + std::to_string(B) + " T" + std::to_string(T) + " C" + std::to_string(C) + " W" + std::to_string(kWidth);

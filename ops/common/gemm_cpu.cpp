@@ -41,9 +41,10 @@ void blas_gemv(int64_t rows, int64_t columns, double alpha, const double* a, int
   cblas_dgemv(CblasRowMajor, CblasNoTrans, blas_int(rows), blas_int(columns), alpha, a, blas_int(lda), x, 1, beta, y, 1);
 }
 
+// Elements between the beginnings of two rows; a single row may have any stride.
 int64_t leading(const Tensor& t) {
   return t.dim(0) == 1 ? t.dim(1) : t.stride(0);
-}  // a single row may have any stride
+}
 
 void require_blas_size(const Tensor& t) {
   constexpr int64_t kLimit = std::numeric_limits<blasint>::max();

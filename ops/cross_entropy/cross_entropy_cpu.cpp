@@ -102,7 +102,7 @@ void mean_loss_cpu(const Tensor& token_loss, const Tensor& mask, const Tensor& f
   double sum = 0;
   for (std::size_t r = 0; r < losses.size(); ++r) {
     const double weight = mask.defined() ? static_cast<double>(mask.data<float>()[r]) : 1.0;
-    if (weight != 0) sum += weight * losses[r];
+    sum += weight * losses[r];
   }
   fill(loss, factor.item() * sum);
 }

@@ -245,8 +245,8 @@ __global__ void __launch_bounds__(kSumThreads)
     cross_entropy_mean_one_block_kernel(const float* token_loss, const float* mask, int64_t rows, const float* factor, float* loss) {
   double sum = 0;
   for (int64_t r = threadIdx.x; r < rows; r += kSumThreads) {
-    const float weight = mask != nullptr ? mask[r] : 1.0f;
-    if (weight != 0) sum += static_cast<double>(weight) * token_loss[r];
+    const double weight = mask != nullptr ? mask[r] : 1.0f;
+    sum += weight * token_loss[r];
   }
   sum = sum_of_threads(sum);
   if (threadIdx.x == 0) *loss = static_cast<float>(*factor * sum);

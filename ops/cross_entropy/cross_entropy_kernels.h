@@ -28,7 +28,7 @@ void loss_chunk_cuda(const LossChunk&);
 void loss_factor_cpu(const Tensor& mask, double scale, const Tensor& factor);
 void loss_factor_cuda(const Tensor& mask, double scale, const Tensor& factor);
 
-/// loss = factor * sum_r mask[r] token_loss[r]; positions with mask 0 are not read
+/// loss = factor * sum_r mask[r] token_loss[r]
 void mean_loss_cpu(const Tensor& token_loss, const Tensor& mask, const Tensor& factor, const Tensor& loss);
 void mean_loss_cuda(const Tensor& token_loss, const Tensor& mask, const Tensor& factor, const Tensor& loss);
 

@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kMaxColumnThreads) embedding_bwd_runs_kernel(R
       if (same_next && i + 1 < count) continue;
       const bool enters = run_begin == 0 && id[0] == here, leaves = same_next;
       float* partial = r.partials + (static_cast<int64_t>(blockIdx.x) * 2 + (enters ? 0 : 1)) * r.width + column;
-      if (here == r.vocab) {
+      if (here == r.vocab) {  // ids outside the table have no row
       } else if (enters || leaves) {
         write_sum(partial, sum, false);
       } else {

@@ -1,6 +1,6 @@
 // Gated RMSNorm at the shapes of Mamba-2 (gate first, whole rows) and GLA (norm first, per head).
-#include "autograd/gradcheck.h"
 #include "ops/common/bench.h"
+#include "ops/common/bench_inputs.h"
 #include "ops/gated_rmsnorm/gated_rmsnorm.h"
 
 namespace longhand {
@@ -28,10 +28,11 @@ std::vector<BenchCase> cases(const Device& device, Dtype activations) {
     const int count = device.is_cuda() ? 3 : 1;
     for (int i = 0; i < count; ++i) {
       const auto seed = static_cast<uint64_t>(10 * i);
-      sets.push_back({Variable::leaf(random_tensor(device, activations, shape, seed)),
-                      Variable::leaf(random_tensor(device, activations, shape, seed + 1)),
-                      Variable::leaf(random_tensor(device, activations == Dtype::f64 ? Dtype::f64 : Dtype::f32, {size.width}, seed + 2)),
-                      random_tensor(device, activations, shape, seed + 3)});
+      sets.push_back(
+          {Variable::leaf(repeated_random_tensor(device, activations, shape, seed)),
+           Variable::leaf(repeated_random_tensor(device, activations, shape, seed + 1)),
+           Variable::leaf(repeated_random_tensor(device, activations == Dtype::f64 ? Dtype::f64 : Dtype::f32, {size.width}, seed + 2)),
+           repeated_random_tensor(device, activations, shape, seed + 3)});
     }
     BenchCase bench;
     bench.shape = std::to_string(size.rows) + " x " + std::to_string(size.width) + " " + size.name;

@@ -81,7 +81,7 @@ void backward(const GatedRmsnormBackward& b) {
         T dot = 0;
 #pragma omp simd reduction(+ : dot)
         for (int64_t c = 0; c < n; ++c) dot += a[c] * v[c];
-        const T mean = dot / static_cast<T>(E);
+        const T mean = dot / static_cast<T>(group_size);
         if (grad_weight != nullptr)
           for (int64_t c = 0; c < n; ++c) grad_weight[c] += grad_out[c] * (gate_first ? a[c] : a[c] * g[c]);
         if (grad_y != nullptr)

@@ -1,6 +1,6 @@
 // Residual add + RMSNorm at the shapes of the language models.
-#include "autograd/gradcheck.h"
 #include "ops/common/bench.h"
+#include "ops/common/bench_inputs.h"
 #include "ops/rmsnorm/rmsnorm.h"
 
 namespace longhand {
@@ -26,10 +26,11 @@ std::vector<BenchCase> cases(const Device& device, Dtype activations) {
     const int count = device.is_cuda() ? 3 : 1;
     for (int i = 0; i < count; ++i) {
       const auto seed = static_cast<uint64_t>(10 * i);
-      sets.push_back({Variable::leaf(random_tensor(device, activations, {rows, width}, seed)),
-                      Variable::leaf(random_tensor(device, sums, {rows, width}, seed + 1)),
-                      Variable::leaf(random_tensor(device, sums, {width}, seed + 2)),
-                      random_tensor(device, activations, {rows, width}, seed + 3), random_tensor(device, sums, {rows, width}, seed + 4)});
+      sets.push_back({Variable::leaf(repeated_random_tensor(device, activations, {rows, width}, seed)),
+                      Variable::leaf(repeated_random_tensor(device, sums, {rows, width}, seed + 1)),
+                      Variable::leaf(repeated_random_tensor(device, sums, {width}, seed + 2)),
+                      repeated_random_tensor(device, activations, {rows, width}, seed + 3),
+                      repeated_random_tensor(device, sums, {rows, width}, seed + 4)});
     }
     BenchCase bench;
     bench.shape = std::to_string(rows) + " x " + std::to_string(width) + (residual_grad ? " with residual gradient" : "");

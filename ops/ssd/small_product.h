@@ -89,7 +89,8 @@ void add_lower_product(int64_t m, int64_t n, const T* a, int64_t a_stride, const
 
 /// c[j, :] += sum_{i >= j} a[i, j] * b[i, :]: the transpose of a lower triangular a.
 template <class T>
-void add_lower_transposed_product(int64_t m, int64_t n, const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c, int64_t c_stride) {
+void add_lower_transposed_product(int64_t m, int64_t n, const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c,
+                                  int64_t c_stride) {
   constexpr int64_t block = 16;
   for (int64_t j = 0; j < m; j += block) {
     const int64_t rows = m - j < block ? m - j : block;

@@ -11,7 +11,8 @@ namespace {
 
 void require_shape(const Tensor& t, const char* name, const Shape& expected, const Tensor& x) {
   if (t.shape() == expected) return;
-  throw ShapeError(std::string("ssd: ") + name + " does not fit x", {{name, t.describe()}, {"x", x.describe()}, {"expected", expected.str()}});
+  throw ShapeError(std::string("ssd: ") + name + " does not fit x",
+                   {{name, t.describe()}, {"x", x.describe()}, {"expected", expected.str()}});
 }
 
 void require_dtype(const Tensor& t, const char* name, Dtype expected, const Tensor& x) {
@@ -22,14 +23,16 @@ void require_dtype(const Tensor& t, const char* name, Dtype expected, const Tens
 
 void require_ssd_args(const SsdInputs& in, const SsdOptions& options) {
   const auto& [x, dt, A_log, B_t, C_t, D_skip, dt_bias, h0] = in;
-  const std::pair<const char*, const Tensor*> needed[] = {{"x", &x}, {"dt", &dt}, {"A_log", &A_log}, {"B_t", &B_t}, {"C_t", &C_t}, {"dt_bias", &dt_bias}};
+  const std::pair<const char*, const Tensor*> needed[] = {{"x", &x},     {"dt", &dt},   {"A_log", &A_log},
+                                                          {"B_t", &B_t}, {"C_t", &C_t}, {"dt_bias", &dt_bias}};
   for (auto [name, t] : needed)
     if (!t->defined()) throw ShapeError(std::string("ssd: ") + name + " is absent", {{"try", "only D_skip and h0 may be absent"}});
   if (x.rank() != 4) throw ShapeError("ssd: x is not [B, T, H, P]", {{"x", x.describe()}});
   if (B_t.rank() != 4) throw ShapeError("ssd: B_t is not [B, T, G, N]", {{"B_t", B_t.describe()}, {"x", x.describe()}});
   const SsdSizes s = ssd_sizes(x, B_t);
   if (s.G < 1 || s.H % s.G != 0)
-    throw ShapeError("ssd: the groups do not divide the heads", {{"x", x.describe()}, {"B_t", B_t.describe()}, {"expected", "G divides H"}});
+    throw ShapeError("ssd: the groups do not divide the heads",
+                     {{"x", x.describe()}, {"B_t", B_t.describe()}, {"expected", "G divides H"}});
   require_shape(B_t, "B_t", {s.B, s.T, s.G, s.N}, x);
   require_shape(C_t, "C_t", {s.B, s.T, s.G, s.N}, x);
   require_shape(dt, "dt", {s.B, s.T, s.H}, x);
@@ -39,8 +42,11 @@ void require_ssd_args(const SsdInputs& in, const SsdOptions& options) {
   if (D_skip && D_skip.rank() == 1) require_shape(D_skip, "D_skip", {s.H}, x);
   if (h0) require_shape(h0, "h0", {s.B, s.H, s.P, s.N}, x);
 
-  const bool known = x.device().is_cuda() ? x.dtype() == Dtype::f32 || x.dtype() == Dtype::bf16 : x.dtype() == Dtype::f32 || x.dtype() == Dtype::f64;
-  if (!known) throw DtypeError("ssd: x has a dtype that is not computed here", {{"x", x.describe()}, {"expected", "f32 or f64 on the CPU, f32 or bf16 on CUDA"}});
+  const bool known =
+      x.device().is_cuda() ? x.dtype() == Dtype::f32 || x.dtype() == Dtype::bf16 : x.dtype() == Dtype::f32 || x.dtype() == Dtype::f64;
+  if (!known)
+    throw DtypeError("ssd: x has a dtype that is not computed here",
+                     {{"x", x.describe()}, {"expected", "f32 or f64 on the CPU, f32 or bf16 on CUDA"}});
   const Dtype sums = x.dtype() == Dtype::f64 ? Dtype::f64 : Dtype::f32;
   require_dtype(dt, "dt", x.dtype(), x);
   require_dtype(B_t, "B_t", x.dtype(), x);
@@ -51,14 +57,20 @@ void require_ssd_args(const SsdInputs& in, const SsdOptions& options) {
   for (const Tensor* t : {&dt, &A_log, &B_t, &C_t, &D_skip, &dt_bias, &h0})
     if (t->defined() && !(t->device() == x.device()))
       throw DeviceError("ssd: the inputs are on different devices", {{"x", x.describe()}, {"other", t->describe()}});
-  if (options.chunk_size < 1) throw ValueError("ssd: a chunk holds at least one token", {{"chunk_size", std::to_string(options.chunk_size)}});
+  if (options.chunk_size < 1)
+    throw ValueError("ssd: a chunk holds at least one token", {{"chunk_size", std::to_string(options.chunk_size)}});
   if (!(options.dt_min >= 0 && options.dt_min <= options.dt_max))
-    throw ValueError("ssd: the limits of dt are out of order",
-                     {{"dt_min", std::to_string(options.dt_min)}, {"dt_max", std::to_string(options.dt_max)}, {"expected", "0 <= dt_min <= dt_max"}});
+    throw ValueError(
+        "ssd: the limits of dt are out of order",
+        {{"dt_min", std::to_string(options.dt_min)}, {"dt_max", std::to_string(options.dt_max)}, {"expected", "0 <= dt_min <= dt_max"}});
 }
 
-Tensor packed(const Tensor& t) { return !t.defined() || packed_behind_tokens(t) ? t : t.contiguous(); }
-Tensor whole(const Tensor& t) { return t.defined() ? t.contiguous() : t; }
+Tensor packed(const Tensor& t) {
+  return !t.defined() || packed_behind_tokens(t) ? t : t.contiguous();
+}
+Tensor whole(const Tensor& t) {
+  return t.defined() ? t.contiguous() : t;
+}
 
 /// The place for an activation's gradient: the tape's own where the kernels can write into it, else a new one.
 Tensor place_for(const BackwardCall& call, int input) {
@@ -74,13 +86,13 @@ Tensor fresh_like(const BackwardCall& call, int input, const Tensor& value) {
 
 }  // namespace
 
-SsdOutput ssd(const Variable& x, const Variable& dt, const Variable& A_log, const Variable& B_t, const Variable& C_t, const Variable& D_skip,
-              const Variable& dt_bias, const Variable& h0, const SsdOptions& options) {
+SsdOutput ssd(const Variable& x, const Variable& dt, const Variable& A_log, const Variable& B_t, const Variable& C_t,
+              const Variable& D_skip, const Variable& dt_bias, const Variable& h0, const SsdOptions& options) {
   const OpScope op("ssd", {&x.value(), &dt.value(), &B_t.value()});
   const SsdInputs given{x.value(), dt.value(), A_log.value(), B_t.value(), C_t.value(), D_skip.value(), dt_bias.value(), h0.value()};
   require_ssd_args(given, options);
-  const SsdInputs in{packed(given.x),      packed(given.dt),     whole(given.A_log),   packed(given.B_t),
-                     packed(given.C_t),    whole(given.D_skip),  whole(given.dt_bias), whole(given.h0)};
+  const SsdInputs in{packed(given.x),   packed(given.dt),    whole(given.A_log),   packed(given.B_t),
+                     packed(given.C_t), whole(given.D_skip), whole(given.dt_bias), whole(given.h0)};
   auto [y, h_T] = on_device(in.x.device(), &ssd_fwd_cpu, LONGHAND_CUDA_IMPL(ssd_fwd_cuda))(in, options);
   auto outputs = record("ssd", {y, h_T}, {x, dt, A_log, B_t, C_t, D_skip, dt_bias, h0}, [in, options](BackwardCall& call) {
     const Tensor grad_y = packed(call.grad(0));

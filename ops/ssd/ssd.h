@@ -32,8 +32,8 @@ struct SsdOutput {
 /// errors    ShapeError naming both tensors; DtypeError; DeviceError; ValueError if chunk_size < 1 or dt_min > dt_max;
 ///           CUDA: ValueError if P > 128 or N > 256 (f32: N > 128)
 /// source    Dao & Gu 2024, arXiv:2405.21060, sections 6 and 7
-SsdOutput ssd(const Variable& x, const Variable& dt, const Variable& A_log, const Variable& B_t, const Variable& C_t, const Variable& D_skip,
-              const Variable& dt_bias, const Variable& h0, const SsdOptions& options = {});
+SsdOutput ssd(const Variable& x, const Variable& dt, const Variable& A_log, const Variable& B_t, const Variable& C_t,
+              const Variable& D_skip, const Variable& dt_bias, const Variable& h0, const SsdOptions& options = {});
 
 // --- the same on tensors ----------------------------------------------------------------------------------------
 
@@ -53,6 +53,14 @@ struct SsdGradients {
 
 /// One token after the other, plain loops, f32 or f64 on the CPU: the definition, and the fast way for a few tokens.
 SsdResult ssd_recurrent(const SsdInputs& in, const SsdOptions& options = {});
+
+/// How far the fast forms may be from f64, relative to the largest entry of a tensor.
+/// f32   sums of up to some hundred products, 2^-24 each, which grow like the square root of their number; on CUDA decays are exp2 of
+/// differences
+///       of sums up to about 100, which have errors of 2^-18
+/// bf16  three roundings of 2^-9 on the way of a value (an operand, the state or M beside it, the result), twice that for the tails of many
+/// entries
+constexpr double kSsdToleranceF32 = 1e-5, kSsdToleranceBf16 = 6.0 / 512;
 
 /// The chunked form; inputs as ssd() has checked them.
 SsdResult ssd_fwd_cpu(const SsdInputs& in, const SsdOptions& options);

@@ -21,8 +21,9 @@ BenchCase make_case(const Device& device, Dtype activations, const Case& c) {
     auto leaf = [&](Dtype dtype, Shape shape, uint64_t k, double scale, double mean) {
       return Variable::leaf(random_tensor(device, dtype, shape, seed + k, scale, mean));
     };
-    inputs.push_back({leaf(activations, {c.B, c.T, c.H, c.P}, 1, 1, 0), leaf(activations, {c.B, c.T, c.H}, 2, 1, -4), leaf(Dtype::f32, {c.H}, 3, 0.5, 1),
-                      leaf(activations, {c.B, c.T, c.G, c.N}, 4, 1, 0), leaf(activations, {c.B, c.T, c.G, c.N}, 5, 1, 0), leaf(Dtype::f32, {c.H}, 6, 1, 0),
+    inputs.push_back({leaf(activations, {c.B, c.T, c.H, c.P}, 1, 1, 0), leaf(activations, {c.B, c.T, c.H}, 2, 1, -4),
+                      leaf(Dtype::f32, {c.H}, 3, 0.5, 1), leaf(activations, {c.B, c.T, c.G, c.N}, 4, 1, 0),
+                      leaf(activations, {c.B, c.T, c.G, c.N}, 5, 1, 0), leaf(Dtype::f32, {c.H}, 6, 1, 0),
                       leaf(Dtype::f32, {c.H}, 7, 0.5, 0), leaf(Dtype::f32, {c.B, c.H, c.P, c.N}, 8, 1, 0)});
     grads.push_back({random_tensor(device, activations, {c.B, c.T, c.H, c.P}, seed + 9)});
   }
@@ -41,21 +42,24 @@ BenchCase make_case(const Device& device, Dtype activations, const Case& c) {
     backward({forward().y}, grads[static_cast<std::size_t>(set)]);
   };
   const double s = static_cast<double>(size_of(activations)), tokens = static_cast<double>(c.B * c.T), e = static_cast<double>(c.H * c.P),
-               gn = static_cast<double>(c.G * c.N), h = static_cast<double>(c.H), states = 4.0 * static_cast<double>(c.B) * e * static_cast<double>(c.N), Q = 64;
+               gn = static_cast<double>(c.G * c.N), h = static_cast<double>(c.H),
+               states = 4.0 * static_cast<double>(c.B) * e * static_cast<double>(c.N), Q = 64;
   bench.forward_bytes = tokens * s * (2 * e + 2 * gn + h) + 2 * states;       // x, B, C, dt, h0 in; y, h_T out
   bench.backward_bytes = tokens * s * (3 * e + 4 * gn + 2 * h) + 2 * states;  // x, dy, B, C, dt, h0 in; dx, dB, dC, ddt, dh0 out
   const double n = static_cast<double>(c.N);
   bench.forward_flops = tokens * (Q * gn + e * (Q + 4 * n));  // below the diagonal only; C B' once per group
-  bench.backward_flops = tokens * (Q * gn + e * (2 * Q + 10 * n) + 2 * Q * h * n);  // dY X', V, dB, dC inside the chunk; five products with states
+  bench.backward_flops =
+      tokens * (Q * gn + e * (2 * Q + 10 * n) + 2 * Q * h * n);  // dY X', V, dB, dC inside the chunk; five products with states
   return bench;
 }
 
 std::vector<BenchCase> cases(const Device& device, Dtype activations) {
   std::vector<Case> shapes;
   if (device.is_cuda())
-    shapes = {{"B8 T2048 H24 P64 N128", 8, 2048, 24, 64, 1, 128}, {"B32 T2048 H24 P64 N128", 32, 2048, 24, 64, 1, 128}, {"B1 T65536 H24 P64 N128", 1, 65536, 24, 64, 1, 128}};
-  else
-    shapes = {{"B4 T512 H8 P64 N64", 4, 512, 8, 64, 1, 64}, {"B2 T512 H8 P64 N128", 2, 512, 8, 64, 1, 128}};
+    shapes = {{"B8 T2048 H24 P64 N128", 8, 2048, 24, 64, 1, 128},
+              {"B32 T2048 H24 P64 N128", 32, 2048, 24, 64, 1, 128},
+              {"B1 T65536 H24 P64 N128", 1, 65536, 24, 64, 1, 128}};
+  else shapes = {{"B4 T512 H8 P64 N64", 4, 512, 8, 64, 1, 64}, {"B2 T512 H8 P64 N128", 2, 512, 8, 64, 1, 128}};
   std::vector<BenchCase> result;
   for (const Case& c : shapes) result.push_back(make_case(device, activations, c));
   return result;

@@ -5,11 +5,13 @@
 // moves   per token and head x, dy in, dx out; per chunk and head two states of P N; per chunk and group B_t, C_t in, dB, dC out
 // flops   per chunk of Q = 64 and head: dY X' (Q Q P), dC and dB (Q Q N and 2 Q P N each), V (Q Q P and 2 Q P N); C B' once per group
 // floor   B 8, T 2048, H 24, P 64, N 128, bf16: 600 MB / 3.0 TB/s = 0.2 ms on an H100 SXM, two thirds of it states written and read
-// split   one block of 8 warps per (row, chunk, part of a group's heads), which takes its heads one after the other: B_t, C_t and C B' stay,
+// split   one block of 8 warps per (row, chunk, part of a group's heads), which takes its heads one after the other: B_t, C_t and C B'
+// stay,
 //         dB and dC are summed over the heads in registers. Warp w works on rows 16 * (w % 4) and the half w / 4 of the columns
 // needs   P <= 128, N <= 256 (f32: 128), padded as in the walks; one block of up to 227 KB of shared memory
-// agrees  with the CPU reference: f32 2e-5 of the largest entry, bf16 2e-2
-// order   fixed, no atomics: heads in order, parts of a group summed in order, sums over rows and chunks by a fixed tree. How many parts there are
+// agrees  with the CPU reference to kSsdToleranceF32, kSsdToleranceBf16 (ssd.h); bf16 rounds the states, d(C B'), C B' E and rho dt X
+// order   fixed, no atomics: heads in order, parts of a group summed in order, sums over rows and chunks by a fixed tree. How many parts
+// there are
 //         depends on the GPU's size
 #include <algorithm>
 
@@ -42,12 +44,14 @@ template <class T, int kN>
 struct ChunkBwdLayout {  // shared memory in elements of T, then floats
   static constexpr int side = kChunk * tile_stride<T>(kN);
   static constexpr int square = kChunk * tile_stride<T>(kChunk);
-  // steps twice (dt, lambda; the next head's arrive while the last head's are in use), late and early and direct by column half, row totals,
-  // rectangle sums and dD by row tile, <R, S> by warp
+  // steps twice (dt, lambda; the next head's arrive while the last head's are in use), late and early and direct by column half, row
+  // totals, rectangle sums and dD by row tile, <R, S> by warp
   static constexpr int floats = 2 * 2 * kChunk + 3 * 2 * kChunk + kChunk + 4 * kChunk + 4 * kMaxHeadDim + 8;
   __host__ __device__ static constexpr int rows(int P_padded) { return kChunk * tile_stride<T>(P_padded); }
   __host__ __device__ static constexpr int total_bytes(int P_padded) {
-    return (2 * side + 2 * rows(P_padded) + P_padded * tile_stride<T>(kN) + (sizeof(T) == 2 ? 2 : 1) * square) * static_cast<int>(sizeof(T)) + floats * 4;
+    return (2 * side + 2 * rows(P_padded) + P_padded * tile_stride<T>(kN) + (sizeof(T) == 2 ? 2 : 1) * square) *
+               static_cast<int>(sizeof(T)) +
+           floats * 4;
   }
 };
 
@@ -75,27 +79,27 @@ __global__ void __launch_bounds__(kBwdThreads) ssd_chunk_bwd_kernel(const ChunkB
   constexpr bool two_squares = sizeof(T) == 2;       // in f32 both products of C B' share one place, one after the other
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   const int row_tile = warp % 4, column_half = warp / 4, i_low = 16 * row_tile + g, n_begin = column_half * (kN / 2);
-  const int64_t part = blockIdx.x % a.parts, group = blockIdx.x / a.parts % a.G, row_chunk = blockIdx.x / a.parts / a.G, chunk = row_chunk % a.chunks,
-                b = row_chunk / a.chunks;
+  const int64_t part = blockIdx.x % a.parts, group = blockIdx.x / a.parts % a.G, row_chunk = blockIdx.x / a.parts / a.G,
+                chunk = row_chunk % a.chunks, b = row_chunk / a.chunks;
   const int64_t t0 = chunk * kChunk, left_tokens = a.tokens - t0, state_size = static_cast<int64_t>(a.P) * a.N;
   const int valid = static_cast<int>(left_tokens < kChunk ? left_tokens : kChunk);
   const int rows_stride = tile_stride<T>(a.P_padded);
 
   float* floats = reinterpret_cast<float*>(shared_memory());
-  float* steps = floats;                  // [2][dt, lambda][64]
-  float* late = steps + 4 * kChunk;       // [2][64]  e^{Lambda_i} dY_i . (S C_i), by half of N
-  float* early = late + 2 * kChunk;       // [2][64]  rho_j dt_j x_j . (R B_j), by half of P
-  float* direct = early + 2 * kChunk;     // [2][64]  V_j . x_j, by half of P
-  float* row_total = direct + 2 * kChunk; // [64]     sum of pairs (i, j) over j < 32
-  float* rectangle = row_total + kChunk;  // [4][64]  sum of pairs (i, j), i >= t > j, j in the half of t, by row tile
-  float* column_D = rectangle + 4 * kChunk;          // [4][128] dY . x by channel, by row tile
-  float* inner = column_D + 4 * kMaxHeadDim;         // [8] <R, S> by warp
+  float* steps = floats;                      // [2][dt, lambda][64]
+  float* late = steps + 4 * kChunk;           // [2][64]  e^{Lambda_i} dY_i . (S C_i), by half of N
+  float* early = late + 2 * kChunk;           // [2][64]  rho_j dt_j x_j . (R B_j), by half of P
+  float* direct = early + 2 * kChunk;         // [2][64]  V_j . x_j, by half of P
+  float* row_total = direct + 2 * kChunk;     // [64]     sum of pairs (i, j) over j < 32
+  float* rectangle = row_total + kChunk;      // [4][64]  sum of pairs (i, j), i >= t > j, j in the half of t, by row tile
+  float* column_D = rectangle + 4 * kChunk;   // [4][128] dY . x by channel, by row tile
+  float* inner = column_D + 4 * kMaxHeadDim;  // [8] <R, S> by warp
   T* B_tile = reinterpret_cast<T*>(inner + 8);
   T* C_tile = B_tile + Layout::side;
   T* x = C_tile + Layout::side;
   T* dY = x + Layout::rows(a.P_padded);
-  T* state = dY + Layout::rows(a.P_padded);  // S, then R
-  T* pairs_tile = state + a.P_padded * side_stride;                  // d(C B')
+  T* state = dY + Layout::rows(a.P_padded);                            // S, then R
+  T* pairs_tile = state + a.P_padded * side_stride;                    // d(C B')
   T* mixing = two_squares ? pairs_tile + Layout::square : pairs_tile;  // C B' * E
 
   load_tile(B_tile, kChunk, kN, a.B_t.data + b * a.B_t.batch + t0 * a.B_t.token + group * a.N, a.B_t.token, valid, a.N, a.B_t.vectors);
@@ -123,9 +127,11 @@ __global__ void __launch_bounds__(kBwdThreads) ssd_chunk_bwd_kernel(const ChunkB
     float* dt = steps + (h - h_first) % 2 * 2 * kChunk;
     const float* lambda = dt + kChunk;
     const int64_t at_steps = ((b * a.H + h) * a.chunks + chunk) * kChunk, at_state = ((b * a.chunks + chunk) * a.H + h) * state_size;
-    if (threadIdx.x < kChunk / 2) copy_16_async(dt + 4 * threadIdx.x, (threadIdx.x < kChunk / 4 ? a.dt : a.lambda - kChunk) + at_steps + 4 * threadIdx.x);
+    if (threadIdx.x < kChunk / 2)
+      copy_16_async(dt + 4 * threadIdx.x, (threadIdx.x < kChunk / 4 ? a.dt : a.lambda - kChunk) + at_steps + 4 * threadIdx.x);
     load_tile(x, kChunk, a.P_padded, a.x.data + b * a.x.batch + t0 * a.x.token + h * a.P, a.x.token, valid, a.P, a.x.vectors);
-    load_tile(dY, kChunk, a.P_padded, a.grad_y.data + b * a.grad_y.batch + t0 * a.grad_y.token + h * a.P, a.grad_y.token, valid, a.P, a.grad_y.vectors);
+    load_tile(dY, kChunk, a.P_padded, a.grad_y.data + b * a.grad_y.batch + t0 * a.grad_y.token + h * a.P, a.grad_y.token, valid, a.P,
+              a.grad_y.vectors);
     load_tile(state, a.P_padded, kN, a.states + at_state, a.N, a.P, a.N, state_vectors);
     copies_arrived();
     __syncthreads();
@@ -138,7 +144,8 @@ __global__ void __launch_bounds__(kBwdThreads) ssd_chunk_bwd_kernel(const ChunkB
         for (int half = 0; half < 2; ++half) {
           const int i = i_low + 8 * half, j = 32 * column_half + 8 * j8 + 2 * q;
           if (j8 / 2 < tiles_below)
-            store_two(mixing + i * square_stride + j, scores[j8][2 * half] * decay_between(i, j), scores[j8][2 * half + 1] * decay_between(i, j + 1), true, true);
+            store_two(mixing + i * square_stride + j, scores[j8][2 * half] * decay_between(i, j),
+                      scores[j8][2 * half + 1] * decay_between(i, j + 1), true, true);
         }
     };
 
@@ -158,9 +165,11 @@ __global__ void __launch_bounds__(kBwdThreads) ssd_chunk_bwd_kernel(const ChunkB
 #pragma unroll
         for (int j8 = 0; j8 < 4; ++j8) {
           const int j = 32 * column_half + 8 * j8 + 2 * q;
-          const float first = product[j8][2 * half] * decay_between(i, j) * dt[j], second = product[j8][2 * half + 1] * decay_between(i, j + 1) * dt[j + 1];
+          const float first = product[j8][2 * half] * decay_between(i, j) * dt[j],
+                      second = product[j8][2 * half + 1] * decay_between(i, j + 1) * dt[j + 1];
           if (j8 / 2 < tiles_below) store_two(pairs_tile + i * square_stride + j, first, second, true, true);
-          const float pair_first = j < i ? first * scores[j8][2 * half] : 0.0f, pair_second = j + 1 < i ? second * scores[j8][2 * half + 1] : 0.0f;
+          const float pair_first = j < i ? first * scores[j8][2 * half] : 0.0f,
+                      pair_second = j + 1 < i ? second * scores[j8][2 * half + 1] : 0.0f;
           float through = pair_first + pair_second;  // inclusive scan over the quad
           float other = __shfl_up_sync(kAllLanes, through, 1, 4);
           if (q >= 1) through += other;
@@ -215,13 +224,16 @@ __global__ void __launch_bounds__(kBwdThreads) ssd_chunk_bwd_kernel(const ChunkB
       float sum = 0;
       if (state_vectors) {
         constexpr int unit = 16 / static_cast<int>(sizeof(T));
+        struct alignas(16) Unit {
+          T values[unit];
+        };
         const int units = a.N / unit;
         for (int k = static_cast<int>(threadIdx.x); k < a.P * units; k += kBwdThreads) {
-          T* place = state + k / units * side_stride + k % units * unit;
-          uint4 next = *reinterpret_cast<const uint4*>(from + static_cast<int64_t>(k) * unit), old = *reinterpret_cast<const uint4*>(place);
+          Unit* place = reinterpret_cast<Unit*>(state + k / units * side_stride + k % units * unit);
+          const Unit next = reinterpret_cast<const Unit*>(from)[k], old = *place;
 #pragma unroll
-          for (int e = 0; e < unit; ++e) sum += widen(reinterpret_cast<const T*>(&next)[e]) * widen(reinterpret_cast<const T*>(&old)[e]);
-          *reinterpret_cast<uint4*>(place) = next;
+          for (int e = 0; e < unit; ++e) sum += widen(next.values[e]) * widen(old.values[e]);
+          *place = next;
         }
       } else {
         for (int k = static_cast<int>(threadIdx.x); k < a.P * a.N; k += kBwdThreads) {
@@ -235,11 +247,13 @@ __global__ void __launch_bounds__(kBwdThreads) ssd_chunk_bwd_kernel(const ChunkB
     }
     // dC_i += sum_{j <= i} d(C B')_ij B_j;  dB_j += sum_{i >= j} d(C B')_ij C_i
     for (int k = 0; k <= row_tile; ++k)
-      multiply<Stored::as_is, pairs>(grad_C, Left<T>::template load<Stored::as_is>(pairs_tile + 16 * row_tile * square_stride + 16 * k, square_stride),
-                                     B_tile + 16 * k * side_stride + n_begin, side_stride);
+      multiply<Stored::as_is, pairs>(
+          grad_C, Left<T>::template load<Stored::as_is>(pairs_tile + 16 * row_tile * square_stride + 16 * k, square_stride),
+          B_tile + 16 * k * side_stride + n_begin, side_stride);
     for (int k = row_tile; k < 4; ++k)
-      multiply<Stored::as_is, pairs>(grad_B, Left<T>::template load<Stored::transposed>(pairs_tile + 16 * k * square_stride + 16 * row_tile, square_stride),
-                                     C_tile + 16 * k * side_stride + n_begin, side_stride);
+      multiply<Stored::as_is, pairs>(
+          grad_B, Left<T>::template load<Stored::transposed>(pairs_tile + 16 * k * square_stride + 16 * row_tile, square_stride),
+          C_tile + 16 * k * side_stride + n_begin, side_stride);
     __syncthreads();  // R is there, d(C B') has been read
     if constexpr (!two_squares) {
       store_mixing();
@@ -256,8 +270,8 @@ __global__ void __launch_bounds__(kBwdThreads) ssd_chunk_bwd_kernel(const ChunkB
         clear(V);
 #pragma unroll 2
         for (int n = 0; n < kN; n += 16)
-          multiply<Stored::transposed, 2>(V, Left<T>::template load<Stored::as_is>(B_tile + 16 * row_tile * side_stride + n, side_stride), state + p0 * side_stride + n,
-                                          side_stride, 0, blocks);
+          multiply<Stored::transposed, 2>(V, Left<T>::template load<Stored::as_is>(B_tile + 16 * row_tile * side_stride + n, side_stride),
+                                          state + p0 * side_stride + n, side_stride, 0, blocks);
         float x_value[4][4], dY_value[4][4];
 #pragma unroll
         for (int p8 = 0; p8 < 4; ++p8)
@@ -271,8 +285,9 @@ __global__ void __launch_bounds__(kBwdThreads) ssd_chunk_bwd_kernel(const ChunkB
             early_dots[e / 2] += V[p8][e] * x_value[p8][e];
           }
         for (int k = row_tile; k < 4; ++k)
-          multiply<Stored::as_is, 2>(V, Left<T>::template load<Stored::transposed>(mixing + 16 * k * square_stride + 16 * row_tile, square_stride),
-                                     dY + 16 * k * rows_stride + p0, rows_stride, 0, blocks);
+          multiply<Stored::as_is, 2>(
+              V, Left<T>::template load<Stored::transposed>(mixing + 16 * k * square_stride + 16 * row_tile, square_stride),
+              dY + 16 * k * rows_stride + p0, rows_stride, 0, blocks);
 #pragma unroll
         for (int p8 = 0; p8 < 4; ++p8) {
           const int p = p0 + 8 * p8 + 2 * q;
@@ -285,8 +300,9 @@ __global__ void __launch_bounds__(kBwdThreads) ssd_chunk_bwd_kernel(const ChunkB
               const bool both = p + 1 < a.P;
               const float* D = a.D_skip == nullptr ? nullptr : a.D_skip + (a.D_per_channel ? h * a.P + p : h);
               const float D_first = D == nullptr ? 0.0f : D[0], D_second = D == nullptr ? 0.0f : a.D_per_channel && both ? D[1] : D[0];
-              store_two(a.grad_x.data + b * a.grad_x.batch + (t0 + j) * a.grad_x.token + h * a.P + p, dt[j] * first + D_first * dY_value[p8][2 * half],
-                        dt[j] * second + D_second * dY_value[p8][2 * half + 1], both, a.grad_x.vectors);
+              store_two(a.grad_x.data + b * a.grad_x.batch + (t0 + j) * a.grad_x.token + h * a.P + p,
+                        dt[j] * first + D_first * dY_value[p8][2 * half], dt[j] * second + D_second * dY_value[p8][2 * half + 1], both,
+                        a.grad_x.vectors);
             }
           }
 #pragma unroll
@@ -328,7 +344,8 @@ __global__ void __launch_bounds__(kBwdThreads) ssd_chunk_bwd_kernel(const ChunkB
         if (lane + distance < 32) crossing += more_crossing;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const float more_behind = __shfl_down_sync(kAllLanes, behind[half], distance), more_before = __shfl_up_sync(kAllLanes, before[half], distance);
+          const float more_behind = __shfl_down_sync(kAllLanes, behind[half], distance),
+                      more_before = __shfl_up_sync(kAllLanes, before[half], distance);
           if (lane + distance < 32) behind[half] += more_behind;
           if (lane >= distance) before[half] += more_before;
         }
@@ -385,9 +402,11 @@ __global__ void __launch_bounds__(kBwdThreads) ssd_chunk_bwd_kernel(const ChunkB
         const int i = i_low + 8 * half, n = n_begin + 8 * n8 + 2 * q;
         if (i >= valid || n >= a.N) continue;
         if (parts != nullptr)
-          store_two(parts + (((part * a.B + b) * a.tokens + t0 + i) * a.G + group) * a.N + n, grad[n8][2 * half], grad[n8][2 * half + 1], n + 1 < a.N, a.N % 2 == 0);
+          store_two(parts + (((part * a.B + b) * a.tokens + t0 + i) * a.G + group) * a.N + n, grad[n8][2 * half], grad[n8][2 * half + 1],
+                    n + 1 < a.N, a.N % 2 == 0);
         else if (to.data != nullptr)
-          store_two(to.data + b * to.batch + (t0 + i) * to.token + group * a.N + n, grad[n8][2 * half], grad[n8][2 * half + 1], n + 1 < a.N, to.vectors);
+          store_two(to.data + b * to.batch + (t0 + i) * to.token + group * a.N + n, grad[n8][2 * half], grad[n8][2 * half + 1], n + 1 < a.N,
+                    to.vectors);
       }
   };
   store(grad_B, a.grad_B, a.parts_B);
@@ -440,12 +459,9 @@ __global__ void ssd_sum_heads_kernel(const HeadSumArgs a) {
     if (group == 0 && k < width) {
       float whole = 0;
       for (int other = 0; other < kSumGroups; ++other) whole += shared[other * kSumColumns + column];
-      if (k < a.P)
-        channels[k] = whole;
-      else if (k == a.P && a.grad_A_log != nullptr)
-        a.grad_A_log[h] = -expf(a.A_log[h]) * whole;
-      else if (k == a.P + 1 && a.grad_bias != nullptr)
-        a.grad_bias[h] = whole;
+      if (k < a.P) channels[k] = whole;
+      else if (k == a.P && a.grad_A_log != nullptr) a.grad_A_log[h] = -expf(a.A_log[h]) * whole;
+      else if (k == a.P + 1 && a.grad_bias != nullptr) a.grad_bias[h] = whole;
     }
     __syncthreads();
   }
@@ -468,13 +484,18 @@ void launch_chunks(const ChunkBwdArgs<T>& args, const CudaContext& context) {
   launch(&ssd_chunk_bwd_kernel<T, kN>, "ssd_chunk_bwd_kernel", grid, dim3(kBwdThreads), shared, context.stream, args);
 }
 
-Tensor rows_of_batch(const Tensor& t, int64_t begin, int64_t end) { return t.defined() ? t.slice(0, begin, end) : t; }
+Tensor rows_of_batch(const Tensor& t, int64_t begin, int64_t end) {
+  return t.defined() ? t.slice(0, begin, end) : t;
+}
 
-float* floats_of(const Tensor& t) { return t.defined() ? t.data<float>() : nullptr; }
+float* floats_of(const Tensor& t) {
+  return t.defined() ? t.data<float>() : nullptr;
+}
 
 /// Backward of some rows of the batch; sums [rows, chunks, H, P + 2] are filled, parameters' gradients are left to the caller.
 template <class T>
-void backward_rows(const SsdInputs& in, const SsdOptions& options, const Tensor& grad_y, const Tensor& grad_h_T, const SsdGradients& out, const Tensor& sums) {
+void backward_rows(const SsdInputs& in, const SsdOptions& options, const Tensor& grad_y, const Tensor& grad_h_T, const SsdGradients& out,
+                   const Tensor& sums) {
   const CudaContext& context = in.x.device().cuda_context();
   const SsdSizes s = ssd_sizes(in.x, in.B_t);
   const SsdSteps steps = ssd_steps_cuda(in, options);
@@ -528,8 +549,12 @@ void backward_rows(const SsdInputs& in, const SsdOptions& options, const Tensor&
     args.grad_C = token_rows<T>(out.C_t, s.N);
   }
   switch (padded_state_dim(s.N)) {
-    case 64: launch_chunks<T, 64>(args, context); break;
-    case 128: launch_chunks<T, 128>(args, context); break;
+    case 64:
+      launch_chunks<T, 64>(args, context);
+      break;
+    case 128:
+      launch_chunks<T, 128>(args, context);
+      break;
     default:
       if constexpr (sizeof(T) == 2) launch_chunks<T, 256>(args, context);  // f32 ends at 128: require_ssd_cuda_sizes
   }
@@ -548,22 +573,28 @@ void backward_rows(const SsdInputs& in, const SsdOptions& options, const Tensor&
 constexpr int64_t kBorderBytes = int64_t{512} << 20;
 
 template <class T>
-void backward(const SsdInputs& in, const SsdOptions& options, const Tensor& grad_y_or_none, const Tensor& grad_h_T, const SsdGradients& out) {
+void backward(const SsdInputs& in, const SsdOptions& options, const Tensor& grad_y_or_none, const Tensor& grad_h_T,
+              const SsdGradients& out) {
   const SsdSizes s = ssd_sizes(in.x, in.B_t);
   const int64_t chunks = chunk_count(s.T);
   const Shape sums_shape{s.B, chunks, s.H, s.P + 2};
   const Tensor sums = Tensor::empty(in.x.device(), Dtype::f32, sums_shape);
   const Tensor grad_y = grad_y_or_none.defined() ? grad_y_or_none : Tensor::zeros(in.x.device(), in.x.dtype(), in.x.shape());
-  const int64_t row_bytes = 2 * chunks * s.H * s.P * s.N * static_cast<int64_t>(sizeof(T)), rows = std::max<int64_t>(1, kBorderBytes / std::max<int64_t>(1, row_bytes));
+  const int64_t row_bytes = 2 * chunks * s.H * s.P * s.N * static_cast<int64_t>(sizeof(T)),
+                rows = std::max<int64_t>(1, kBorderBytes / std::max<int64_t>(1, row_bytes));
   for (int64_t begin = 0; begin < s.B; begin += rows) {
     const int64_t end = std::min(begin + rows, s.B);
     auto piece = [&](const Tensor& t) { return rows_of_batch(t, begin, end); };
-    backward_rows<T>({piece(in.x), piece(in.dt), in.A_log, piece(in.B_t), piece(in.C_t), in.D_skip, in.dt_bias, piece(in.h0)}, options, piece(grad_y), piece(grad_h_T),
+    backward_rows<T>({piece(in.x), piece(in.dt), in.A_log, piece(in.B_t), piece(in.C_t), in.D_skip, in.dt_bias, piece(in.h0)}, options,
+                     piece(grad_y), piece(grad_h_T),
                      {piece(out.x), piece(out.dt), {}, piece(out.B_t), piece(out.C_t), {}, {}, piece(out.h0)}, piece(sums));
   }
   if (s.H == 0) return;
-  const HeadSumArgs args{sums.data<float>(), in.A_log.data<float>(), floats_of(out.A_log), floats_of(out.D_skip), floats_of(out.dt_bias),
-                         in.D_skip.defined() && in.D_skip.rank() == 2, s.B * chunks, s.H, static_cast<int>(s.P)};
+  const HeadSumArgs args{sums.data<float>(),     in.A_log.data<float>(),
+                         floats_of(out.A_log),   floats_of(out.D_skip),
+                         floats_of(out.dt_bias), in.D_skip.defined() && in.D_skip.rank() == 2,
+                         s.B * chunks,           s.H,
+                         static_cast<int>(s.P)};
   launch(&ssd_sum_heads_kernel, "ssd_sum_heads_kernel", dim3(static_cast<unsigned>(s.H)), dim3(kSumColumns * kSumGroups),
          (kSumColumns * kSumGroups + kMaxHeadDim) * sizeof(float), in.x.device().cuda_context().stream, args);
 }

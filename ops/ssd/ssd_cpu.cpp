@@ -59,20 +59,21 @@ struct Operands {
   int64_t state_size() const { return s.P * s.N; }
 };
 
-Dtype sums_dtype(const Tensor& x) { return x.dtype() == Dtype::f64 ? Dtype::f64 : Dtype::f32; }
+Dtype sums_dtype(const Tensor& x) {
+  return x.dtype() == Dtype::f64 ? Dtype::f64 : Dtype::f32;
+}
 
 SsdResult make_result(const SsdInputs& in) {
   const SsdSizes s = ssd_sizes(in.x, in.B_t);
-  return {Tensor::empty(in.x.device(), in.x.dtype(), {s.B, s.T, s.H, s.P}), Tensor::empty(in.x.device(), sums_dtype(in.x), {s.B, s.H, s.P, s.N})};
+  return {Tensor::empty(in.x.device(), in.x.dtype(), {s.B, s.T, s.H, s.P}),
+          Tensor::empty(in.x.device(), sums_dtype(in.x), {s.B, s.H, s.P, s.N})};
 }
 
 template <class T>
 void start_state(const Operands<T>& op, int64_t b, int64_t h, T* state) {
   const int64_t size = op.state_size();
-  if (op.h0 != nullptr)
-    std::copy_n(op.h0 + (b * op.s.H + h) * size, size, state);
-  else
-    std::fill_n(state, size, T(0));
+  if (op.h0 != nullptr) std::copy_n(op.h0 + (b * op.s.H + h) * size, size, state);
+  else std::fill_n(state, size, T(0));
 }
 
 // --- recurrent ------------------------------------------------------------------------------------------------
@@ -132,10 +133,10 @@ std::vector<Unit> units_of(const SsdSizes& s) {
 /// What one head needs of the time steps of one chunk of q tokens.
 template <class T>
 struct ChunkDecay {
-  std::vector<T> dt;       // [q]
+  std::vector<T> dt;          // [q]
   std::vector<T> from_begin;  // e^{Lambda_i}: decay from the chunk's beginning through token i
   std::vector<T> to_end;      // rho_j: decay from behind token j to the chunk's end
-  std::vector<T> between;  // E[i, j] = decay from behind token j through token i for j <= i, else 0;  [Q, Q]
+  std::vector<T> between;     // E[i, j] = decay from behind token j through token i for j <= i, else 0;  [Q, Q]
   T whole = 1;
 
   explicit ChunkDecay(int64_t Q)
@@ -223,7 +224,10 @@ void chunked_fwd(const SsdInputs& in, const SsdOptions& options, const SsdResult
           T* state = states.data() + (h - unit.h_begin) * size;  // [N, P]
           decay.set(op, unit.b, h, t0, q, Q);
           for (int64_t i = 0; i < q; ++i)
-            for (int64_t j = 0; j < q; ++j) mixing[static_cast<std::size_t>(i * Q + j)] = scores[static_cast<std::size_t>(i * Q + j)] * decay.between[static_cast<std::size_t>(i * Q + j)] * decay.dt[static_cast<std::size_t>(j)];
+            for (int64_t j = 0; j < q; ++j)
+              mixing[static_cast<std::size_t>(i * Q + j)] = scores[static_cast<std::size_t>(i * Q + j)] *
+                                                            decay.between[static_cast<std::size_t>(i * Q + j)] *
+                                                            decay.dt[static_cast<std::size_t>(j)];
 
           T* y = out.y.data<T>() + ((unit.b * T_ + t0) * H + h) * P;
           for (int64_t i = 0; i < q; ++i) {
@@ -244,7 +248,8 @@ void chunked_fwd(const SsdInputs& in, const SsdOptions& options, const SsdResult
 
 // --- backward -------------------------------------------------------------------------------------------------
 
-/// da_t = sum_{i >= t > j} pairs[i, j] + sum_{i >= t} late_i + sum_{j < t} early_j + whole. Sums of like terms throughout; pairs is overwritten.
+/// da_t = sum_{i >= t > j} pairs[i, j] + sum_{i >= t} late_i + sum_{j < t} early_j + whole. Sums of like terms throughout; pairs is
+/// overwritten.
 template <class T>
 void decay_gradient(int64_t q, int64_t Q, T* pairs, const T* late, const T* early, T whole, T* da) {
   for (int64_t i = q - 2; i >= 0; --i)  // pairs[t, j] <- sum_{i >= t} pairs[i, j]
@@ -282,8 +287,8 @@ void chunked_bwd(const SsdInputs& in, const SsdOptions& options, const Tensor& g
   const std::vector<Unit> units = units_of(op.s);
   const auto count = static_cast<int64_t>(units.size());
   const int64_t heads = heads_per_unit(op.s), parts = (op.s.heads_per_group() + heads - 1) / heads;
-  const TokenStrides s_grad_y = token_strides(grad_y), s_out_x = token_strides(out.x), s_out_dt = token_strides(out.dt), s_out_B = token_strides(out.B_t),
-                     s_out_C = token_strides(out.C_t);
+  const TokenStrides s_grad_y = token_strides(grad_y), s_out_x = token_strides(out.x), s_out_dt = token_strides(out.dt),
+                     s_out_B = token_strides(out.B_t), s_out_C = token_strides(out.C_t);
   const bool want_BC = out.B_t || out.C_t;
 
   // Sums over the heads of a group beyond one unit, and over rows: parts first, then in fixed order.
@@ -294,7 +299,8 @@ void chunked_bwd(const SsdInputs& in, const SsdOptions& options, const Tensor& g
 
 #pragma omp parallel
   {
-    auto borders = buffer<T>(heads * std::max<int64_t>(1, chunks) * size), grads = buffer<T>(heads * size), state = buffer<T>(size), grad_transposed = buffer<T>(size);
+    auto borders = buffer<T>(heads * std::max<int64_t>(1, chunks) * size), grads = buffer<T>(heads * size), state = buffer<T>(size),
+         grad_transposed = buffer<T>(size);
     auto wide = buffer<T>(Q * std::max(P, N)), dY = buffer<T>(Q * P), V = buffer<T>(Q * P), X_transposed = buffer<T>(P * Q);
     auto B_transposed = buffer<T>(N * Q), scores = buffer<T>(Q * Q), pairs = buffer<T>(Q * Q), mixing = buffer<T>(Q * Q);
     auto dB = buffer<T>(Q * N), dC = buffer<T>(Q * N), from_state = buffer<T>(Q * N);
@@ -314,10 +320,8 @@ void chunked_bwd(const SsdInputs& in, const SsdOptions& options, const Tensor& g
           transpose(N, P, state.data(), P, mine + (c + 1) * size, N);
         }
         T* grad = grads.data() + (h - unit.h_begin) * size;
-        if (grad_h_T)
-          std::copy_n(grad_h_T.data<T>() + (b * H + h) * size, size, grad);
-        else
-          std::fill_n(grad, size, T(0));
+        if (grad_h_T) std::copy_n(grad_h_T.data<T>() + (b * H + h) * size, size, grad);
+        else std::fill_n(grad, size, T(0));
       }
       for (int64_t c = chunks - 1; c >= 0; --c) {
         const int64_t t0 = c * Q, q = std::min(Q, T_ - t0);
@@ -327,14 +331,12 @@ void chunked_bwd(const SsdInputs& in, const SsdOptions& options, const Tensor& g
         std::fill(dC.begin(), dC.end(), T(0));
         for (int64_t h = unit.h_begin; h < unit.h_end; ++h) {
           const T* S = borders.data() + ((h - unit.h_begin) * chunks + c) * size;  // state at the chunk's beginning
-          T* R = grads.data() + (h - unit.h_begin) * size;                       // gradient of the state at its end
+          T* R = grads.data() + (h - unit.h_begin) * size;                         // gradient of the state at its end
           decay.set(op, b, h, t0, q, Q);
           const T *dt = decay.dt.data(), *x = op.x_at(b, t0, h);
           for (int64_t i = 0; i < q; ++i) {
-            if (grad_y)
-              std::copy_n(grad_y.data<T>() + s_grad_y.at(b, t0 + i) + h * P, P, dY.data() + i * P);
-            else
-              std::fill_n(dY.data() + i * P, P, T(0));
+            if (grad_y) std::copy_n(grad_y.data<T>() + s_grad_y.at(b, t0 + i) + h * P, P, dY.data() + i * P);
+            else std::fill_n(dY.data() + i * P, P, T(0));
           }
 
           // d(C B') = (dY X') E dt;  pairs = d(C B') * C B';  mixing = C B' * E
@@ -379,10 +381,12 @@ void chunked_bwd(const SsdInputs& in, const SsdOptions& options, const Tensor& g
           if (out.x)
             for (int64_t j = 0; j < q; ++j) {
               T* dx = out.x.data<T>() + s_out_x.at(b, t0 + j) + h * P;
-              for (int64_t p = 0; p < P; ++p) dx[p] = dt[j] * V[static_cast<std::size_t>(j * P + p)] + op.D(h, p) * dY[static_cast<std::size_t>(j * P + p)];
+              for (int64_t p = 0; p < P; ++p)
+                dx[p] = dt[j] * V[static_cast<std::size_t>(j * P + p)] + op.D(h, p) * dY[static_cast<std::size_t>(j * P + p)];
             }
           for (int64_t j = 0; j < q; ++j)
-            for (int64_t p = 0; p < P; ++p) rows_D[static_cast<std::size_t>((b * H + h) * P + p)] += dY[static_cast<std::size_t>(j * P + p)] * x[j * op.sx.token + p];
+            for (int64_t p = 0; p < P; ++p)
+              rows_D[static_cast<std::size_t>((b * H + h) * P + p)] += dY[static_cast<std::size_t>(j * P + p)] * x[j * op.sx.token + p];
 
           // The decays, and through them dt, A and the bias.
           for (int64_t i = 0; i < q; ++i)  // the diagonal has no decay in it
@@ -397,7 +401,8 @@ void chunked_bwd(const SsdInputs& in, const SsdOptions& options, const Tensor& g
           for (int64_t t = 0; t < q; ++t) {
             const T raw = op.dt_raw(b, t0 + t, h), unclamped = softplus(raw);
             const bool inside = unclamped >= op.dt_min && unclamped <= op.dt_max;
-            const T grad_dt = inside ? (direct[static_cast<std::size_t>(t)] + op.A(h) * da[static_cast<std::size_t>(t)]) * softplus_slope(raw) : T(0);
+            const T grad_dt =
+                inside ? (direct[static_cast<std::size_t>(t)] + op.A(h) * da[static_cast<std::size_t>(t)]) * softplus_slope(raw) : T(0);
             sum_A += dt[t] * da[static_cast<std::size_t>(t)];
             sum_bias += grad_dt;
             if (out.dt) out.dt.data<T>()[s_out_dt.at(b, t0 + t) + h] = grad_dt;
@@ -413,7 +418,8 @@ void chunked_bwd(const SsdInputs& in, const SsdOptions& options, const Tensor& g
         auto store = [&](const Tensor& result, const TokenStrides& strides, const Tensor& partial, const std::vector<T>& from) {
           if (!result) return;
           for (int64_t i = 0; i < q; ++i) {
-            T* to = parts > 1 ? partial.data<T>() + (((unit.part * B + b) * T_ + t0 + i) * G + g) * N : result.data<T>() + strides.at(b, t0 + i) + g * N;
+            T* to = parts > 1 ? partial.data<T>() + (((unit.part * B + b) * T_ + t0 + i) * G + g) * N
+                              : result.data<T>() + strides.at(b, t0 + i) + g * N;
             std::copy_n(from.data() + i * N, N, to);
           }
         };
@@ -421,7 +427,8 @@ void chunked_bwd(const SsdInputs& in, const SsdOptions& options, const Tensor& g
         store(out.C_t, s_out_C, parts_C, dC);
       }
       if (out.h0)
-        for (int64_t h = unit.h_begin; h < unit.h_end; ++h) std::copy_n(grads.data() + (h - unit.h_begin) * size, size, out.h0.data<T>() + (b * H + h) * size);
+        for (int64_t h = unit.h_begin; h < unit.h_end; ++h)
+          std::copy_n(grads.data() + (h - unit.h_begin) * size, size, out.h0.data<T>() + (b * H + h) * size);
     }
   }
 
@@ -470,7 +477,8 @@ SsdResult ssd_fwd_cpu(const SsdInputs& in, const SsdOptions& options) {
 }
 
 void ssd_bwd_cpu(const SsdInputs& in, const SsdOptions& options, const Tensor& grad_y, const Tensor& grad_h_T, const SsdGradients& out) {
-  in.x.dtype() == Dtype::f64 ? chunked_bwd<double>(in, options, grad_y, grad_h_T, out) : chunked_bwd<float>(in, options, grad_y, grad_h_T, out);
+  in.x.dtype() == Dtype::f64 ? chunked_bwd<double>(in, options, grad_y, grad_h_T, out)
+                             : chunked_bwd<float>(in, options, grad_y, grad_h_T, out);
 }
 
 }  // namespace longhand

@@ -6,15 +6,16 @@
 // order   a fixed shuffle scan
 //
 // ssd_walk_kernel<outputs>: y and h_T
-// moves   x in, y out, and per head B_t and C_t (from L2 when heads of a group run together): the ideal single pass of 2e + 2GN + H elements a token
-// flops   per chunk of Q = 64 and head: C B' (Q Q N), its product with X (Q Q P), C S' and the state update (2 Q P N each): about 56 k per token
-// floor   B 32, T 2048, H 24, P 64, N 128, bf16: 440 MB / 3.0 TB/s = 0.15 ms on an H100 SXM
-// split   one block per (row, head, segment), one warp per 16 rows of P; the state stays in f32 registers and feeds C S' from there.
+// moves   x in, y out, and per head B_t and C_t (from L2 when heads of a group run together): the ideal single pass of 2e + 2GN + H
+// elements a token flops   per chunk of Q = 64 and head: C B' (Q Q N), its product with X (Q Q P), C S' and the state update (2 Q P N
+// each): about 56 k per token floor   B 32, T 2048, H 24, P 64, N 128, bf16: 440 MB / 3.0 TB/s = 0.15 ms on an H100 SXM split   one block
+// per (row, head, segment), one warp per 16 rows of P; the state stays in f32 registers and feeds C S' from there.
 //         With too few rows and heads for the GPU the sequence is cut into segments: their end states from a zero state first
 //         (ssd_walk_kernel<states>), a scan over segments, then the outputs of all segments at once
-// needs   P <= 128, N <= 256 (f32: 128); P is padded to a multiple of 16 and N to 64, 128 or 256 with zeros. 16-byte copies where base, strides and
+// needs   P <= 128, N <= 256 (f32: 128); P is padded to a multiple of 16 and N to 64, 128 or 256 with zeros. 16-byte copies where base,
+// strides and
 //         widths are multiples of 16 bytes, single elements otherwise
-// agrees  with the CPU reference: f32 2e-5 of the largest entry; bf16 2e-2: the rounding of y, of M, of rho dt X and of the state in C S'
+// agrees  with the CPU reference to kSsdToleranceF32, kSsdToleranceBf16 (ssd.h); bf16 rounds y, M, rho dt X and the state in C S'
 // order   fixed, no atomics. How many segments there are depends on the GPU's size
 #include "core/error.h"
 #include "ops/ssd/ssd_cuda.cuh"
@@ -96,7 +97,9 @@ struct WalkLayout {  // shared memory, in bytes; each stage holds the tiles of o
   static constexpr int side_bytes = kChunk * tile_stride<T>(kN) * static_cast<int>(sizeof(T));
   static constexpr int mixing_bytes = kChunk * tile_stride<T>(kChunk) * static_cast<int>(sizeof(T));
   static constexpr int vector_bytes = kChunk * 4;
-  __host__ __device__ static constexpr int rows_bytes(int P_padded) { return kChunk * tile_stride<T>(P_padded) * static_cast<int>(sizeof(T)); }
+  __host__ __device__ static constexpr int rows_bytes(int P_padded) {
+    return kChunk * tile_stride<T>(P_padded) * static_cast<int>(sizeof(T));
+  }
   __host__ __device__ static constexpr int stage_bytes(int P_padded, bool outputs) {
     return rows_bytes(P_padded) + (outputs ? 2 : 1) * side_bytes + 2 * vector_bytes;
   }
@@ -111,8 +114,10 @@ __global__ void __launch_bounds__(256) ssd_walk_kernel(const WalkArgs<T> a) {
   constexpr int side_stride = tile_stride<T>(kN), mixing_stride = tile_stride<T>(kChunk);
   using Layout = WalkLayout<T, kN>;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32, g = lane / 4, q = lane % 4;
-  const int64_t segment = blockIdx.x % a.segments, row_head = blockIdx.x / a.segments, h = row_head % a.H, b = row_head / a.H, group = h / (a.H / a.G);
-  const int64_t k_begin = segment * a.chunks_per_segment, k_limit = k_begin + a.chunks_per_segment, k_end = k_limit < a.chunks ? k_limit : a.chunks;
+  const int64_t segment = blockIdx.x % a.segments, row_head = blockIdx.x / a.segments, h = row_head % a.H, b = row_head / a.H,
+                group = h / (a.H / a.G);
+  const int64_t k_begin = segment * a.chunks_per_segment, k_limit = k_begin + a.chunks_per_segment,
+                k_end = k_limit < a.chunks ? k_limit : a.chunks;
   if (a.end_per_segment && segment == a.segments - 1) return;  // nobody starts from its end
 
   unsigned char* shared = shared_memory();
@@ -135,12 +140,13 @@ __global__ void __launch_bounds__(256) ssd_walk_kernel(const WalkArgs<T> a) {
     for (int i = static_cast<int>(threadIdx.x); i < kChunk / 2; i += static_cast<int>(blockDim.x))  // 16 units of dt, 16 of lambda
       copy_16_async(dt + 4 * i, (i < kChunk / 4 ? a.dt : a.lambda - kChunk) + steps + 4 * i);
     T* rows = reinterpret_cast<T*>(dt + 2 * kChunk);
-    load_tile(rows, kChunk, a.P_padded, a.rows.data + b * a.rows.batch + t0 * a.rows.token + h * a.P, a.rows.token, valid, a.P, a.rows.vectors);
+    load_tile(rows, kChunk, a.P_padded, a.rows.data + b * a.rows.batch + t0 * a.rows.token + h * a.P, a.rows.token, valid, a.P,
+              a.rows.vectors);
     T* side = rows + kChunk * rows_stride;
     load_tile(side, kChunk, kN, a.side.data + b * a.side.batch + t0 * a.side.token + group * a.N, a.side.token, valid, a.N, a.side.vectors);
     if constexpr (outputs)
-      load_tile(side + kChunk * side_stride, kChunk, kN, a.readout.data + b * a.readout.batch + t0 * a.readout.token + group * a.N, a.readout.token, valid, a.N,
-                a.readout.vectors);
+      load_tile(side + kChunk * side_stride, kChunk, kN, a.readout.data + b * a.readout.batch + t0 * a.readout.token + group * a.N,
+                a.readout.token, valid, a.N, a.readout.vectors);
   };
 
   // The state: rows p = 16 * warp + g and + 8, columns 8j + 2q and the next.
@@ -201,8 +207,9 @@ __global__ void __launch_bounds__(256) ssd_walk_kernel(const WalkArgs<T> a) {
         clear(scores);
 #pragma unroll 2
         for (int n = 0; n < kN; n += 16)
-          multiply<Stored::transposed, kChunk / 16>(scores, Left<T>::template load<Stored::as_is>(readout + 16 * tile * side_stride + n, side_stride), side + n,
-                                                    side_stride, 0, tile + 1);
+          multiply<Stored::transposed, kChunk / 16>(
+              scores, Left<T>::template load<Stored::as_is>(readout + 16 * tile * side_stride + n, side_stride), side + n, side_stride, 0,
+              tile + 1);
 #pragma unroll
         for (int j8 = 0; j8 < kChunk / 8; ++j8) {
           if (j8 / 2 > tile) continue;
@@ -256,7 +263,8 @@ __global__ void __launch_bounds__(256) ssd_walk_kernel(const WalkArgs<T> a) {
           }
       }
       __syncthreads();
-      store_tile(a.y.data + b * a.y.batch + chunk * kChunk * a.y.token + h * a.P, a.y.token, rows, a.P_padded, tokens_in(chunk), a.P, a.y.vectors);
+      store_tile(a.y.data + b * a.y.batch + chunk * kChunk * a.y.token + h * a.P, a.y.token, rows, a.P_padded, tokens_in(chunk), a.P,
+                 a.y.vectors);
     }
   }
   if (a.end != nullptr && (a.end_per_segment || segment == a.segments - 1)) {
@@ -309,8 +317,10 @@ void launch_walk(WalkArgs<T> args, const CudaContext& context) {
 template <class T, Walk walk>
 void launch_walk(const WalkArgs<T>& args, const CudaContext& context) {
   switch (padded_state_dim(args.N)) {
-    case 64: return launch_walk<T, 64, walk>(args, context);
-    case 128: return launch_walk<T, 128, walk>(args, context);
+    case 64:
+      return launch_walk<T, 64, walk>(args, context);
+    case 128:
+      return launch_walk<T, 128, walk>(args, context);
     default:
       if constexpr (sizeof(T) == 2) launch_walk<T, 256, walk>(args, context);  // f32 ends at 128: require_ssd_cuda_sizes
   }
@@ -342,7 +352,10 @@ void run_walk(WalkArgs<T> args, const Tensor& start, const Device& device) {
     ends.end = starts.data<float>();
     ends.end_per_segment = true;
     launch_walk<T, walk == Walk::gradients ? Walk::gradients : Walk::states>(ends, context);
-    const SegmentScanArgs scan{args.lambda, args.start, starts.data<float>(), args.chunks, args.segments, args.chunks_per_segment, state_size, walk == Walk::gradients};
+    const SegmentScanArgs scan{args.lambda,          args.start,
+                               starts.data<float>(), args.chunks,
+                               args.segments,        args.chunks_per_segment,
+                               state_size,           walk == Walk::gradients};
     const dim3 grid(static_cast<unsigned>(heads), static_cast<unsigned>((state_size + 255) / 256));
     launch(&ssd_segment_scan_kernel, "ssd_segment_scan_kernel", grid, dim3(256), 0, context.stream, scan);
     args.start = starts.data<float>();
@@ -371,7 +384,8 @@ template <class T>
 SsdResult forward(const SsdInputs& in, const SsdOptions& options) {
   const SsdSizes s = ssd_sizes(in.x, in.B_t);
   const SsdSteps steps = ssd_steps_cuda(in, options);
-  const SsdResult out{Tensor::empty(in.x.device(), in.x.dtype(), {s.B, s.T, s.H, s.P}), Tensor::empty(in.x.device(), Dtype::f32, {s.B, s.H, s.P, s.N})};
+  const SsdResult out{Tensor::empty(in.x.device(), in.x.dtype(), {s.B, s.T, s.H, s.P}),
+                      Tensor::empty(in.x.device(), Dtype::f32, {s.B, s.H, s.P, s.N})};
   WalkArgs<T> args = walk_args<T>(in, steps);
   args.rows = token_rows<const T>(in.x, s.P);
   args.side = token_rows<const T>(in.B_t, s.N);
@@ -397,7 +411,8 @@ Tensor chunk_states(const SsdInputs& in, const SsdSteps& steps) {
 }
 
 template <class T>
-Tensor chunk_state_gradients(const SsdInputs& in, const SsdSteps& steps, const Tensor& grad_y, const Tensor& grad_h_T, const Tensor& grad_h0) {
+Tensor chunk_state_gradients(const SsdInputs& in, const SsdSteps& steps, const Tensor& grad_y, const Tensor& grad_h_T,
+                             const Tensor& grad_h0) {
   const SsdSizes s = ssd_sizes(in.x, in.B_t);
   WalkArgs<T> args = walk_args<T>(in, steps);
   const Tensor borders = Tensor::empty(in.x.device(), in.x.dtype(), {s.B, args.chunks, s.H, s.P, s.N});
@@ -414,9 +429,19 @@ void steps(const SsdInputs& in, const SsdOptions& options, const SsdSteps& out) 
   const SsdSizes s = ssd_sizes(in.x, in.B_t);
   const int64_t chunks = chunk_count(s.T), warps = s.B * s.H * chunks;
   if (warps == 0) return;
-  const StepArgs<T> args{token_rows<const T>(in.dt, s.H), in.A_log.data<float>(), in.dt_bias.data<float>(), out.dt.data<float>(), out.lambda.data<float>(), s.B, s.T, s.H,
-                         chunks, static_cast<float>(options.dt_min), static_cast<float>(options.dt_max)};
-  launch(&ssd_steps_kernel<T>, "ssd_steps_kernel", dim3(static_cast<unsigned>((warps + 7) / 8)), dim3(256), 0, in.x.device().cuda_context().stream, args);
+  const StepArgs<T> args{token_rows<const T>(in.dt, s.H),
+                         in.A_log.data<float>(),
+                         in.dt_bias.data<float>(),
+                         out.dt.data<float>(),
+                         out.lambda.data<float>(),
+                         s.B,
+                         s.T,
+                         s.H,
+                         chunks,
+                         static_cast<float>(options.dt_min),
+                         static_cast<float>(options.dt_max)};
+  launch(&ssd_steps_kernel<T>, "ssd_steps_kernel", dim3(static_cast<unsigned>((warps + 7) / 8)), dim3(256), 0,
+         in.x.device().cuda_context().stream, args);
 }
 
 }  // namespace
@@ -443,7 +468,8 @@ Tensor ssd_chunk_states_cuda(const SsdInputs& in, const SsdSteps& steps) {
   return in.x.dtype() == Dtype::bf16 ? chunk_states<Bf16>(in, steps) : chunk_states<float>(in, steps);
 }
 
-Tensor ssd_chunk_state_gradients_cuda(const SsdInputs& in, const SsdSteps& steps, const Tensor& grad_y, const Tensor& grad_h_T, const Tensor& grad_h0) {
+Tensor ssd_chunk_state_gradients_cuda(const SsdInputs& in, const SsdSteps& steps, const Tensor& grad_y, const Tensor& grad_h_T,
+                                      const Tensor& grad_h0) {
   return in.x.dtype() == Dtype::bf16 ? chunk_state_gradients<Bf16>(in, steps, grad_y, grad_h_T, grad_h0)
                                      : chunk_state_gradients<float>(in, steps, grad_y, grad_h_T, grad_h0);
 }

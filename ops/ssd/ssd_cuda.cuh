@@ -19,7 +19,8 @@ SsdSteps ssd_steps_cuda(const SsdInputs& in, const SsdOptions& options);
 Tensor ssd_chunk_states_cuda(const SsdInputs& in, const SsdSteps& steps);
 
 /// The gradient of the state at the end of every chunk, laid out likewise; the gradient of h0 goes to grad_h0 where defined.
-Tensor ssd_chunk_state_gradients_cuda(const SsdInputs& in, const SsdSteps& steps, const Tensor& grad_y, const Tensor& grad_h_T, const Tensor& grad_h0);
+Tensor ssd_chunk_state_gradients_cuda(const SsdInputs& in, const SsdSteps& steps, const Tensor& grad_y, const Tensor& grad_h_T,
+                                      const Tensor& grad_h0);
 
 // What fits into registers and shared memory of the kernels.
 constexpr int kMaxHeadDim = 128, kMaxStateDim = 256, kMaxStateDimF32 = 128;
@@ -46,14 +47,21 @@ TokenRows<T> token_rows(const Tensor& t, int64_t width) {
 
 template <class Kernel, class Args>
 void launch(Kernel kernel, const char* name, dim3 grid, dim3 block, size_t shared, cudaStream_t stream, const Args& args) {
-  if (shared > 48 * 1024) cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), name);
+  if (shared > 48 * 1024)
+    cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), name);
   kernel<<<grid, block, shared, stream>>>(args);
   launch_check(name, grid, block, shared);
 }
 
-inline int64_t chunk_count(int64_t tokens) { return (tokens + 63) / 64; }
-inline int rounded_up(int64_t value, int multiple) { return static_cast<int>((value + multiple - 1) / multiple * multiple); }
+inline int64_t chunk_count(int64_t tokens) {
+  return (tokens + 63) / 64;
+}
+inline int rounded_up(int64_t value, int multiple) {
+  return static_cast<int>((value + multiple - 1) / multiple * multiple);
+}
 /// The widths of N that kernels are made for; others are padded with zeros in shared memory.
-inline int padded_state_dim(int64_t N) { return N <= 64 ? 64 : N <= 128 ? 128 : 256; }
+inline int padded_state_dim(int64_t N) {
+  return N <= 64 ? 64 : N <= 128 ? 128 : 256;
+}
 
 }  // namespace longhand

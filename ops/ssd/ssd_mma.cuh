@@ -12,13 +12,17 @@ __device__ __forceinline__ unsigned char* shared_memory() {
   return dynamic_shared_memory;
 }
 
-__device__ __forceinline__ unsigned shared_address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
+__device__ __forceinline__ unsigned shared_address(const void* p) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(p));
+}
 
 /// 16 bytes from global to shared memory, both aligned to 16; arrives by copies_arrived() of the same thread.
 __device__ __forceinline__ void copy_16_async(void* to_shared, const void* from_global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to_shared)), "l"(from_global) : "memory");
 }
-__device__ __forceinline__ void copies_arrived() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+__device__ __forceinline__ void copies_arrived() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+}
 
 /// Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8 and gets, of every matrix, the elements
 /// (row l / 4, columns 2 * (l % 4) and the next). The transposed form exchanges rows and columns.

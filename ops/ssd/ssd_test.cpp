@@ -20,12 +20,6 @@ using test::expect_close;
 
 constexpr double kGradcheckTolerance = 1e-7;
 constexpr double kF64Tolerance = 1e-12;  // sums of at most a few thousand products in f64
-// f32: sums of up to about 500 products of numbers near 1, errors of 2^-24 each that grow like the square root of their number
-constexpr double kF32Tolerance = 2e-5;
-// bf16: y is rounded once (2^-9); M, the states of Y_off and rho dt X are rounded before their products (2^-9 each, averaging over the sum);
-// relative to the largest entry, with a factor for the tails of many entries
-constexpr double kBf16Tolerance = 2e-2;
-
 struct Sizes {
   int64_t B, T, H, P, G, N;
 };
@@ -37,7 +31,9 @@ struct Given {
 
 SsdInputs random_inputs(const Sizes& s, uint64_t seed, const Given& given = {}, Dtype dtype = Dtype::f64) {
   const Device cpu = Device::cpu();
-  auto make = [&](Shape shape, uint64_t k, double scale, double mean = 0) { return random_tensor(cpu, dtype, shape, seed * 100 + k, scale, mean); };
+  auto make = [&](Shape shape, uint64_t k, double scale, double mean = 0) {
+    return random_tensor(cpu, dtype, shape, seed * 100 + k, scale, mean);
+  };
   SsdInputs in;
   in.x = make({s.B, s.T, s.H, s.P}, 1, 1);
   in.dt = make({s.B, s.T, s.H}, 2, given.dt_scale, given.dt_shift);
@@ -51,7 +47,9 @@ SsdInputs random_inputs(const Sizes& s, uint64_t seed, const Given& given = {}, 
 }
 
 constexpr const char* kNames[] = {"x", "dt", "A_log", "B_t", "C_t", "D_skip", "dt_bias", "h0"};
-std::vector<Tensor*> members(SsdInputs& in) { return {&in.x, &in.dt, &in.A_log, &in.B_t, &in.C_t, &in.D_skip, &in.dt_bias, &in.h0}; }
+std::vector<Tensor*> members(SsdInputs& in) {
+  return {&in.x, &in.dt, &in.A_log, &in.B_t, &in.C_t, &in.D_skip, &in.dt_bias, &in.h0};
+}
 
 std::vector<Variable> leaves_of(SsdInputs in) {
   std::vector<Variable> leaves;
@@ -59,14 +57,18 @@ std::vector<Variable> leaves_of(SsdInputs in) {
   return leaves;
 }
 
-SsdOutput run(const std::vector<Variable>& v, const SsdOptions& options = {}) { return ssd(v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], options); }
+SsdOutput run(const std::vector<Variable>& v, const SsdOptions& options = {}) {
+  return ssd(v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], options);
+}
 SsdOutput run(SsdInputs in, const SsdOptions& options = {}) {
   std::vector<Variable> constants;
   for (Tensor* t : members(in)) constants.emplace_back(*t);
   return run(constants, options);
 }
 
-std::vector<double> numbers(const Tensor& t) { return t.to_vector<double>(); }
+std::vector<double> numbers(const Tensor& t) {
+  return t.to_vector<double>();
+}
 
 Tensor fill(Shape shape, double alpha, double beta) {
   const Tensor t = Tensor::empty(Device::cpu(), Dtype::f64, shape);
@@ -75,8 +77,8 @@ Tensor fill(Shape shape, double alpha, double beta) {
 }
 
 SsdInputs spec_inputs() {
-  return {fill({1, 5, 2, 2}, 1, .7),  fill({1, 5, 2}, 1, .3), fill({2}, .5, 1.3), fill({1, 5, 1, 2}, 1, .5), fill({1, 5, 1, 2}, 1, 1.7), fill({2}, 1, .2),
-          fill({2}, .5, 1.1), fill({1, 2, 2, 2}, 1, 2.3)};
+  return {fill({1, 5, 2, 2}, 1, .7),  fill({1, 5, 2}, 1, .3), fill({2}, .5, 1.3), fill({1, 5, 1, 2}, 1, .5),
+          fill({1, 5, 1, 2}, 1, 1.7), fill({2}, 1, .2),       fill({2}, .5, 1.1), fill({1, 2, 2, 2}, 1, 2.3)};
 }
 
 /// Gradcheck over all inputs that are there.
@@ -108,12 +110,15 @@ SwitchScope poison() {
 }  // namespace
 
 TEST("ssd gives the reference values of the specification for every chunk size") {
-  const std::vector<double> y{0.476922058, 0.568780143, 0.417444318, 0.192615821, 0.158488017, 0.431862143, 0.37609922, 0.225877481, 0.00851963113, 0.52742722,
-                              0.946257068, 0.830699132, -0.151667085, 0.150014308, 0.110469102, 0.140243492, -0.485836591, -0.0158575671, 0.436220012, 0.709185768};
-  const std::vector<double> h_T{0.714260804, 0.672362838, -0.00625849127, 0.0208596737, -0.50528283, -0.391038533, -0.80973576, -0.670565639};
+  const std::vector<double> y{0.476922058, 0.568780143,   0.417444318,  0.192615821,   0.158488017, 0.431862143,  0.37609922,
+                              0.225877481, 0.00851963113, 0.52742722,   0.946257068,   0.830699132, -0.151667085, 0.150014308,
+                              0.110469102, 0.140243492,   -0.485836591, -0.0158575671, 0.436220012, 0.709185768};
+  const std::vector<double> h_T{0.714260804, 0.672362838,  -0.00625849127, 0.0208596737,
+                                -0.50528283, -0.391038533, -0.80973576,    -0.670565639};
   const std::vector<std::vector<double>> grads{
-      {0.489132302, 0.489132302, 0.71858297, 0.71858297, -0.486472554, -0.486472554, -0.304783194, -0.304783194, 0.808269739, 0.808269739,
-       0.991982005, 0.991982005, -0.583319148, -0.583319148, -0.399915294, -0.399915294, -1.51506092, -1.51506092, -1.01654149, -1.01654149},
+      {0.489132302,  0.489132302,  0.71858297,  0.71858297,  -0.486472554, -0.486472554, -0.304783194,
+       -0.304783194, 0.808269739,  0.808269739, 0.991982005, 0.991982005,  -0.583319148, -0.583319148,
+       -0.399915294, -0.399915294, -1.51506092, -1.51506092, -1.01654149,  -1.01654149},
       {0.0419584082, 0.435484715, 0.471566096, 0.541749422, 0.232181591, 0.643500569, 0.0383909097, 0.833204548, 0.562255923, -1.84777942},
       {-0.260116503, -0.0121637727},
       {3.04730679, -0.704949342, 3.68970665, -1.89457058, 3.09204816, -2.33397886, 0.634301866, -2.28173804, 1.32709148, 0.0366775768},
@@ -131,7 +136,8 @@ TEST("ssd gives the reference values of the specification for every chunk size")
     const auto [out, end] = run(v, {.chunk_size = chunk});
     expect_close(numbers(out.value()), y, 5e-9, 1e-30, "y");
     expect_close(numbers(end.value()), h_T, 5e-9, 1e-30, "h_T");
-    backward({out, end}, {Tensor::full(Device::cpu(), Dtype::f64, out.shape(), 1), Tensor::full(Device::cpu(), Dtype::f64, end.shape(), 1)});
+    backward({out, end},
+             {Tensor::full(Device::cpu(), Dtype::f64, out.shape(), 1), Tensor::full(Device::cpu(), Dtype::f64, end.shape(), 1)});
     for (std::size_t i = 0; i < 8; ++i) expect_close(numbers(v[i].grad()), grads[i], 5e-9, 1e-30, kNames[i]);
   }
 }
@@ -150,7 +156,8 @@ TEST("ssd agrees with the golden file: values and gradients of two groups") {
     expect_close(numbers(h_T.value()), numbers(get("ST")), kF64Tolerance, 1e-30, "h_T");
     backward({y, h_T}, {get("grad_y"), get("grad_ST")});
     const char* names[] = {"x", "dt", "A_log", "B", "C", "D", "dt_bias", "S0"};
-    for (std::size_t i = 0; i < 8; ++i) expect_close(numbers(v[i].grad()), numbers(get(std::string("grad_") + names[i])), kF64Tolerance, 1e-30, names[i]);
+    for (std::size_t i = 0; i < 8; ++i)
+      expect_close(numbers(v[i].grad()), numbers(get(std::string("grad_") + names[i])), kF64Tolerance, 1e-30, names[i]);
   }
 }
 
@@ -219,8 +226,8 @@ TEST("ssd in chunks equals the recurrence") {
     SsdInputs narrow = in;
     for (Tensor* t : members(narrow)) *t = t->to(Dtype::f32);
     const SsdResult f32 = ssd_fwd_cpu(narrow, {});
-    expect_close(numbers(f32.y), numbers(plain.y), kF32Tolerance, 1e-30, "f32 y");
-    expect_close(numbers(f32.h_T), numbers(plain.h_T), kF32Tolerance, 1e-30, "f32 h_T");
+    expect_close(numbers(f32.y), numbers(plain.y), kSsdToleranceF32, 1e-30, "f32 y");
+    expect_close(numbers(f32.h_T), numbers(plain.h_T), kSsdToleranceF32, 1e-30, "f32 h_T");
   }
 }
 
@@ -240,7 +247,7 @@ TEST("ssd gradients in f32 agree with f64 and do not depend on the chunk size") 
     const auto f64 = grads(Dtype::f64, chunk), f32 = grads(Dtype::f32, chunk);
     for (std::size_t i = 0; i < 8; ++i) {
       expect_close(numbers(f64[i].grad()), numbers(exact[i].grad()), kF64Tolerance, 1e-30, kNames[i]);
-      expect_close(numbers(f32[i].grad()), numbers(exact[i].grad()), kF32Tolerance, 1e-30, kNames[i]);
+      expect_close(numbers(f32[i].grad()), numbers(exact[i].grad()), kSsdToleranceF32, 1e-30, kNames[i]);
     }
   }
 }
@@ -250,7 +257,8 @@ TEST("ssd of a split sequence equals ssd of the whole, gradients too") {
   const SsdInputs in = random_inputs({2, T, 4, 3, 2, 5}, 70);
   const auto v = leaves_of(in);
   const auto [y, h_T] = run(v, {.chunk_size = 8});
-  const Tensor grad_y = random_tensor(Device::cpu(), Dtype::f64, y.shape(), 3), grad_h_T = random_tensor(Device::cpu(), Dtype::f64, h_T.shape(), 4);
+  const Tensor grad_y = random_tensor(Device::cpu(), Dtype::f64, y.shape(), 3),
+               grad_h_T = random_tensor(Device::cpu(), Dtype::f64, h_T.shape(), 4);
   backward({y, h_T}, {grad_y, grad_h_T});
   for (int64_t s : {1, 3, 16, 36}) {
     CAPTURE(s);
@@ -391,6 +399,121 @@ TEST("ssd says what does not fit") {
   CHECK_MESSAGE(has(bias, "ssd: dt_bias is absent"), bias);
   CHECK(has(message([](SsdInputs&) {}, {.chunk_size = 0}), "at least one token"));
   CHECK(has(message([](SsdInputs&) {}, {.dt_min = 1, .dt_max = 0.5}), "out of order"));
+}
+
+// --- CUDA -----------------------------------------------------------------------------------------------------
+
+namespace {
+
+struct Results {
+  std::vector<std::vector<double>> values;  // y, h_T, then the gradients of the inputs
+};
+
+/// Runs ssd on views of one wide projection [x B C dt], as a model does, and collects everything it gives.
+Results run_on(const Device& device, Dtype dtype, const Sizes& s, SsdInputs in, const SsdOptions& options) {
+  const int64_t e = s.H * s.P, gn = s.G * s.N;
+  const Tensor wide = Tensor::empty(Device::cpu(), Dtype::f32, {s.B, s.T, e + 2 * gn + s.H});
+  copy(wide.slice(2, 0, e), in.x.reshape({s.B, s.T, e}));
+  copy(wide.slice(2, e, e + gn), in.B_t.reshape({s.B, s.T, gn}));
+  copy(wide.slice(2, e + gn, e + 2 * gn), in.C_t.reshape({s.B, s.T, gn}));
+  copy(wide.slice(2, e + 2 * gn, e + 2 * gn + s.H), in.dt);
+  const Dtype sums = dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32;
+  auto place = [&](const Tensor& t, Dtype as) { return t.defined() ? Variable::leaf(t.to(as).to(device)) : Variable(); };
+  const Variable whole = place(wide.to(Dtype::bf16), dtype);  // the same numbers in every dtype
+  const Variable A_log = place(in.A_log, sums), D_skip = place(in.D_skip, sums), dt_bias = place(in.dt_bias, sums), h0 = place(in.h0, sums);
+  const auto parts = split(whole, {e, gn, gn, s.H});
+  const auto [y, h_T] = ssd(reshape(parts[0], {s.B, s.T, s.H, s.P}), parts[3], A_log, reshape(parts[1], {s.B, s.T, s.G, s.N}),
+                            reshape(parts[2], {s.B, s.T, s.G, s.N}), D_skip, dt_bias, h0, options);
+  const Tensor grad_y = random_tensor(Device::cpu(), Dtype::f32, y.shape(), 7).to(Dtype::bf16).to(dtype).to(device);
+  const Tensor grad_h_T = random_tensor(Device::cpu(), Dtype::f32, h_T.shape(), 8).to(sums).to(device);
+  backward({y, h_T}, {grad_y, grad_h_T});
+  Results results;
+  for (const Tensor& t :
+       {y.value(), h_T.value(), whole.grad().slice(2, 0, e), whole.grad().slice(2, e, e + gn), whole.grad().slice(2, e + gn, e + 2 * gn),
+        whole.grad().slice(2, e + 2 * gn, e + 2 * gn + s.H), A_log.grad(), dt_bias.grad()})
+    results.values.push_back(t.to_vector<double>());
+  results.values.push_back(D_skip ? D_skip.grad().to_vector<double>() : std::vector<double>());
+  results.values.push_back(h0 ? h0.grad().to_vector<double>() : std::vector<double>());
+  return results;
+}
+
+constexpr const char* kResultNames[] = {"y",       "h_T",        "grad x",       "grad B_t",    "grad C_t",
+                                        "grad dt", "grad A_log", "grad dt_bias", "grad D_skip", "grad h0"};
+
+SsdInputs slow_decay_inputs(const Sizes& s, uint64_t seed, const Given& given = {}) {
+  SsdInputs in = random_inputs(s, seed, given, Dtype::f32);
+  in.A_log = random_tensor(Device::cpu(), Dtype::f32, in.A_log.shape(), seed + 5, 0.5, -2.0);  // states that last over several chunks
+  return in;
+}
+
+void expect_parity(const Sizes& s, const SsdInputs& in, const SsdOptions& options = {}) {
+  const Results exact = run_on(Device::cpu(), Dtype::f64, s, in, options);
+  for (Dtype dtype : {Dtype::f32, Dtype::bf16}) {
+    if (dtype == Dtype::f32 && s.N > 128) continue;  // refused, see below
+    const Results actual = run_on(Device::cuda(), dtype, s, in, options);
+    for (std::size_t k = 0; k < exact.values.size(); ++k) {
+      const std::string what = std::string(kResultNames[k]) + " " + name_of(dtype) + " B" + std::to_string(s.B) + " T" +
+                               std::to_string(s.T) + " H" + std::to_string(s.H) + " P" + std::to_string(s.P) + " G" + std::to_string(s.G) +
+                               " N" + std::to_string(s.N);
+      expect_close(actual.values[k], exact.values[k], dtype == Dtype::f32 ? kSsdToleranceF32 : kSsdToleranceBf16, 1e-30, what);
+    }
+  }
+}
+
+}  // namespace
+
+TEST("ssd on CUDA agrees with the CPU at awkward lengths and widths, values and gradients") {
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  const SwitchScope scope = poison();
+  for (const Sizes& s :
+       {Sizes{1, 1, 2, 3, 1, 5}, Sizes{2, 2, 2, 16, 1, 16}, Sizes{3, 63, 4, 16, 2, 16}, Sizes{2, 64, 4, 32, 1, 64},
+        Sizes{2, 65, 8, 64, 8, 64}, Sizes{1, 129, 6, 64, 2, 128}, Sizes{1, 200, 3, 80, 1, 128}, Sizes{1, 70, 3, 128, 1, 128},
+        Sizes{1, 100, 2, 33, 1, 17}, Sizes{1, 130, 2, 128, 1, 200}, Sizes{1, 90, 2, 64, 1, 256}, Sizes{200, 1, 4, 64, 1, 64},
+        Sizes{1, 3000, 2, 16, 1, 24}, Sizes{2, 1500, 24, 64, 1, 128}})
+    expect_parity(s, slow_decay_inputs(s, 300 + static_cast<uint64_t>(s.T)));
+}
+
+TEST("ssd on CUDA: without D and h0, D per channel, clamped dt, large dt") {
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  const Sizes s{2, 100, 4, 64, 2, 64};
+  for (const Given& given : {Given{.D = false}, Given{.h0 = false}, Given{.D_per_channel = true}})
+    expect_parity(s, slow_decay_inputs(s, 310, given));
+  expect_parity(s, slow_decay_inputs(s, 311), {.dt_min = 0.4, .dt_max = 0.9});
+  expect_parity(s, slow_decay_inputs(s, 312, {.dt_shift = 10, .dt_scale = 10}));
+}
+
+TEST("ssd on CUDA stays finite for decays that leave nothing, and -inf keeps the state") {
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  const Sizes s{1, 150, 2, 64, 1, 64};
+  for (Dtype dtype : {Dtype::f32, Dtype::bf16}) {
+    SsdInputs in = random_inputs(s, 320, {.dt_shift = 100, .dt_scale = 200}, Dtype::f32);
+    in.A_log = Tensor::full(Device::cpu(), Dtype::f32, {2}, 3.0);
+    for (const auto& values : run_on(Device::cuda(), dtype, s, in, {}).values)
+      CHECK(std::all_of(values.begin(), values.end(), [](double v) { return std::isfinite(v); }));
+    in.dt = Tensor::full(Device::cpu(), Dtype::f32, in.dt.shape(), -INFINITY);
+    expect_close(run_on(Device::cuda(), dtype, s, in, {}).values[1], in.h0.to_vector<double>(), 0.0);
+  }
+}
+
+TEST("ssd on CUDA gives the same bits twice, and refuses states that do not fit") {
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  const Sizes s{2, 300, 6, 64, 1, 128};
+  const SsdInputs in = slow_decay_inputs(s, 330);
+  CHECK(run_on(Device::cuda(), Dtype::bf16, s, in, {}).values == run_on(Device::cuda(), Dtype::bf16, s, in, {}).values);
+  const Sizes large{1, 3, 1, 64, 1, 200};
+  CHECK_THROWS_AS(run_on(Device::cuda(), Dtype::f32, large, slow_decay_inputs(large, 331), {}), ValueError);
+  const Sizes tall{1, 3, 1, 160, 1, 16};
+  CHECK_THROWS_AS(run_on(Device::cuda(), Dtype::bf16, tall, slow_decay_inputs(tall, 332), {}), ValueError);
+}
+
+TEST("ssd on CUDA of no tokens and of no rows") {
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  const Sizes none{2, 0, 2, 16, 1, 16};
+  const SsdInputs in = slow_decay_inputs(none, 340);
+  const Results results = run_on(Device::cuda(), Dtype::f32, none, in, {});
+  expect_close(results.values[1], in.h0.to_vector<double>(), 0.0);
+  const Sizes empty{0, 5, 2, 16, 1, 16};
+  CHECK(run_on(Device::cuda(), Dtype::f32, empty, slow_decay_inputs(empty, 341), {}).values[0].empty());
 }
 
 }  // namespace longhand

@@ -1,6 +1,6 @@
 // Tile products for warps, one form for bf16 (tensor cores) and f32 (plain FMA, no TF32).
-// A warp's accumulator of a 16 x 8n tile is acc[n][4]; with g = lane / 4 and q = lane % 4, acc[j][0..1] are (row g, columns 8j + 2q, 8j + 2q + 1)
-// and acc[j][2..3] the same columns of row g + 8, for both dtypes, so that everything around the products is written once.
+// A warp's accumulator of a 16 x 8n tile is acc[n][4]; with g = lane / 4 and q = lane % 4, acc[j][0..1] are (row g, columns 8j + 2q, 8j +
+// 2q + 1) and acc[j][2..3] the same columns of row g + 8, for both dtypes, so that everything around the products is written once.
 #pragma once
 #include "ops/ssd/ssd_mma.cuh"
 
@@ -22,11 +22,19 @@ constexpr int tile_stride(int width) {
 template <class T>
 __device__ __forceinline__ T narrow(float v);
 template <>
-__device__ __forceinline__ float narrow<float>(float v) { return v; }
+__device__ __forceinline__ float narrow<float>(float v) {
+  return v;
+}
 template <>
-__device__ __forceinline__ Bf16 narrow<Bf16>(float v) { return __float2bfloat16(v); }
-__device__ __forceinline__ float widen(float v) { return v; }
-__device__ __forceinline__ float widen(Bf16 v) { return __bfloat162float(v); }
+__device__ __forceinline__ Bf16 narrow<Bf16>(float v) {
+  return __float2bfloat16(v);
+}
+__device__ __forceinline__ float widen(float v) {
+  return v;
+}
+__device__ __forceinline__ float widen(Bf16 v) {
+  return __bfloat162float(v);
+}
 
 __device__ __forceinline__ uint32_t pack(float low, float high) {
   const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
@@ -49,10 +57,8 @@ struct Left<Bf16> {
   __device__ __forceinline__ static Left load(const Bf16* a, int stride) {
     const int lane = threadIdx.x % 32, matrix = lane / 8, row = lane % 8, second_m = (matrix & 1) * 8, second_k = (matrix & 2) * 4;
     Left left;
-    if constexpr (stored == Stored::as_is)
-      load_matrices(left.r, a + (row + second_m) * stride + second_k);
-    else
-      load_matrices_transposed(left.r, a + (row + second_k) * stride + second_m);
+    if constexpr (stored == Stored::as_is) load_matrices(left.r, a + (row + second_m) * stride + second_k);
+    else load_matrices_transposed(left.r, a + (row + second_k) * stride + second_m);
     return left;
   }
   /// From the accumulators of two neighbouring 8-column tiles.
@@ -116,23 +122,23 @@ struct Left<float> {
 
 /// acc [16, 16 * pairs] += left [16, 16] * b [16, ..]; only the pairs of 8-column tiles [begin, end).
 template <Stored stored, int pairs>
-__device__ __forceinline__ void multiply(float (&acc)[2 * pairs][4], const Left<Bf16>& left, const Bf16* b, int stride, int begin = 0, int end = pairs) {
+__device__ __forceinline__ void multiply(float (&acc)[2 * pairs][4], const Left<Bf16>& left, const Bf16* b, int stride, int begin = 0,
+                                         int end = pairs) {
   const int lane = threadIdx.x % 32, matrix = lane / 8, row = lane % 8, second_k = (matrix & 1) * 8, second_n = (matrix & 2) * 4;
 #pragma unroll
   for (int pair = 0; pair < pairs; ++pair) {
     if (pair < begin || pair >= end) continue;
     uint32_t r[4];
-    if constexpr (stored == Stored::as_is)
-      load_matrices_transposed(r, b + (row + second_k) * stride + 16 * pair + second_n);
-    else
-      load_matrices(r, b + (16 * pair + row + second_n) * stride + second_k);
+    if constexpr (stored == Stored::as_is) load_matrices_transposed(r, b + (row + second_k) * stride + 16 * pair + second_n);
+    else load_matrices(r, b + (16 * pair + row + second_n) * stride + second_k);
     multiply_bf16(acc[2 * pair], left.r, r[0], r[1]);
     multiply_bf16(acc[2 * pair + 1], left.r, r[2], r[3]);
   }
 }
 
 template <Stored stored, int pairs>
-__device__ __forceinline__ void multiply(float (&acc)[2 * pairs][4], const Left<float>& left, const float* b, int stride, int begin = 0, int end = pairs) {
+__device__ __forceinline__ void multiply(float (&acc)[2 * pairs][4], const Left<float>& left, const float* b, int stride, int begin = 0,
+                                         int end = pairs) {
   const int q = threadIdx.x % 4;
 #pragma unroll
   for (int tile = 0; tile < 2 * pairs; ++tile) {
@@ -160,16 +166,14 @@ __device__ __forceinline__ void clear(float (&acc)[tiles][4]) {
 
 /// Two neighbouring elements of a row; `both` says that the second exists, `aligned` that they may be written at once.
 __device__ __forceinline__ void store_two(float* to, float a, float b, bool both, bool aligned) {
-  if (both && aligned)
-    *reinterpret_cast<float2*>(to) = make_float2(a, b);
+  if (both && aligned) *reinterpret_cast<float2*>(to) = make_float2(a, b);
   else {
     to[0] = a;
     if (both) to[1] = b;
   }
 }
 __device__ __forceinline__ void store_two(Bf16* to, float a, float b, bool both, bool aligned) {
-  if (both && aligned)
-    *reinterpret_cast<uint32_t*>(to) = pack(a, b);
+  if (both && aligned) *reinterpret_cast<uint32_t*>(to) = pack(a, b);
   else {
     to[0] = __float2bfloat16(a);
     if (both) to[1] = __float2bfloat16(b);
@@ -177,19 +181,19 @@ __device__ __forceinline__ void store_two(Bf16* to, float a, float b, bool both,
 }
 
 /// rows x width elements from global memory (rows `row_stride` apart) into a tile of tile_rows x tile_width, zeros around them.
-/// vectors: 16-byte copies, where addresses, strides and width allow them (the launcher knows). Complete after copies_arrived() and a barrier.
+/// vectors: 16-byte copies, where addresses, strides and width allow them (the launcher knows). Complete after copies_arrived() and a
+/// barrier.
 template <class T>
-__device__ __forceinline__ void load_tile(T* tile, int tile_rows, int tile_width, const T* from, int64_t row_stride, int rows, int width, bool vectors) {
+__device__ __forceinline__ void load_tile(T* tile, int tile_rows, int tile_width, const T* from, int64_t row_stride, int rows, int width,
+                                          bool vectors) {
   const int stride = tile_stride<T>(tile_width);
   constexpr int unit = 16 / static_cast<int>(sizeof(T));
   if (vectors) {
     const int units = tile_width / unit;
     for (int i = static_cast<int>(threadIdx.x); i < tile_rows * units; i += static_cast<int>(blockDim.x)) {
       const int row = i / units, column = i % units * unit;
-      if (row < rows && column < width)
-        copy_16_async(tile + row * stride + column, from + row * row_stride + column);
-      else
-        *reinterpret_cast<uint4*>(tile + row * stride + column) = make_uint4(0, 0, 0, 0);
+      if (row < rows && column < width) copy_16_async(tile + row * stride + column, from + row * row_stride + column);
+      else *reinterpret_cast<uint4*>(tile + row * stride + column) = make_uint4(0, 0, 0, 0);
     }
   } else {
     for (int i = static_cast<int>(threadIdx.x); i < tile_rows * tile_width; i += static_cast<int>(blockDim.x)) {
@@ -211,7 +215,8 @@ __device__ __forceinline__ void store_tile(T* to, int64_t row_stride, const T* t
       *reinterpret_cast<uint4*>(to + row * row_stride + column) = *reinterpret_cast<const uint4*>(tile + row * stride + column);
     }
   } else {
-    for (int i = static_cast<int>(threadIdx.x); i < rows * width; i += static_cast<int>(blockDim.x)) to[i / width * row_stride + i % width] = tile[i / width * stride + i % width];
+    for (int i = static_cast<int>(threadIdx.x); i < rows * width; i += static_cast<int>(blockDim.x))
+      to[i / width * row_stride + i % width] = tile[i / width * stride + i % width];
   }
 }
 

@@ -44,6 +44,9 @@ class InitialState {
   /// Takes note of the state after the last token.
   virtual void end(const BatchInfo& info, const RecurrentState& h_T) = 0;
 
+  /// Drops what is kept from batch to batch, after a step whose loss or gradient was not finite.
+  virtual void forget() {}
+
   /// What a resumed run needs to go on exactly; becomes carried_state.safetensors. Empty when there is nothing.
   virtual std::map<std::string, Tensor> save() const { return {}; }
 

@@ -33,6 +33,8 @@ class StatePassing final : public InitialState {
     carried_[slot] = covered(h_T.detach());
   }
 
+  void forget() override { carried_.clear(); }
+
   // The rows of all slots one after the other, so that the file is one state of the whole batch.
   std::map<std::string, Tensor> save() const override {
     if (carried_.empty()) return {};

@@ -1,0 +1,148 @@
+// See train_command.h.
+#include "tools/train_command.h"
+
+#include <fmt/format.h>
+
+#include <filesystem>
+
+#include "core/error.h"
+#include "core/files.h"
+#include "data/dataset.h"
+#include "data/tokenizer.h"
+#include "eval/perplexity.h"
+#include "models/checkpoint.h"
+#include "train/recipe.h"
+#include "train/run_folder.h"
+#include "train/training_loop.h"
+
+namespace longhand {
+namespace {
+
+namespace fs = std::filesystem;
+constexpr const char* kRuns = "runs";
+
+void print_recipe_keys() {
+  std::string section;
+  for (const RecipeKeyHelp& row : recipe_keys()) {
+    const auto dot = row.key.find('.');
+    if (const std::string now = dot == std::string::npos ? "" : row.key.substr(0, dot); now != section) {
+      section = now;
+      fmt::print("\n[{}]\n", section);
+    }
+    fmt::print("{:<28}{}  (default {})\n{:<28}{}\n", row.key.substr(section.empty() ? 0 : section.size() + 1), row.type, row.default_value, "", row.meaning);
+  }
+}
+
+void require_paths(const Recipe& recipe) {
+  if (recipe.data.files.empty()) throw ConfigError("recipe: no training data", {{"key", "data.files"}, {"try", "--set data.files=FILE.jsonl.zst"}});
+  auto require = [](const char* key, const std::string& path) {
+    if (!fs::exists(path))
+      throw FileError("recipe: a file is not there", {{"key", key}, {"path", path}, {"try", "paths are relative to the current directory, " + fs::current_path().string()}});
+  };
+  for (const std::string& path : recipe.data.files) require("data.files", path);
+  for (const std::string& path : recipe.data.val_files) require("data.val_files", path);
+  if (recipe.data.tokenizer != "bytes") require("data.tokenizer", recipe.data.tokenizer);
+}
+
+// The recipe of a run that goes on, with the settings that may change.
+Recipe recipe_to_resume(const RunFolder& folder, const std::vector<std::string>& overrides) {
+  const std::string file = folder.file("config.toml");
+  const Recipe before = read_recipe(file);
+  Recipe after = read_recipe(file, overrides);
+  for (const RecipeDifference& change : recipe_differences(before, after)) {
+    if (!change.allowed_on_resume)
+      throw ConfigError("train: a setting that may not change when a run is resumed",
+                        {{"key", change.key}, {"run", change.before}, {"given", change.after}, {"try", "start another run, with --init-from " + folder.path()}});
+    fmt::print(stderr, "changed     {}: {} instead of {}\n", change.key, change.after, change.before);
+  }
+  after.model.complete();
+  return after;
+}
+
+// Mean loss over the first batches of the held-out files, in the order of the text, every row from the zero state.
+std::function<double(const LanguageModel&)> make_validation(const Recipe& recipe, std::shared_ptr<const Tokenizer> tokenizer) {
+  if (recipe.data.val_files.empty()) return {};
+  DataOptions options;
+  options.files = recipe.data.val_files;
+  options.tokenizer = recipe.data.tokenizer;
+  options.rows = recipe.train.batch_size / recipe.train.grad_accumulation;
+  options.length = recipe.train.length;
+  options.shuffle = false;
+  options.pad_tail = true;
+  options.epochs = 1;
+  options.threads = static_cast<int>(recipe.data.threads);
+  options.skip_bad_lines = recipe.data.skip_bad_lines;
+  const int64_t batches = recipe.train.val_batches * recipe.train.grad_accumulation;
+  return [=](const LanguageModel& model) {
+    BatchStream stream(options, tokenizer);
+    auto next = [&](TokenBatch& out) {
+      Batch batch;
+      if (!stream.next(batch)) return false;
+      const Shape shape{batch.rows, batch.length};
+      out = {Tensor::from(model.device(), shape, batch.tokens), Tensor::from(model.device(), shape, batch.targets),
+             Tensor::from(model.device(), shape, std::vector<float>(batch.mask.begin(), batch.mask.end()))};
+      return true;
+    };
+    return validation_loss(model, next, batches).loss;
+  };
+}
+
+// A run that fails before its first step leaves no folder behind that would stand in the way of the next try.
+void remove_if_nothing_happened(const RunFolder& folder) {
+  const std::string metrics = folder.file("metrics.jsonl");
+  if (!folder.latest_step() && (!fs::exists(metrics) || fs::file_size(metrics) == 0)) fs::remove_all(folder.path());
+}
+
+int train(TrainingJob& job, const Device& device) {
+  const Dtype dtype = parse_dtype(job.recipe.train.dtype);
+  LanguageModel model(job.recipe.model, device, dtype);
+  if (!job.resume || !job.folder.latest_step()) {
+    model.initialize(static_cast<uint64_t>(job.recipe.seed));
+    if (!job.recipe.init_from.empty()) load_weights(model, job.recipe.init_from);
+  }
+  write_file_atomically(job.folder.file("config.toml"), to_toml(job.recipe));
+  job.evaluate = make_validation(job.recipe, job.tokenizer);
+  const TrainingOutcome outcome = run_training(job, model);
+  if (outcome.signal != 0) return 128 + outcome.signal;
+  fmt::print(stderr, "model       {}\n", job.folder.checkpoint(outcome.step));
+  return 0;
+}
+
+}  // namespace
+
+int run_train(const TrainCommand& command) {
+  if (command.help_recipe) {
+    print_recipe_keys();
+    return 0;
+  }
+  const bool resume = !command.resume.empty();
+  if (resume && !(command.recipe.empty() && command.init_from.empty() && command.name.empty()))
+    throw ConfigError("train: a resumed run has its recipe, its start and its name", {{"try", "longhand train --resume RUN [--set key=value]"}});
+  if (!resume && command.recipe.empty()) throw ConfigError("train: no recipe", {{"try", "longhand train RECIPE.toml, or longhand train --resume RUN"}});
+  const Device device = Device::parse(!command.device.empty() ? command.device : cuda_device_count() > 0 ? "cuda" : "cpu");
+
+  if (resume) {
+    const RunFolder folder = RunFolder::open(kRuns, command.resume);
+    const Recipe recipe = recipe_to_resume(folder, command.overrides);
+    require_paths(recipe);
+    TrainingJob job{.recipe = recipe, .folder = folder, .tokenizer = open_tokenizer(recipe.data.tokenizer), .resume = true, .evaluate = {}, .on_step = {}};
+    return train(job, device);
+  }
+  auto settings = command.overrides;
+  if (!command.init_from.empty()) settings.push_back("init_from=" + command.init_from);
+  if (!command.name.empty()) settings.push_back("name=" + command.name);
+  Recipe recipe = read_recipe(command.recipe, settings);
+  require_paths(recipe);
+  const std::shared_ptr<const Tokenizer> tokenizer = open_tokenizer(recipe.data.tokenizer);
+  resolve_model(recipe, tokenizer->vocab_size());
+  if (recipe.train.dtype == "auto") recipe.train.dtype = device.is_cuda() ? "bf16" : "f32";
+  TrainingJob job{.recipe = recipe, .folder = RunFolder::create(kRuns, recipe.name), .tokenizer = tokenizer, .resume = false, .evaluate = {}, .on_step = {}};
+  try {
+    return train(job, device);
+  } catch (...) {
+    remove_if_nothing_happened(job.folder);
+    throw;
+  }
+}
+
+}  // namespace longhand

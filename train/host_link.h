@@ -1,0 +1,34 @@
+// Values between host and device without making either wait for the other: batches go up and the numbers of a finished step come down while the
+// next step is already queued.
+#pragma once
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "core/tensor.h"
+
+namespace longhand {
+
+class HostLink {
+ public:
+  virtual ~HostLink() = default;
+
+  /// Copies host values to the device, behind the work queued there; the host memory may change right after the call.
+  Tensor upload(std::span<const int32_t> values, const Shape& shape) { return upload_bytes(Dtype::i32, shape, values.data()); }
+  Tensor upload(std::span<const float> values, const Shape& shape) { return upload_bytes(Dtype::f32, shape, values.data()); }
+
+  /// Asks for the present values of a small f64 tensor, behind the work queued so far. At most two requests may be open.
+  virtual void request(const Tensor& values) = 0;
+  /// The values of the oldest open request; waits until the device has come to it.
+  virtual std::vector<double> receive() = 0;
+
+  /// Peak of dense bf16 products of the device, for MFU; 0 when unknown.
+  virtual double bf16_peak_flops() const { return 0; }
+
+ protected:
+  virtual Tensor upload_bytes(Dtype dtype, const Shape& shape, const void* values) = 0;
+};
+
+std::unique_ptr<HostLink> make_host_link(const Device& device);
+
+}  // namespace longhand

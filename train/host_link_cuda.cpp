@@ -1,0 +1,99 @@
+// The link to a GPU: page-locked buffers, each guarded by an event that says when the copy engine is done with it. See host_link.h.
+#include <array>
+#include <cstring>
+
+#include "core/cuda_context.h"
+#include "core/error.h"
+#include "train/host_link.h"
+
+namespace longhand {
+namespace {
+
+// Page-locked host memory of one copy in flight.
+class Slot {
+ public:
+  Slot() { cuda_check(cudaEventCreateWithFlags(&done_, cudaEventDisableTiming | cudaEventBlockingSync), "cudaEventCreateWithFlags"); }
+  ~Slot() {
+    (void)cudaEventSynchronize(done_);
+    (void)cudaEventDestroy(done_);
+    (void)cudaFreeHost(memory_);
+  }
+  Slot(const Slot&) = delete;
+  Slot& operator=(const Slot&) = delete;
+
+  void* reserve(size_t bytes) {
+    wait();
+    if (bytes > bytes_) {
+      (void)cudaFreeHost(memory_);
+      memory_ = nullptr;
+      cuda_check(cudaMallocHost(&memory_, bytes), "cudaMallocHost");
+      bytes_ = bytes;
+    }
+    return memory_;
+  }
+  void mark(cudaStream_t stream) { cuda_check(cudaEventRecord(done_, stream), "cudaEventRecord"); }
+  void wait() { cuda_check(cudaEventSynchronize(done_), "cudaEventSynchronize"); }
+  void* memory() const { return memory_; }
+
+ private:
+  cudaEvent_t done_ = nullptr;
+  void* memory_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+class CudaHostLink final : public HostLink {
+ public:
+  explicit CudaHostLink(const Device& device) : device_(device), cuda_(device.cuda_context()) {
+    cuda_check(cudaSetDevice(cuda_.index), "cudaSetDevice");
+    for (auto& slot : up_) slot = std::make_unique<Slot>();
+    for (auto& slot : down_) slot = std::make_unique<Slot>();
+  }
+
+  void request(const Tensor& values) override {
+    if (requested_ - received_ >= down_.size() || values.dtype() != Dtype::f64 || !values.is_contiguous())
+      throw ValueError("host link: a request that cannot be taken", {{"open", std::to_string(requested_ - received_)}, {"values", values.describe()}});
+    count_ = static_cast<size_t>(values.numel());
+    Slot& slot = *down_[requested_++ % down_.size()];
+    void* memory = slot.reserve(count_ * sizeof(double));
+    cuda_check(cudaMemcpyAsync(memory, values.raw(), count_ * sizeof(double), cudaMemcpyDeviceToHost, cuda_.stream), "cudaMemcpyAsync");
+    slot.mark(cuda_.stream);
+  }
+
+  std::vector<double> receive() override {
+    if (received_ == requested_) throw ValueError("host link: nothing was requested");
+    Slot& slot = *down_[received_++ % down_.size()];
+    slot.wait();
+    const auto* begin = static_cast<const double*>(slot.memory());
+    return {begin, begin + count_};
+  }
+
+  double bf16_peak_flops() const override { return cuda_.bf16_peak_flops; }
+
+ protected:
+  Tensor upload_bytes(Dtype dtype, const Shape& shape, const void* values) override {
+    const Tensor tensor = Tensor::empty(device_, dtype, shape);
+    const auto bytes = static_cast<size_t>(tensor.numel() * size_of(dtype));
+    if (bytes == 0) return tensor;
+    Slot& slot = *up_[uploads_++ % up_.size()];
+    void* memory = slot.reserve(bytes);
+    std::memcpy(memory, values, bytes);
+    cuda_check(cudaMemcpyAsync(tensor.raw(), memory, bytes, cudaMemcpyHostToDevice, cuda_.stream), "cudaMemcpyAsync");
+    slot.mark(cuda_.stream);
+    return tensor;
+  }
+
+ private:
+  Device device_;
+  const CudaContext& cuda_;
+  std::array<std::unique_ptr<Slot>, 8> up_;
+  std::array<std::unique_ptr<Slot>, 2> down_;
+  size_t uploads_ = 0, requested_ = 0, received_ = 0, count_ = 0;
+};
+
+}  // namespace
+
+std::unique_ptr<HostLink> make_cuda_host_link(const Device& device) {
+  return std::make_unique<CudaHostLink>(device);
+}
+
+}  // namespace longhand

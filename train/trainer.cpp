@@ -1,0 +1,109 @@
+// See trainer.h.
+#include "train/trainer.h"
+
+#include <algorithm>
+#include <filesystem>
+
+#include "autograd/tape.h"
+#include "core/error.h"
+#include "core/safetensors.h"
+#include "models/checkpoint.h"
+#include "models/model_family.h"
+
+namespace longhand {
+namespace {
+
+namespace fs = std::filesystem;
+constexpr const char* kOptimizerFile = "/optimizer.safetensors";
+constexpr const char* kCarriedFile = "/carried_state.safetensors";
+
+AdamWOptions optimizer_options(const Recipe& recipe, const LanguageModel& model) {
+  const Recipe::Optimizer& o = recipe.optimizer;
+  AdamWOptions options{.rule = {.beta1 = o.beta1, .beta2 = o.beta2, .eps = o.eps, .clip = o.clip}, .no_decay = {}};
+  if (!o.decay_embedding) options.no_decay.insert(model_family(model.config().family).embedding_name);
+  return options;
+}
+
+int64_t positions_that_count(const Batch& batch) {
+  return std::count_if(batch.mask.begin(), batch.mask.end(), [](uint8_t m) { return m != 0; });
+}
+
+}  // namespace
+
+Trainer::Trainer(const Recipe& recipe, LanguageModel& model)
+    : recipe_(recipe),
+      model_(model),
+      link_(make_host_link(model.device())),
+      initial_state_(make_initial_state(recipe.initial_state, {.zero_state = [&model](int64_t rows) { return model.zero_state(rows); },
+                                                               .device = model.device(),
+                                                               .seed = static_cast<uint64_t>(recipe.seed),
+                                                               .options = recipe.initial_state_options})),
+      optimizer_(model.parameters(), optimizer_options(recipe, model)),
+      lr_{recipe.train.steps, recipe.optimizer.lr, recipe.optimizer.min_lr, recipe.optimizer.warmup_fraction},
+      decay_(decay_schedule_from(recipe.optimizer.weight_decay_schedule)) {}
+
+TokenBatch Trainer::upload(const Batch& rows) {
+  const Shape shape{rows.rows, rows.length};
+  TokenBatch out{link_->upload(rows.tokens, shape), link_->upload(rows.targets, shape), {}};
+  if (positions_that_count(rows) < rows.rows * rows.length) out.mask = link_->upload(std::vector<float>(rows.mask.begin(), rows.mask.end()), shape);
+  return out;
+}
+
+void Trainer::step(const Batch& batch) {
+  const Recipe::Train& train = recipe_.train;
+  if (batch.rows != train.batch_size || batch.length != train.length)
+    throw ShapeError("train: a batch of another size than the recipe says",
+                     {{"batch", Shape{batch.rows, batch.length}.str()}, {"expected", Shape{train.batch_size, train.length}.str()}});
+  const int64_t positions = positions_that_count(batch);
+  if (positions == 0) throw ValueError("train: a batch in which no position counts", {{"step", std::to_string(steps_done_)}});
+  const bool streams = recipe_.data.arrangement == "streams";
+  const int64_t micro_rows = batch.rows / train.grad_accumulation;
+  model_.parameters().clear_grads();
+  Tensor loss;  // of the whole batch
+  for (int64_t m = 0; m < train.grad_accumulation; ++m) {
+    const Batch cut = train.grad_accumulation > 1 ? rows_of(batch, m * micro_rows, (m + 1) * micro_rows) : Batch{};
+    const Batch& rows = train.grad_accumulation > 1 ? cut : batch;
+    const BatchInfo info{.step = steps_done_,
+                         .micro = m,
+                         .rows = micro_rows,
+                         .resets = streams ? std::span<const uint8_t>(rows.resets) : std::span<const uint8_t>(),
+                         .row_ids = rows.row_ids};
+    const int64_t counted = positions_that_count(rows);
+    const RecurrentState h0 = initial_state_->begin(info);
+    if (counted == 0) {  // all padding: nothing to learn, but its state goes on
+      const NoGrad no_grad;
+      initial_state_->end(info, model_.forward(upload(rows).tokens, h0).state);
+      continue;
+    }
+    const auto result = model_.loss(upload(rows), h0, static_cast<double>(counted) / static_cast<double>(positions));
+    backward(result.loss);
+    initial_state_->end(info, result.state);
+    if (loss) {
+      add_scaled(loss, result.loss.value());
+    } else {
+      loss = result.loss.value().clone();
+    }
+  }
+  model_.parameters().complete_grads();
+  optimizer_.set_rates(lr_at(steps_done_), weight_decay_at(steps_done_));
+  optimizer_.step(loss);
+  ++steps_done_;
+}
+
+void Trainer::save(const std::string& folder) const {
+  save_model(model_, folder);
+  write_safetensors(folder + kOptimizerFile, optimizer_.save(), {{"format", "longhand adamw"}});
+  if (const auto carried = initial_state_->save(); !carried.empty())
+    write_safetensors(folder + kCarriedFile, carried, {{"format", "longhand recurrent state"}, {"strategy", recipe_.initial_state}});
+}
+
+void Trainer::load(const std::string& folder, int64_t steps_done) {
+  load_weights(model_, folder);
+  optimizer_.load(read_safetensors(folder + kOptimizerFile).tensors);
+  std::map<std::string, Tensor> carried;
+  if (fs::exists(folder + kCarriedFile)) carried = read_safetensors(folder + kCarriedFile).tensors;
+  initial_state_->load(carried, recipe_.train.grad_accumulation);
+  steps_done_ = steps_done;
+}
+
+}  // namespace longhand

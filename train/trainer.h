@@ -1,0 +1,64 @@
+// Trainer: one optimizer step after the other. What a step does:
+//
+//   for each micro-batch:  h0        = initial_state.begin(info)
+//                          loss, h_T = model.loss(rows, h0, share of the step's positions)
+//                          backward(loss);  initial_state.end(info, h_T)
+//   optimizer.step(rates at this step)
+//
+// The files around it: training_loop.h (logging, checkpoints, interruption), run_folder.h (where things lie).
+#pragma once
+#include <memory>
+#include <string>
+
+#include "data/batcher.h"
+#include "models/language_model.h"
+#include "train/adamw.h"
+#include "train/host_link.h"
+#include "train/initial_state/initial_state.h"
+#include "train/recipe.h"
+#include "train/schedule.h"
+
+namespace longhand {
+
+class Trainer {
+ public:
+  /// recipe  resolved; its [data] files are not looked at
+  Trainer(const Recipe& recipe, LanguageModel& model);
+
+  /// Queues one step on a batch of recipe.train.batch_size rows; on a GPU it returns before the step is done.
+  /// The rows are cut into grad_accumulation micro-batches of neighbouring rows; each counts by its unmasked positions, so that the gradient
+  /// is that of the mean loss over the whole batch.
+  void step(const Batch& batch);
+
+  /// Asks for the report of the step queued last, and takes the report of the oldest step asked for; see HostLink.
+  void request_report() { link_->request(optimizer_.control()); }
+  StepReport receive_report() { return AdamW::report_of(link_->receive()); }
+
+  /// To be called when a report says that a step was left out: no state is carried on from it.
+  void forget_carried_state() { initial_state_->forget(); }
+
+  int64_t steps_done() const { return steps_done_; }
+  double lr_at(int64_t step) const { return lr_.at(step); }
+  double weight_decay_at(int64_t step) const { return longhand::weight_decay_at(decay_, recipe_.optimizer.weight_decay, lr_, step); }
+  const AdamW& optimizer() const { return optimizer_; }
+  const HostLink& link() const { return *link_; }
+
+  /// model.safetensors, config.json, optimizer.safetensors and, where the strategy carries something, carried_state.safetensors.
+  void save(const std::string& folder) const;
+  /// Goes on after `steps_done` steps from what save() wrote.
+  void load(const std::string& folder, int64_t steps_done);
+
+ private:
+  TokenBatch upload(const Batch& rows);
+
+  Recipe recipe_;
+  LanguageModel& model_;
+  std::unique_ptr<HostLink> link_;
+  std::unique_ptr<InitialState> initial_state_;
+  AdamW optimizer_;
+  Schedule lr_;
+  DecaySchedule decay_;
+  int64_t steps_done_ = 0;
+};
+
+}  // namespace longhand

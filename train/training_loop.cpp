@@ -1,0 +1,252 @@
+// See training_loop.h.
+#include "train/training_loop.h"
+
+#include <fmt/format.h>
+
+#include <chrono>
+#include <cmath>
+#include <nlohmann/json.hpp>
+
+#include "core/error.h"
+#include "core/files.h"
+#include "data/dataset.h"
+#include "data/tokenizer.h"
+#include "train/interrupt.h"
+#include "train/trainer.h"
+
+namespace longhand {
+namespace {
+
+constexpr int64_t kCheckpointFormat = 1;
+constexpr double kFirstLossMargin = 1;  // nats around log(vocabulary) in which the first loss of fresh weights is expected
+
+double now_s() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// What a checkpoint knows beside its tensors.
+struct Progress {
+  int64_t step = 0, tokens = 0;
+  double elapsed_s = 0;
+  std::optional<DataCursor> cursor;
+};
+
+DataOptions data_options(const Recipe& r) {
+  DataOptions options;
+  options.files = r.data.files;
+  options.tokenizer = r.data.tokenizer;
+  options.arrangement = r.data.arrangement;
+  options.stream_unit = r.data.stream_unit;
+  options.rows = r.train.batch_size;
+  options.length = r.train.length;
+  options.seed = static_cast<uint64_t>(r.seed);
+  options.shuffle_rows = r.data.shuffle_rows;
+  options.threads = static_cast<int>(r.data.threads);
+  options.skip_bad_lines = r.data.skip_bad_lines;
+  return options;
+}
+
+class Loop {
+ public:
+  Loop(const TrainingJob& job, LanguageModel& model)
+      : job_(job),
+        recipe_(job.recipe),
+        model_(model),
+        trainer_(recipe_, model),
+        line_(job.messages),
+        start_(restore()),
+        done_(start_),
+        metrics_file_(job.folder.file("metrics.jsonl")) {}
+
+  TrainingOutcome run() {
+    introduce();
+    TrainingOutcome outcome;
+    if (done_.step >= recipe_.train.steps) {
+      line_.say(fmt::format("the run has done its {} steps already", recipe_.train.steps));
+      outcome.step = done_.step;
+      return outcome;
+    }
+    BatchStream batches(data_options(recipe_), job_.tokenizer, done_.cursor);
+    const InterruptGuard interrupt;
+    Batch batch;
+    begin_s_ = now_s();
+    interval_step_ = done_.step;
+    for (int64_t step = done_.step + 1; step <= recipe_.train.steps; ++step) {
+      if (!batches.next(batch)) throw ValueError("train: the data ended before the run did", {{"step", std::to_string(step)}});
+      trainer_.step(batch);
+      trainer_.request_report();
+      ++open_reports_;
+      if (open_reports_ > 1) take_report();  // of the step before, while this one runs
+      outcome.signal = step < recipe_.train.steps ? interrupt.signal() : 0;
+      const bool last = step == recipe_.train.steps || outcome.signal != 0;
+      if (last || due(recipe_.train.checkpoint_every, step) || due(recipe_.train.val_every, step)) {
+        done_.cursor = batch.cursor_after;
+        pause(last, outcome.signal != 0);
+        if (last) break;
+      }
+    }
+    if (const int64_t bad = batches.bad_lines().count(); bad > 0) {
+      line_.say(fmt::format("{} bad lines of the data were left out, the first:", bad));
+      line_.say(batches.bad_lines().first().front());
+    }
+    outcome.step = done_.step;
+    outcome.last_loss = report_.loss;
+    outcome.skipped = report_.skipped;
+    if (outcome.signal != 0)
+      line_.say(fmt::format("interrupted after step {}; continue with: longhand train --resume {}", done_.step, job_.folder.path()));
+    return outcome;
+  }
+
+ private:
+  static bool due(int64_t every, int64_t step) { return every > 0 && step % every == 0; }
+
+  // Loads the checkpoint to go on from, and cuts the metrics back to it.
+  Progress restore() {
+    const auto step = job_.resume ? job_.folder.latest_step() : std::nullopt;
+    job_.folder.truncate_metrics(step.value_or(0));
+    if (!step) return {};
+    const std::string folder = job_.folder.checkpoint(*step), file = folder + "/training.json";
+    Progress progress;
+    try {
+      const auto json = nlohmann::json::parse(read_text_file(file));
+      if (json.at("format").get<int64_t>() != kCheckpointFormat || json.at("step").get<int64_t>() != *step)
+        throw FileError("train: a checkpoint of another format or step", {{"file", file}});
+      progress = {*step, json.at("tokens").get<int64_t>(), json.at("elapsed_s").get<double>(), DataCursor::from_json(json.at("cursor").dump())};
+    } catch (const nlohmann::json::exception& error) {
+      throw FileError("train: training.json cannot be read", {{"file", file}, {"reason", error.what()}});
+    }
+    trainer_.load(folder, *step);
+    return progress;
+  }
+
+  void introduce() {
+    const int64_t step_tokens = recipe_.train.batch_size * recipe_.train.length;
+    const ModelConfig& m = recipe_.model;
+    line_.say(fmt::format("run         {}{}", job_.folder.path(), done_.step > 0 ? fmt::format(", resumed after step {}", done_.step) : ""));
+    line_.say(fmt::format("model       {}  d_model {}  n_layer {}  vocabulary {} ({} rows)", m.family, m.d_model, m.n_layer, m.vocab_size, m.padded_vocab()));
+    line_.say(fmt::format("parameters  {}, {} without the embedding", model_.parameter_count(), model_.non_embedding_parameter_count()));
+    line_.say(fmt::format("device      {} ({}), compute in {}", model_.device().name(), model_.device().description(), name_of(model_.compute_dtype())));
+    std::string files;
+    for (const std::string& name : recipe_.data.files) files += (files.empty() ? "" : ", ") + name;
+    line_.say(fmt::format("data        {} in {}, tokenizer {} ({} tokens)", files, recipe_.data.arrangement, job_.tokenizer->name(), job_.tokenizer->vocab_size()));
+    line_.say(fmt::format("start       {}, initial states: {}", recipe_.init_from.empty() ? "fresh weights" : recipe_.init_from, recipe_.initial_state));
+    line_.say(fmt::format("steps       {} of {} tokens: {} rows of {}, {} micro-batch{}", recipe_.train.steps, step_tokens, recipe_.train.batch_size, recipe_.train.length,
+                          recipe_.train.grad_accumulation, recipe_.train.grad_accumulation == 1 ? "" : "es"));
+    line_.say("no weight decay on");
+    for (const std::string& group : trainer_.optimizer().describe_no_decay()) line_.say("            " + group);
+  }
+
+  // Waits for the oldest open report and logs its step.
+  void take_report(std::optional<double> val_loss = {}) {
+    report_ = trainer_.receive_report();
+    --open_reports_;
+    ++done_.step;
+    done_.tokens += recipe_.train.batch_size * recipe_.train.length;
+    if (report_.skipped_in_a_row > 0) note_skipped();
+    if (done_.step == 1 && recipe_.init_from.empty()) check_first_loss();
+    log(val_loss);
+  }
+
+  void log(std::optional<double> val_loss) {
+    LoggedStep s;
+    s.step = done_.step;
+    s.tokens = done_.tokens;
+    s.loss = report_.loss;
+    s.lr = trainer_.lr_at(done_.step - 1);
+    s.weight_decay = trainer_.weight_decay_at(done_.step - 1);
+    s.grad_norm = report_.grad_norm;
+    s.skipped = report_.skipped;
+    s.val_loss = val_loss;
+    s.device = model_.device().name();
+    const double busy = busy_s(), seconds = busy - interval_busy_s_;
+    s.elapsed_s = elapsed_s();
+    s.tokens_per_s = seconds > 0 ? static_cast<double>((done_.step - interval_step_) * recipe_.train.batch_size * recipe_.train.length) / seconds : 0;
+    if (const double peak = trainer_.link().bf16_peak_flops(); peak > 0) s.mfu = model_.training_flops_per_token() * s.tokens_per_s / peak;
+    if (job_.on_step) job_.on_step(s);
+    if (done_.step != 1 && !due(recipe_.train.log_every, done_.step) && done_.step != recipe_.train.steps && !val_loss && report_.skipped_in_a_row == 0) return;
+    metrics_file_.write(s);
+    const double per_step = busy / static_cast<double>(done_.step - start_.step);
+    line_.show(s, recipe_.train.steps, per_step * static_cast<double>(recipe_.train.steps - done_.step));
+    interval_busy_s_ = busy;
+    interval_step_ = done_.step;
+  }
+
+  // Waits for the step in hand, then validates and writes a checkpoint where one is due.
+  void pause(bool last, bool interrupted) {
+    model_.device().synchronize();
+    const int64_t step = done_.step + open_reports_;
+    std::optional<double> val_loss;
+    if (job_.evaluate && !interrupted && (last || due(recipe_.train.val_every, step))) not_counted([&] { val_loss = job_.evaluate(model_); });
+    while (open_reports_ > 0) take_report(open_reports_ == 1 ? val_loss : std::nullopt);
+    if (last || due(recipe_.train.checkpoint_every, step)) not_counted([&] { save(); });
+  }
+
+  double elapsed_s() const { return start_.elapsed_s + now_s() - begin_s_; }  // of the whole run
+  double busy_s() const { return now_s() - begin_s_ - paused_s_; }            // spent on training since this start
+
+  template <class F>
+  void not_counted(F&& f) {
+    const double before = now_s();
+    f();
+    paused_s_ += now_s() - before;
+  }
+
+  void save() {
+    job_.folder.write_checkpoint(done_.step, recipe_.train.keep_last, [&](const std::string& folder) {
+      trainer_.save(folder);
+      nlohmann::ordered_json json{{"format", kCheckpointFormat},
+                                  {"step", done_.step},
+                                  {"steps", recipe_.train.steps},
+                                  {"tokens", done_.tokens},
+                                  {"elapsed_s", elapsed_s()},
+                                  {"seed", recipe_.seed},
+                                  {"initial_state", recipe_.initial_state},
+                                  {"next_lr", trainer_.lr_at(done_.step)},
+                                  {"next_weight_decay", trainer_.weight_decay_at(done_.step)},
+                                  {"skipped", report_.skipped},
+                                  {"tokenizer", recipe_.data.tokenizer},
+                                  {"tokenizer_fingerprint", job_.tokenizer->fingerprint()}};
+      json["cursor"] = nlohmann::ordered_json::parse(done_.cursor->to_json());
+      write_file_atomically(folder + "/training.json", json.dump(1) + "\n");
+    });
+  }
+
+  void note_skipped() {
+    trainer_.forget_carried_state();
+    line_.say(fmt::format("step {}: loss {} and grad_norm {} are not both finite; the step was left out, {} so far", done_.step, report_.loss, report_.grad_norm, report_.skipped));
+    if (report_.skipped_in_a_row < kMostSkippedInARow) return;
+    const auto last = job_.folder.latest_step();
+    throw NumericError("train: no finite loss and gradient for too many steps in a row",
+                       {{"steps", std::to_string(report_.skipped_in_a_row)},
+                        {"last", "step " + std::to_string(done_.step)},
+                        {"checkpoint", last ? job_.folder.checkpoint(*last) : "none yet"},
+                        {"try", "a smaller optimizer.lr, or LONGHAND_CHECK=1, which names the first tensor that is not finite"}});
+  }
+
+  void check_first_loss() {
+    const double expected = std::log(static_cast<double>(recipe_.model.padded_vocab()));
+    line_.say(fmt::format("first loss  {:.3f}, log(vocabulary) is {:.3f}", report_.loss, expected));
+    if (!(std::abs(report_.loss - expected) < kFirstLossMargin))
+      line_.say("warning: fresh weights should begin near log(vocabulary); check the data, the tokenizer and the initial values");
+  }
+
+  const TrainingJob& job_;
+  const Recipe& recipe_;
+  LanguageModel& model_;
+  Trainer trainer_;
+  ProgressLine line_;
+  Progress start_, done_;  // where this start began | steps whose report has come, with the cursor behind the last batch at a pause
+  MetricsFile metrics_file_;
+  StepReport report_;  // of step done_.step
+  int open_reports_ = 0;
+  int64_t interval_step_ = 0;  // of the logged step before
+  double begin_s_ = 0, paused_s_ = 0, interval_busy_s_ = 0;
+};
+
+}  // namespace
+
+TrainingOutcome run_training(const TrainingJob& job, LanguageModel& model) {
+  return Loop(job, model).run();
+}
+
+}  // namespace longhand
