@@ -20,9 +20,13 @@ double PositionLoss::loss(int64_t position) const {
   return loss_sum[i] / static_cast<double>(tokens[i]);
 }
 
-double PositionLoss::perplexity(int64_t position) const { return std::exp(loss(position)); }
+double PositionLoss::perplexity(int64_t position) const {
+  return std::exp(loss(position));
+}
 
-int64_t PositionLoss::total_tokens() const { return std::accumulate(tokens.begin(), tokens.end(), int64_t{0}); }
+int64_t PositionLoss::total_tokens() const {
+  return std::accumulate(tokens.begin(), tokens.end(), int64_t{0});
+}
 
 double PositionLoss::mean_loss() const {
   return std::accumulate(loss_sum.begin(), loss_sum.end(), 0.0) / static_cast<double>(total_tokens());
@@ -43,13 +47,16 @@ bool take_next(Row& row, const NextSequence& next, int64_t& taken, const Languag
   row.sequence = ++taken;
   row.at = 0;
   row.positions = std::min(static_cast<int64_t>(row.tokens.size()) - 1, context);
-  if (row.positions < 1) throw ValueError("eval: a sequence without a token to predict", {{"sequence", std::to_string(taken)}, {"tokens", std::to_string(row.tokens.size())}});
+  if (row.positions < 1)
+    throw ValueError("eval: a sequence without a token to predict",
+                     {{"sequence", std::to_string(taken)}, {"tokens", std::to_string(row.tokens.size())}});
   const int64_t vocab = model.config().vocab_size;
   for (std::size_t i = 0; i < row.tokens.size(); ++i)
     if (row.tokens[i] < 0 || row.tokens[i] >= vocab)
-      throw ValueError("eval: a token is outside the model's vocabulary", {{"token", fmt::format("{} at index {} of sequence {}", row.tokens[i], i, taken)},
-                                                                          {"vocabulary", fmt::format("{} tokens", vocab)},
-                                                                          {"try", "the tokenizer that the model was trained with"}});
+      throw ValueError("eval: a token is outside the model's vocabulary",
+                       {{"token", fmt::format("{} at index {} of sequence {}", row.tokens[i], i, taken)},
+                        {"vocabulary", fmt::format("{} tokens", vocab)},
+                        {"try", "the tokenizer that the model was trained with"}});
   return true;
 }
 
@@ -87,7 +94,8 @@ PositionLoss position_loss(const LanguageModel& model, const NextSequence& next,
   PositionProgress progress;
   int64_t taken = 0;
   std::vector<Row> rows;
-  for (Row row; static_cast<int64_t>(rows.size()) < options.batch && take_next(row, next, taken, model, options.context);) rows.push_back(std::move(row));
+  for (Row row; static_cast<int64_t>(rows.size()) < options.batch && take_next(row, next, taken, model, options.context);)
+    rows.push_back(std::move(row));
 
   RecurrentState state;  // absent: every row starts from zeros
   while (!rows.empty()) {
@@ -108,9 +116,9 @@ PositionLoss position_loss(const LanguageModel& model, const NextSequence& next,
         const double loss = token_loss[b * static_cast<std::size_t>(width) + static_cast<std::size_t>(t)];
         if (!std::isfinite(loss))
           throw NumericError("eval: the loss is not a finite number", {{"loss", fmt::format("{}", loss)},
-                                                                      {"sequence", std::to_string(row.sequence)},
-                                                                      {"position", std::to_string(row.at + t + 1)},
-                                                                      {"try", "LONGHAND_CHECK=1 to see which layer it comes from"}});
+                                                                       {"sequence", std::to_string(row.sequence)},
+                                                                       {"position", std::to_string(row.at + t + 1)},
+                                                                       {"try", "LONGHAND_CHECK=1 to see which layer it comes from"}});
         result.loss_sum[static_cast<std::size_t>(row.at + t)] += loss;
         ++result.tokens[static_cast<std::size_t>(row.at + t)];
       }
@@ -162,12 +170,14 @@ ValidationLoss validation_loss(const LanguageModel& model, const NextBatch& next
     for (std::size_t j = 0; j < loss.size(); ++j) {
       if (mask[j] == 0) continue;
       if (!std::isfinite(loss[j]))
-        throw NumericError("eval: the validation loss is not a finite number", {{"loss", fmt::format("{}", loss[j])}, {"batch", std::to_string(i)}, {"element", std::to_string(j)}});
+        throw NumericError("eval: the validation loss is not a finite number",
+                           {{"loss", fmt::format("{}", loss[j])}, {"batch", std::to_string(i)}, {"element", std::to_string(j)}});
       sum += mask[j] * loss[j], weight += mask[j];
       ++result.tokens;
     }
   }
-  if (result.tokens == 0) throw ValueError("eval: no token to compute the validation loss from", {{"batches", std::to_string(max_batches)}});
+  if (result.tokens == 0)
+    throw ValueError("eval: no token to compute the validation loss from", {{"batches", std::to_string(max_batches)}});
   result.loss = sum / weight;
   return result;
 }

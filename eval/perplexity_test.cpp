@@ -71,7 +71,8 @@ std::vector<double> whole(const LanguageModel& model, const std::vector<int32_t>
   const NoGrad no_grad;
   const auto T = static_cast<int64_t>(tokens.size()) - 1;
   const std::vector<int32_t> inputs(tokens.begin(), tokens.end() - 1), targets(tokens.begin() + 1, tokens.end());
-  return model.loss({Tensor::from(model.device(), {1, T}, inputs), Tensor::from(model.device(), {1, T}, targets), {}}).token_loss.to_vector<double>();
+  return model.loss({Tensor::from(model.device(), {1, T}, inputs), Tensor::from(model.device(), {1, T}, targets), {}})
+      .token_loss.to_vector<double>();
 }
 
 template <class E>
@@ -157,7 +158,8 @@ TEST("progress is reported after each chunk and ends with everything done") {
   const auto model = small_model(Dtype::f32);
   const Sequences sequences = random_sequences({33, 33, 33});
   std::vector<PositionProgress> seen;
-  position_loss(*model, each_of(sequences), {.context = 32, .chunk = 16, .batch = 2, .progress = [&](const PositionProgress& p) { seen.push_back(p); }});
+  position_loss(*model, each_of(sequences),
+                {.context = 32, .chunk = 16, .batch = 2, .progress = [&](const PositionProgress& p) { seen.push_back(p); }});
   REQUIRE(seen.size() == 4);
   CHECK(seen[0].position == 16);
   CHECK(seen[1].sequences_done == 2);
@@ -168,7 +170,9 @@ TEST("progress is reported after each chunk and ends with everything done") {
 
 TEST("wrong sequences, settings and losses are refused by name") {
   const auto model = small_model(Dtype::f32);
-  CHECK(message_of<ValueError>([&] { measure(*model, {{1, 2, 32}}, 8, 8, 1); }).find("outside the model's vocabulary") != std::string::npos);
+  CHECK(message_of<ValueError>([&] {
+          measure(*model, {{1, 2, 32}}, 8, 8, 1);
+        }).find("outside the model's vocabulary") != std::string::npos);
   CHECK(message_of<ValueError>([&] { measure(*model, {{1, -1}}, 8, 8, 1); }).find("-1 at index 1 of sequence 1") != std::string::npos);
   CHECK(message_of<ValueError>([&] { measure(*model, {{1, 2}, {1}}, 8, 8, 1); }).find("without a token to predict") != std::string::npos);
   CHECK(message_of<ValueError>([&] { measure(*model, {}, 8, 0, 1); }).find("chunk must be at least 1") != std::string::npos);
@@ -188,8 +192,10 @@ TEST("the validation loss is the mean over counted positions of the first batche
       std::vector<int32_t> tokens, targets;
       std::vector<float> mask;
       for (const std::size_t end = i + 2; i < end; ++i)
-        for (std::size_t t = 0; t < 16; ++t) tokens.push_back(rows[i][t]), targets.push_back(rows[i][t + 1]), mask.push_back(t < 10 ? 1 : 0);
-      batch = {Tensor::from(cpu, {2, 16}, tokens), Tensor::from(cpu, {2, 16}, targets), masked ? Tensor::from(cpu, {2, 16}, mask) : Tensor()};
+        for (std::size_t t = 0; t < 16; ++t)
+          tokens.push_back(rows[i][t]), targets.push_back(rows[i][t + 1]), mask.push_back(t < 10 ? 1 : 0);
+      batch = {Tensor::from(cpu, {2, 16}, tokens), Tensor::from(cpu, {2, 16}, targets),
+               masked ? Tensor::from(cpu, {2, 16}, mask) : Tensor()};
       return true;
     };
   };

@@ -21,7 +21,9 @@ double to_scale(Scale scale, double value) {
   return scale == Scale::log10 ? std::log10(value) : std::log2(value);
 }
 
-bool drawable(Scale scale, double value) { return std::isfinite(value) && (scale == Scale::linear || value > 0); }
+bool drawable(Scale scale, double value) {
+  return std::isfinite(value) && (scale == Scale::linear || value > 0);
+}
 
 // A step of 1, 2 or 5 times a power of ten that gives at most `most` steps over `range`.
 double round_step(double range, int most) {
@@ -64,7 +66,8 @@ class AxisLayout {
   bool holds(double value) const { return drawable(scale_, value) && value >= low_ && value <= high_; }
   const std::vector<Tick>& ticks() const { return ticks_; }
   std::string data_attributes(char name) const {
-    return fmt::format(" data-{0}scale=\"{1}\" data-{0}range=\"{2:.9g} {3:.9g}\"", name, scale_ == Scale::linear ? "linear" : "log", low_, high_);
+    return fmt::format(" data-{0}scale=\"{1}\" data-{0}range=\"{2:.9g} {3:.9g}\"", name, scale_ == Scale::linear ? "linear" : "log", low_,
+                       high_);
   }
 
  private:
@@ -103,7 +106,8 @@ class AxisLayout {
       ticks_.clear();
       for (int k = first; k <= last; k += every)
         for (const double factor : factors)
-          if (const double value = factor * std::pow(10.0, k); value >= low_ && value <= high_) ticks_.push_back({value, format_number(value)});
+          if (const double value = factor * std::pow(10.0, k); value >= low_ && value <= high_)
+            ticks_.push_back({value, format_number(value)});
     };
     decades({1, 2, 5}, 1);
     if (static_cast<int>(ticks_.size()) > most) decades({1, 3}, 1);
@@ -137,7 +141,9 @@ std::string dash(const Series& series) {
   if (series.dashed) return second_round ? " stroke-dasharray=\"8 3 2 3\"" : " stroke-dasharray=\"6 4\"";
   return second_round ? " stroke-dasharray=\"2 3\"" : "";
 }
-int color_of(const Series& series) { return ((series.color % kPlotColors) + kPlotColors) % kPlotColors; }
+int color_of(const Series& series) {
+  return ((series.color % kPlotColors) + kPlotColors) % kPlotColors;
+}
 
 void add_series(std::string& svg, const LinePlot& plot, const Series& series, const AxisLayout& x, const AxisLayout& y) {
   std::string path, values, dots;
@@ -149,11 +155,13 @@ void add_series(std::string& svg, const LinePlot& plot, const Series& series, co
     }
     fmt::format_to(std::back_inserter(path), "{}{:.1f} {:.1f}", down ? "L" : "M", x.at(px), y.at(py));
     fmt::format_to(std::back_inserter(values), "{}{:.6g},{:.5g}", values.empty() ? "" : " ", px, py);
-    if (series.dots) fmt::format_to(std::back_inserter(dots), "<circle cx=\"{:.1f}\" cy=\"{:.1f}\" r=\"3\" class=\"f{}\"/>", x.at(px), y.at(py), color_of(series));
+    if (series.dots)
+      fmt::format_to(std::back_inserter(dots), "<circle cx=\"{:.1f}\" cy=\"{:.1f}\" r=\"3\" class=\"f{}\"/>", x.at(px), y.at(py),
+                     color_of(series));
     down = true;
   }
-  svg += fmt::format("<path class=\"line s{}\"{} d=\"{}\" data-name=\"{}\" data-color=\"{}\" data-points=\"{}\"/>{}\n", color_of(series), dash(series), path,
-                     escape_html(series.name), color_of(series), values, dots);
+  svg += fmt::format("<path class=\"line s{}\"{} d=\"{}\" data-name=\"{}\" data-color=\"{}\" data-points=\"{}\"/>{}\n", color_of(series),
+                     dash(series), path, escape_html(series.name), color_of(series), values, dots);
 }
 
 // Labels of neighbouring markers stand under each other; near the right edge they stand on the left of their line.
@@ -165,8 +173,8 @@ void add_markers(std::string& svg, const LinePlot& plot, const AxisLayout& x, do
     const bool left = at + 7.0 * static_cast<double>(marker.label.size()) > right;
     const std::string color = marker.color < 0 ? "" : fmt::format(" s{}", marker.color % kPlotColors);
     svg += fmt::format("<line class=\"marker{}\" x1=\"{:.1f}\" x2=\"{:.1f}\" y1=\"{}\" y2=\"{}\"/>", color, at, at, kTop, bottom);
-    svg += fmt::format("<text class=\"marker-label\" x=\"{:.1f}\" y=\"{}\" text-anchor=\"{}\">{}</text>\n", left ? at - 6 : at + 6, label_y, left ? "end" : "start",
-                       escape_html(marker.label));
+    svg += fmt::format("<text class=\"marker-label\" x=\"{:.1f}\" y=\"{}\" text-anchor=\"{}\">{}</text>\n", left ? at - 6 : at + 6, label_y,
+                       left ? "end" : "start", escape_html(marker.label));
     label_y += 16;
   }
 }
@@ -197,21 +205,32 @@ std::string line_plot_svg(const LinePlot& plot) {
   const double left = 36 + 7.5 * static_cast<double>(longest);
   const AxisLayout x = fit_axis(plot, true, left, right, plot.width / 64);
   const std::string title_id = plot.id + "-title";
-  std::string svg = fmt::format("<svg class=\"plot\" id=\"{}\" viewBox=\"0 0 {} {}\" role=\"img\" aria-labelledby=\"{}\" data-area=\"{} {} {} {}\"{}{}>\n<title id=\"{}\">{}</title>\n",
-                                plot.id, plot.width, plot.height, title_id, left, right, kTop, bottom, x.data_attributes('x'), y.data_attributes('y'), title_id, escape_html(plot.title));
+  std::string svg = fmt::format(
+      "<svg class=\"plot\" id=\"{}\" viewBox=\"0 0 {} {}\" role=\"img\" aria-labelledby=\"{}\" data-area=\"{} {} {} {}\"{}{}>\n<title "
+      "id=\"{}\">{}</title>\n",
+      plot.id, plot.width, plot.height, title_id, left, right, kTop, bottom, x.data_attributes('x'), y.data_attributes('y'), title_id,
+      escape_html(plot.title));
   svg += "<g class=\"grid\">\n";
-  for (const Tick& tick : y.ticks()) svg += fmt::format("<line x1=\"{}\" x2=\"{}\" y1=\"{:.1f}\" y2=\"{:.1f}\"/>", left, right, y.at(tick.value), y.at(tick.value));
+  for (const Tick& tick : y.ticks())
+    svg += fmt::format("<line x1=\"{}\" x2=\"{}\" y1=\"{:.1f}\" y2=\"{:.1f}\"/>", left, right, y.at(tick.value), y.at(tick.value));
   svg += "\n";
-  for (const Tick& tick : x.ticks()) svg += fmt::format("<line x1=\"{:.1f}\" x2=\"{:.1f}\" y1=\"{}\" y2=\"{}\"/>", x.at(tick.value), x.at(tick.value), kTop, bottom);
-  svg += fmt::format("\n</g>\n<line class=\"axis\" x1=\"{0}\" x2=\"{1}\" y1=\"{2}\" y2=\"{2}\"/>\n<g class=\"ticks\">\n", left, right, bottom);
-  for (const Tick& tick : y.ticks()) svg += fmt::format("<text x=\"{}\" y=\"{:.1f}\" text-anchor=\"end\">{}</text>", left - 8, y.at(tick.value) + 4, tick.label);
+  for (const Tick& tick : x.ticks())
+    svg += fmt::format("<line x1=\"{:.1f}\" x2=\"{:.1f}\" y1=\"{}\" y2=\"{}\"/>", x.at(tick.value), x.at(tick.value), kTop, bottom);
+  svg +=
+      fmt::format("\n</g>\n<line class=\"axis\" x1=\"{0}\" x2=\"{1}\" y1=\"{2}\" y2=\"{2}\"/>\n<g class=\"ticks\">\n", left, right, bottom);
+  for (const Tick& tick : y.ticks())
+    svg += fmt::format("<text x=\"{}\" y=\"{:.1f}\" text-anchor=\"end\">{}</text>", left - 8, y.at(tick.value) + 4, tick.label);
   svg += "\n";
-  for (const Tick& tick : x.ticks()) svg += fmt::format("<text x=\"{:.1f}\" y=\"{}\" text-anchor=\"middle\">{}</text>", x.at(tick.value), bottom + 18, tick.label);
-  svg += fmt::format("\n</g>\n<text class=\"axis-label\" x=\"{:.1f}\" y=\"{}\" text-anchor=\"middle\">{}</text>\n", (left + right) / 2, plot.height - 8, escape_html(plot.x.label));
-  svg += fmt::format("<text class=\"axis-label\" transform=\"translate(15 {:.1f}) rotate(-90)\" text-anchor=\"middle\">{}</text>\n", (kTop + bottom) / 2, escape_html(plot.y.label));
+  for (const Tick& tick : x.ticks())
+    svg += fmt::format("<text x=\"{:.1f}\" y=\"{}\" text-anchor=\"middle\">{}</text>", x.at(tick.value), bottom + 18, tick.label);
+  svg += fmt::format("\n</g>\n<text class=\"axis-label\" x=\"{:.1f}\" y=\"{}\" text-anchor=\"middle\">{}</text>\n", (left + right) / 2,
+                     plot.height - 8, escape_html(plot.x.label));
+  svg += fmt::format("<text class=\"axis-label\" transform=\"translate(15 {:.1f}) rotate(-90)\" text-anchor=\"middle\">{}</text>\n",
+                     (kTop + bottom) / 2, escape_html(plot.y.label));
   add_markers(svg, plot, x, right, bottom);
-  svg += fmt::format("<clipPath id=\"{}-clip\"><rect x=\"{}\" y=\"{}\" width=\"{}\" height=\"{}\"/></clipPath>\n<g clip-path=\"url(#{}-clip)\">\n", plot.id, left, kTop - 4,
-                     right - left + 4, bottom - kTop + 4, plot.id);
+  svg += fmt::format(
+      "<clipPath id=\"{}-clip\"><rect x=\"{}\" y=\"{}\" width=\"{}\" height=\"{}\"/></clipPath>\n<g clip-path=\"url(#{}-clip)\">\n",
+      plot.id, left, kTop - 4, right - left + 4, bottom - kTop + 4, plot.id);
   for (const Series& series : plot.series) add_series(svg, plot, series, x, y);
   return svg + "</g>\n</svg>\n";
 }
@@ -219,8 +238,10 @@ std::string line_plot_svg(const LinePlot& plot) {
 std::string legend_html(const std::vector<Series>& series) {
   std::string html = "<ul class=\"legend\">\n";
   for (const Series& s : series)
-    html += fmt::format("<li><svg viewBox=\"0 0 28 10\" width=\"28\" height=\"10\" aria-hidden=\"true\"><line class=\"line s{}\"{} x1=\"0\" x2=\"28\" y1=\"5\" y2=\"5\"/></svg> {}</li>\n",
-                        color_of(s), dash(s), escape_html(s.name));
+    html += fmt::format(
+        "<li><svg viewBox=\"0 0 28 10\" width=\"28\" height=\"10\" aria-hidden=\"true\"><line class=\"line s{}\"{} x1=\"0\" x2=\"28\" "
+        "y1=\"5\" y2=\"5\"/></svg> {}</li>\n",
+        color_of(s), dash(s), escape_html(s.name));
   return html + "</ul>\n";
 }
 
@@ -232,17 +253,22 @@ std::string heat_map_svg(const HeatMap& map) {
     for (const double value : row)
       if (std::isfinite(value)) low = std::min(low, value), high = std::max(high, value);
   }
-  if (!fits) throw ShapeError("plot: the values of a heat map are not [rows][columns]", {{"plot", map.title}, {"expected", fmt::format("[{}][{}]", map.rows.size(), map.columns.size())}});
+  if (!fits)
+    throw ShapeError("plot: the values of a heat map are not [rows][columns]",
+                     {{"plot", map.title}, {"expected", fmt::format("[{}][{}]", map.rows.size(), map.columns.size())}});
   if (!(low <= high)) throw ValueError("plot: no value of the heat map is a number", {{"plot", map.title}});
   low = map.min.value_or(low), high = map.max.value_or(high);
 
   std::size_t longest = 0;
   for (const auto& row : map.rows) longest = std::max(longest, row.size());
   const double left = 40 + 7.2 * static_cast<double>(longest), right = map.width - 90, top = 10;
-  const double cell_w = (right - left) / static_cast<double>(map.columns.size()), cell_h = std::clamp(320.0 / static_cast<double>(map.rows.size()), 8.0, 34.0);
+  const double cell_w = (right - left) / static_cast<double>(map.columns.size()),
+               cell_h = std::clamp(320.0 / static_cast<double>(map.rows.size()), 8.0, 34.0);
   const double bottom = top + cell_h * static_cast<double>(map.rows.size()), height = bottom + 48;
-  std::string svg = fmt::format("<svg class=\"plot heat\" id=\"{0}\" viewBox=\"0 0 {1} {2:.0f}\" role=\"img\" aria-labelledby=\"{0}-title\"><title id=\"{0}-title\">{3}</title>\n", map.id,
-                                map.width, height, escape_html(map.title));
+  std::string svg = fmt::format(
+      "<svg class=\"plot heat\" id=\"{0}\" viewBox=\"0 0 {1} {2:.0f}\" role=\"img\" aria-labelledby=\"{0}-title\"><title "
+      "id=\"{0}-title\">{3}</title>\n",
+      map.id, map.width, height, escape_html(map.title));
   const bool numbers = cell_w >= 46 && cell_h >= 16;
   for (std::size_t r = 0; r < map.rows.size(); ++r) {
     const double y = top + cell_h * static_cast<double>(r);
@@ -250,27 +276,32 @@ std::string heat_map_svg(const HeatMap& map) {
       const double value = map.values[r][c], x = left + cell_w * static_cast<double>(c);
       if (!std::isfinite(value)) continue;
       const double share = high > low ? (value - low) / (high - low) : 0.5;
-      svg += fmt::format("<rect x=\"{:.1f}\" y=\"{:.1f}\" width=\"{:.1f}\" height=\"{:.1f}\" fill=\"{}\"><title>{}, {}: {}</title></rect>", x, y, cell_w - 1, cell_h - 1, rgb_text(share),
-                         escape_html(map.rows[r]), escape_html(map.columns[c]), format_number(value));
+      svg += fmt::format("<rect x=\"{:.1f}\" y=\"{:.1f}\" width=\"{:.1f}\" height=\"{:.1f}\" fill=\"{}\"><title>{}, {}: {}</title></rect>",
+                         x, y, cell_w - 1, cell_h - 1, rgb_text(share), escape_html(map.rows[r]), escape_html(map.columns[c]),
+                         format_number(value));
       if (numbers)
-        svg += fmt::format("<text class=\"cell\" x=\"{:.1f}\" y=\"{:.1f}\" text-anchor=\"middle\" fill=\"{}\">{}</text>", x + cell_w / 2, y + cell_h / 2 + 4, share > 0.55 ? "#111" : "#fff",
-                           format_number(value));
+        svg += fmt::format("<text class=\"cell\" x=\"{:.1f}\" y=\"{:.1f}\" text-anchor=\"middle\" fill=\"{}\">{}</text>", x + cell_w / 2,
+                           y + cell_h / 2 + 4, share > 0.55 ? "#111" : "#fff", format_number(value));
     }
-    svg += fmt::format("\n<text class=\"tick\" x=\"{:.1f}\" y=\"{:.1f}\" text-anchor=\"end\">{}</text>\n", left - 8, y + cell_h / 2 + 4, escape_html(map.rows[r]));
+    svg += fmt::format("\n<text class=\"tick\" x=\"{:.1f}\" y=\"{:.1f}\" text-anchor=\"end\">{}</text>\n", left - 8, y + cell_h / 2 + 4,
+                       escape_html(map.rows[r]));
   }
   const auto every = static_cast<std::size_t>(std::max(1.0, std::ceil(46 / cell_w)));
   for (std::size_t c = 0; c < map.columns.size(); c += every)
-    svg += fmt::format("<text class=\"tick\" x=\"{:.1f}\" y=\"{:.1f}\" text-anchor=\"middle\">{}</text>", left + cell_w * (static_cast<double>(c) + 0.5), bottom + 18,
-                       escape_html(map.columns[c]));
-  svg += fmt::format("\n<text class=\"axis-label\" x=\"{:.1f}\" y=\"{:.1f}\" text-anchor=\"middle\">{}</text>\n", (left + right) / 2, height - 8, escape_html(map.x_label));
-  svg += fmt::format("<text class=\"axis-label\" transform=\"translate(15 {:.1f}) rotate(-90)\" text-anchor=\"middle\">{}</text>\n", (top + bottom) / 2, escape_html(map.y_label));
+    svg += fmt::format("<text class=\"tick\" x=\"{:.1f}\" y=\"{:.1f}\" text-anchor=\"middle\">{}</text>",
+                       left + cell_w * (static_cast<double>(c) + 0.5), bottom + 18, escape_html(map.columns[c]));
+  svg += fmt::format("\n<text class=\"axis-label\" x=\"{:.1f}\" y=\"{:.1f}\" text-anchor=\"middle\">{}</text>\n", (left + right) / 2,
+                     height - 8, escape_html(map.x_label));
+  svg += fmt::format("<text class=\"axis-label\" transform=\"translate(15 {:.1f}) rotate(-90)\" text-anchor=\"middle\">{}</text>\n",
+                     (top + bottom) / 2, escape_html(map.y_label));
   // The colour scale, from the lowest value at the bottom.
   constexpr int kSteps = 32;
   for (int i = 0; i < kSteps; ++i)
-    svg += fmt::format("<rect x=\"{:.1f}\" y=\"{:.2f}\" width=\"12\" height=\"{:.2f}\" fill=\"{}\"/>", right + 14, bottom - (bottom - top) * (i + 1) / kSteps, (bottom - top) / kSteps + 0.3,
-                       rgb_text((i + 0.5) / kSteps));
-  svg += fmt::format("\n<text class=\"tick\" x=\"{0:.1f}\" y=\"{1:.1f}\">{2}</text><text class=\"tick\" x=\"{0:.1f}\" y=\"{3:.1f}\">{4}</text>\n", right + 31, top + 10, format_number(high), bottom,
-                     format_number(low));
+    svg += fmt::format("<rect x=\"{:.1f}\" y=\"{:.2f}\" width=\"12\" height=\"{:.2f}\" fill=\"{}\"/>", right + 14,
+                       bottom - (bottom - top) * (i + 1) / kSteps, (bottom - top) / kSteps + 0.3, rgb_text((i + 0.5) / kSteps));
+  svg += fmt::format(
+      "\n<text class=\"tick\" x=\"{0:.1f}\" y=\"{1:.1f}\">{2}</text><text class=\"tick\" x=\"{0:.1f}\" y=\"{3:.1f}\">{4}</text>\n",
+      right + 31, top + 10, format_number(high), bottom, format_number(low));
   return svg + "</svg>\n";
 }
 
@@ -278,12 +309,23 @@ std::string escape_html(const std::string& text) {
   std::string out;
   for (const char c : text) {
     switch (c) {
-      case '&': out += "&amp;"; break;
-      case '<': out += "&lt;"; break;
-      case '>': out += "&gt;"; break;
-      case '"': out += "&quot;"; break;
-      case '\'': out += "&#39;"; break;
-      default: out += c;
+      case '&':
+        out += "&amp;";
+        break;
+      case '<':
+        out += "&lt;";
+        break;
+      case '>':
+        out += "&gt;";
+        break;
+      case '"':
+        out += "&quot;";
+        break;
+      case '\'':
+        out += "&#39;";
+        break;
+      default:
+        out += c;
     }
   }
   return out;

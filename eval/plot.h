@@ -25,7 +25,7 @@ struct Series {
   std::vector<std::pair<double, double>> points;  // by rising x; a point without a finite y (or a positive one on a log axis) is a gap
   int color = 0;                                  // of the page's palette, counted modulo kPlotColors
   bool dashed = false;
-  bool dots = false;                              // marks each point: for few points
+  bool dots = false;  // marks each point: for few points
 };
 inline constexpr int kPlotColors = 8;
 
@@ -51,7 +51,8 @@ std::string line_plot_svg(const LinePlot& plot);
 /// One entry a series, each with a sample of its line; as an HTML list, so that long names wrap.
 std::string legend_html(const std::vector<Series>& series);
 
-/// A table of numbers as coloured cells; a NaN is an empty cell. Cells have their number in them while there is room, and always as a tooltip.
+/// A table of numbers as coloured cells; a NaN is an empty cell. Cells have their number in them while there is room, and always as a
+/// tooltip.
 struct HeatMap {
   std::string id, title;
   std::string x_label, y_label;
@@ -65,10 +66,10 @@ struct HeatMap {
 std::string heat_map_svg(const HeatMap& map);
 
 // Numbers and text for readers.
-std::string escape_html(const std::string& text);     // & < > " '
-std::string format_number(double value);              // 4 significant digits, all before the point: 0.001234, 12.3, 12,345, 6e-04, 1.2e+09
-std::string format_aligned(double value);             // the same with the zeros at the end, for columns: 12.30, 1.000
-std::string format_count(int64_t value);              // 1,234,567
-std::string format_length(double value);              // 512, 2k, 1.5k, 1M with k = 1024
+std::string escape_html(const std::string& text);  // & < > " '
+std::string format_number(double value);           // 4 significant digits, all before the point: 0.001234, 12.3, 12,345, 6e-04, 1.2e+09
+std::string format_aligned(double value);          // the same with the zeros at the end, for columns: 12.30, 1.000
+std::string format_count(int64_t value);           // 1,234,567
+std::string format_length(double value);           // 512, 2k, 1.5k, 1M with k = 1024
 
 }  // namespace longhand

@@ -54,7 +54,12 @@ TEST("a point that cannot be drawn is a gap: the line goes on with a move") {
 }
 
 TEST("log axes put equal ratios at equal distances") {
-  LinePlot plot{.id = "p", .title = "t", .x = {.label = "x", .scale = Scale::log2, .min = 1.0, .max = 256.0}, .y = {"y"}, .series = {}, .markers = {}};
+  LinePlot plot{.id = "p",
+                .title = "t",
+                .x = {.label = "x", .scale = Scale::log2, .min = 1.0, .max = 256.0},
+                .y = {"y"},
+                .series = {},
+                .markers = {}};
   plot.series.push_back({.name = "a", .points = {{1, 0}, {16, 1}, {256, 0}}});
   const std::string svg = line_plot_svg(plot);
   const std::string area = svg.substr(svg.find("data-area=\"") + 11);
@@ -73,7 +78,8 @@ TEST("markers stand at their place with their words, and outside the axis not at
 
 TEST("a plot of one point or of equal values can be drawn; one without any is refused") {
   for (const Scale scale : {Scale::linear, Scale::log10, Scale::log2}) {
-    LinePlot plot{.id = "p", .title = "t", .x = {"x", scale}, .y = {"y", scale}, .series = {{.name = "a", .points = {{5, 3}}}}, .markers = {}};
+    LinePlot plot{
+        .id = "p", .title = "t", .x = {"x", scale}, .y = {"y", scale}, .series = {{.name = "a", .points = {{5, 3}}}}, .markers = {}};
     CHECK(line_plot_svg(plot).find("nan") == std::string::npos);
     plot.series[0].points = {{5, kNaN}};
     CHECK_THROWS_AS(line_plot_svg(plot), ValueError);
@@ -81,7 +87,8 @@ TEST("a plot of one point or of equal values can be drawn; one without any is re
 }
 
 TEST("a heat map has one cell a value, none for NaN, and its numbers as tooltips") {
-  HeatMap map{.id = "h", .title = "t", .x_label = "x", .y_label = "y", .columns = {"1", "2<"}, .rows = {"a", "b"}, .values = {{1, 2}, {3, kNaN}}};
+  HeatMap map{
+      .id = "h", .title = "t", .x_label = "x", .y_label = "y", .columns = {"1", "2<"}, .rows = {"a", "b"}, .values = {{1, 2}, {3, kNaN}}};
   const std::string svg = heat_map_svg(map);
   CHECK(count(svg, "<rect ") == 3 + 32);
   CHECK(svg.find("<title>a, 2&lt;: 2</title>") != std::string::npos);

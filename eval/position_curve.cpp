@@ -72,7 +72,8 @@ std::optional<T> parse(std::string_view text) {
 
 std::vector<std::string_view> split_at_commas(std::string_view line) {
   std::vector<std::string_view> parts;
-  for (std::size_t comma; (comma = line.find(',')) != std::string_view::npos; line.remove_prefix(comma + 1)) parts.push_back(line.substr(0, comma));
+  for (std::size_t comma; (comma = line.find(',')) != std::string_view::npos; line.remove_prefix(comma + 1))
+    parts.push_back(line.substr(0, comma));
   parts.push_back(line);
   return parts;
 }
@@ -81,7 +82,8 @@ void append_lines(const PositionLoss& loss, const std::function<void(std::string
   std::string text(kHeader);
   text += '\n';
   for (int64_t p = 1; p <= loss.positions(); ++p) {
-    fmt::format_to(std::back_inserter(text), "{},{},{:.9g},{:.9g}\n", p, loss.tokens[static_cast<std::size_t>(p - 1)], loss.loss(p), loss.perplexity(p));
+    fmt::format_to(std::back_inserter(text), "{},{},{:.9g},{:.9g}\n", p, loss.tokens[static_cast<std::size_t>(p - 1)], loss.loss(p),
+                   loss.perplexity(p));
     if (text.size() > (1u << 20)) write(text), text.clear();
   }
   write(text);
@@ -89,8 +91,12 @@ void append_lines(const PositionLoss& loss, const std::function<void(std::string
 
 }  // namespace
 
-double PositionBin::perplexity() const { return std::exp(loss); }
-double PositionBin::centre() const { return std::sqrt(static_cast<double>(first) * static_cast<double>(last)); }
+double PositionBin::perplexity() const {
+  return std::exp(loss);
+}
+double PositionBin::centre() const {
+  return std::sqrt(static_cast<double>(first) * static_cast<double>(last));
+}
 
 PositionBin merge(const std::vector<PositionBin>& bins) {
   if (bins.empty()) throw ValueError("eval: no bins to put together");
@@ -105,11 +111,13 @@ std::vector<PositionBin> position_bins(const PositionLoss& loss) {
   std::vector<PositionBin> bins;
   bins.reserve(loss.tokens.size());
   for (int64_t p = 1; p <= loss.positions(); ++p)
-    if (const auto tokens = loss.tokens[static_cast<std::size_t>(p - 1)]; tokens > 0) bins.push_back({p, p, static_cast<double>(tokens), loss.loss(p)});
+    if (const auto tokens = loss.tokens[static_cast<std::size_t>(p - 1)]; tokens > 0)
+      bins.push_back({p, p, static_cast<double>(tokens), loss.loss(p)});
   return bins;
 }
 
-std::vector<PositionBin> octave_bins(const std::vector<PositionBin>& bins, int per_octave, const std::vector<int64_t>& ends, int64_t first) {
+std::vector<PositionBin> octave_bins(const std::vector<PositionBin>& bins, int per_octave, const std::vector<int64_t>& ends,
+                                     int64_t first) {
   BinJoiner joiner(per_octave, ends, first);
   for (const PositionBin& bin : bins) joiner.add(bin);
   return joiner.finish();
@@ -129,7 +137,9 @@ std::vector<PositionBin> read_position_csv(const std::string& path, int per_octa
   std::ifstream in(path);
   if (!in) throw FileError("eval: cannot open a table of losses by position", {{"file", path}});
   int64_t number = 1, before = 0;
-  const auto refuse = [&](const std::string& reason) { throw FileError("eval: not a table of losses by position", {{"file", path}, {"line", std::to_string(number)}, {"reason", reason}}); };
+  const auto refuse = [&](const std::string& reason) {
+    throw FileError("eval: not a table of losses by position", {{"file", path}, {"line", std::to_string(number)}, {"reason", reason}});
+  };
   std::string line;
   if (!std::getline(in, line) || line != kHeader) refuse(fmt::format("the first line is not \"{}\"", kHeader));
   BinJoiner joiner(per_octave, ends, 1);

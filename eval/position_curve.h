@@ -14,8 +14,8 @@ struct PositionBin {
   double tokens = 0;            // scored in the bin
   double loss = 0;              // nats, mean over these tokens
 
-  double perplexity() const;    // exp(loss): the geometric mean of the positions' perplexities, weighted by their tokens
-  double centre() const;        // geometric mean of first and last
+  double perplexity() const;  // exp(loss): the geometric mean of the positions' perplexities, weighted by their tokens
+  double centre() const;      // geometric mean of first and last
 };
 
 /// The mean of consecutive bins. errors  ValueError for none
@@ -24,11 +24,11 @@ PositionBin merge(const std::vector<PositionBin>& bins);
 /// One bin a position; positions that no sequence reaches are left out.
 std::vector<PositionBin> position_bins(const PositionLoss& loss);
 
-/// Joins bins into steps of 2^(1/per_octave): step k ends at the position floor(2^(k / per_octave)), so that powers of two are ends of steps.
-/// ends     further ends, such as the training length, so that no bin lies on both sides
-/// first    positions up to this one are one bin
-/// holds    the sums of tokens and of tokens * loss stay what they are
-std::vector<PositionBin> octave_bins(const std::vector<PositionBin>& bins, int per_octave, const std::vector<int64_t>& ends = {}, int64_t first = 1);
+/// Joins bins into steps of 2^(1/per_octave): step k ends at the position floor(2^(k / per_octave)), so that powers of two are ends of
+/// steps. ends     further ends, such as the training length, so that no bin lies on both sides first    positions up to this one are one
+/// bin holds    the sums of tokens and of tokens * loss stay what they are
+std::vector<PositionBin> octave_bins(const std::vector<PositionBin>& bins, int per_octave, const std::vector<int64_t>& ends = {},
+                                     int64_t first = 1);
 
 /// "position,tokens,loss,perplexity" and one line a position; tokens is the number of sequences that reach the position.
 std::string position_csv(const PositionLoss& loss);

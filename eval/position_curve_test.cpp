@@ -53,7 +53,8 @@ TEST("bins keep the tokens and the sum of the loss, and cover every position onc
       ends.insert(bin.last);
     }
     CHECK(next == 5001);
-    for (const int64_t end : {1, 2, 3, 4, 8, 1024, 2000, 2048, 4096, 5000}) CHECK_MESSAGE(ends.contains(end), end, " is no end at ", per_octave, " an octave");
+    for (const int64_t end : {1, 2, 3, 4, 8, 1024, 2000, 2048, 4096, 5000})
+      CHECK_MESSAGE(ends.contains(end), end, " is no end at ", per_octave, " an octave");
   }
 }
 

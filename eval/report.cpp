@@ -47,7 +47,9 @@ PositionCurve read_curve(const fs::path& csv, RunData& run) {
   curve.data = csv.stem().string();
   if (const fs::path description = fs::path(csv).replace_extension(".json"); fs::exists(description)) {
     const Json json = Json::parse(read_text_file(description.string()), nullptr, false);
-    const auto number = [&](const char* key, int64_t otherwise) { return json.contains(key) && json[key].is_number_integer() ? json[key].get<int64_t>() : otherwise; };
+    const auto number = [&](const char* key, int64_t otherwise) {
+      return json.contains(key) && json[key].is_number_integer() ? json[key].get<int64_t>() : otherwise;
+    };
     if (json.is_object()) {
       if (json.contains("data_name") && json["data_name"].is_string()) curve.data = json["data_name"];
       if (json.contains("documents") && json["documents"].is_string()) curve.documents = json["documents"];
@@ -56,10 +58,12 @@ PositionCurve read_curve(const fs::path& csv, RunData& run) {
       curve.step = number("step", -1);
       if (const int64_t length = number("train_length", 0); length > 0 && !run.train_length) run.train_length = length;
     } else {
-      run.problems.push_back(fmt::format("{} is not a JSON object; the curve beside it is shown without its description", description.string()));
+      run.problems.push_back(
+          fmt::format("{} is not a JSON object; the curve beside it is shown without its description", description.string()));
     }
   }
-  curve.bins = read_position_csv(csv.string(), kCurveBinsPerOctave, run.train_length ? std::vector<int64_t>{*run.train_length} : std::vector<int64_t>{});
+  curve.bins = read_position_csv(csv.string(), kCurveBinsPerOctave,
+                                 run.train_length ? std::vector<int64_t>{*run.train_length} : std::vector<int64_t>{});
   return curve;
 }
 
@@ -108,9 +112,11 @@ void add_logged_row(Table& table, const Metrics& metrics, const std::string& val
   const auto found = metrics.values.find(value);
   if (found == metrics.values.end()) return;
   const auto less = [](const auto& a, const auto& b) { return a.second < b.second; };
-  const auto lowest = std::min_element(found->second.begin(), found->second.end(), less), highest = std::max_element(found->second.begin(), found->second.end(), less);
-  table.rows.push_back({name, format_aligned(found->second.begin()->second), format_aligned(found->second.rbegin()->second), format_aligned(median(found->second)), format_aligned(lowest->second),
-                        format_count(lowest->first), format_aligned(highest->second), format_count(highest->first)});
+  const auto lowest = std::min_element(found->second.begin(), found->second.end(), less),
+             highest = std::max_element(found->second.begin(), found->second.end(), less);
+  table.rows.push_back({name, format_aligned(found->second.begin()->second), format_aligned(found->second.rbegin()->second),
+                        format_aligned(median(found->second)), format_aligned(lowest->second), format_count(lowest->first),
+                        format_aligned(highest->second), format_count(highest->first)});
 }
 
 bool drawable(const std::vector<Series>& series) {
@@ -136,7 +142,8 @@ std::string data_text(const PositionCurve& curve) {
 }
 
 // Rows of about one an octave; the first positions are put together so that the table stays short.
-Table perplexity_table(const std::vector<const PositionCurve*>& curves, const std::vector<Series>& series, const std::vector<int64_t>& lengths) {
+Table perplexity_table(const std::vector<const PositionCurve*>& curves, const std::vector<Series>& series,
+                       const std::vector<int64_t>& lengths) {
   int64_t furthest = 1;
   for (const auto* curve : curves) furthest = std::max(furthest, curve->bins.back().last);
   const int64_t first = std::max<int64_t>(1, int64_t{1} << std::max(0, static_cast<int>(std::log2(static_cast<double>(furthest))) - 11));
@@ -152,7 +159,8 @@ Table perplexity_table(const std::vector<const PositionCurve*>& curves, const st
   }
   for (auto& [range, row] : rows) {
     const auto [last, begin] = range;
-    row.insert(row.begin(), begin == last ? format_count(begin) : fmt::format("{}\u00a0–\u00a0{}", format_count(begin), format_count(last)));
+    row.insert(row.begin(),
+               begin == last ? format_count(begin) : fmt::format("{}\u00a0–\u00a0{}", format_count(begin), format_count(last)));
     table.rows.push_back(std::move(row));
   }
   return table;
@@ -168,7 +176,12 @@ void add_perplexity(const Runs& runs, std::vector<Figure>& figures) {
     for (const PositionCurve& curve : runs[r].curves) groups[{curve.data, curve.documents, curve.context}].push_back({r, &curve});
   for (const auto& [key, members] : groups) {
     const std::string id = fmt::format("perplexity-{}", figures.size());
-    LinePlot plot{.id = id, .title = "Perplexity by position, " + std::get<0>(key), .x = {"position: tokens of context (log scale)", Scale::log2}, .y = {"perplexity"}, .series = {}, .markers = {}};
+    LinePlot plot{.id = id,
+                  .title = "Perplexity by position, " + std::get<0>(key),
+                  .x = {"position: tokens of context (log scale)", Scale::log2},
+                  .y = {"perplexity"},
+                  .series = {},
+                  .markers = {}};
     std::vector<const PositionCurve*> curves;
     std::set<int64_t> lengths;
     std::string counts;
@@ -176,7 +189,9 @@ void add_perplexity(const Runs& runs, std::vector<Figure>& figures) {
     for (const auto& [r, curve] : members) {
       const bool several = std::count_if(members.begin(), members.end(), [r = r](const Member& m) { return m.run == r; }) > 1;
       std::string name = runs[r].name;
-      if (several) name += curve->step >= 0 ? fmt::format(", step {}", format_count(curve->step)) : ", " + curve->file;
+      const auto same_step = [&, r = r, step = curve->step](const Member& m) { return m.run == r && m.curve->step == step; };
+      if (several && curve->step >= 0) name += fmt::format(", step {}", format_count(curve->step));
+      if (std::count_if(members.begin(), members.end(), same_step) > 1) name += ", " + curve->file;
       Series series{.name = name, .points = {}, .color = static_cast<int>(runs.size() > 1 && !several ? r : plot.series.size())};
       for (const PositionBin& bin : curve->bins) series.points.emplace_back(bin.centre(), bin.perplexity());
       plot.series.push_back(std::move(series));
@@ -186,15 +201,20 @@ void add_perplexity(const Runs& runs, std::vector<Figure>& figures) {
       different_counts.insert(curve->sequences);
       if (curve->sequences > 0) counts += fmt::format("{}{} {}", counts.empty() ? "" : ", ", name, format_count(curve->sequences));
       if (runs[r].train_length && lengths.insert(*runs[r].train_length).second)
-        plot.markers.push_back({static_cast<double>(*runs[r].train_length), fmt::format("training length {}", format_count(*runs[r].train_length))});
+        plot.markers.push_back(
+            {static_cast<double>(*runs[r].train_length), fmt::format("training length {}", format_count(*runs[r].train_length))});
     }
     plot.y.scale = scale_for(plot.series, 4);
     if (plot.y.scale == Scale::log10) plot.y.label += " (log scale)";
-    std::string caption = data_text(*members.front().curve) + " Perplexity at a position is exp of the mean loss there, starting from the zero state.";
-    if (different_counts.size() == 1 && !counts.empty()) counts = format_count(*different_counts.begin()) + (members.size() > 1 ? " each" : "");
+    std::string caption =
+        data_text(*members.front().curve) + " Perplexity at a position is exp of the mean loss there, starting from the zero state.";
+    if (different_counts.size() == 1 && !counts.empty())
+      counts = format_count(*different_counts.begin()) + (members.size() > 1 ? " each" : "");
     if (!counts.empty()) caption += fmt::format(" Sequences: {}.", counts);
-    caption += fmt::format(" Neighbouring positions are joined ({} bins each time the position doubles, geometric mean).", kCurveBinsPerOctave);
-    figures.push_back({"Perplexity by position: " + std::get<0>(key), caption, legend_html(plot.series), line_plot_svg(plot), perplexity_table(curves, plot.series, {lengths.begin(), lengths.end()})});
+    caption +=
+        fmt::format(" Neighbouring positions are joined ({} bins each time the position doubles, geometric mean).", kCurveBinsPerOctave);
+    figures.push_back({"Perplexity by position: " + std::get<0>(key), caption, legend_html(plot.series), line_plot_svg(plot),
+                       perplexity_table(curves, plot.series, {lengths.begin(), lengths.end()})});
   }
 }
 
@@ -203,7 +223,8 @@ void add_loss(const Runs& runs, std::vector<Figure>& figures) {
   Table table{kLoggedHeader, {}};
   for (std::size_t r = 0; r < runs.size(); ++r) {
     const auto color = static_cast<int>(r);
-    const std::string train = runs.size() == 1 ? "training" : runs[r].name + ", training", val = runs.size() == 1 ? "validation" : runs[r].name + ", validation";
+    const std::string train = runs.size() == 1 ? "training" : runs[r].name + ", training",
+                      val = runs.size() == 1 ? "validation" : runs[r].name + ", validation";
     if (Series s = logged_series(runs[r].metrics, "loss", train, color); !s.points.empty()) plot.series.push_back(std::move(s));
     add_logged_row(table, runs[r].metrics, "loss", train);
     if (Series s = logged_series(runs[r].metrics, "val_loss", val, runs.size() == 1 ? 1 : color); !s.points.empty()) {
@@ -214,32 +235,38 @@ void add_loss(const Runs& runs, std::vector<Figure>& figures) {
     add_logged_row(table, runs[r].metrics, "val_loss", val);
   }
   if (!drawable(plot.series)) return;
-  figures.push_back({"Loss", "Cross-entropy of the training batches (solid) and of the validation data (dashed)." + joined_note(runs, "loss"), legend_html(plot.series), line_plot_svg(plot), table});
+  figures.push_back({"Loss",
+                     "Cross-entropy of the training batches (solid) and of the validation data (dashed)." + joined_note(runs, "loss"),
+                     legend_html(plot.series), line_plot_svg(plot), table});
 }
 
-void add_logged_figure(const Runs& runs, std::vector<Figure>& figures, const std::string& value, const std::string& id, const std::string& title, const std::string& label,
-                       const std::string& caption, double log_factor, bool from_zero) {
+void add_logged_figure(const Runs& runs, std::vector<Figure>& figures, const std::string& value, const std::string& id,
+                       const std::string& title, const std::string& label, const std::string& caption, double log_factor, bool from_zero) {
   LinePlot plot{.id = id, .title = title + " by training step", .x = {"step"}, .y = {label}, .series = {}, .markers = {}, .height = 300};
   Table table{kLoggedHeader, {}};
   for (std::size_t r = 0; r < runs.size(); ++r) {
-    if (Series s = logged_series(runs[r].metrics, value, runs[r].name, static_cast<int>(r)); !s.points.empty()) plot.series.push_back(std::move(s));
+    if (Series s = logged_series(runs[r].metrics, value, runs[r].name, static_cast<int>(r)); !s.points.empty())
+      plot.series.push_back(std::move(s));
     add_logged_row(table, runs[r].metrics, value, runs[r].name);
   }
   if (!drawable(plot.series)) return;
   plot.y.scale = scale_for(plot.series, log_factor);
   if (plot.y.scale == Scale::log10) plot.y.label += " (log scale)";
   else if (from_zero) plot.y.min = 0;
-  figures.push_back({title, caption + joined_note(runs, value), runs.size() > 1 ? legend_html(plot.series) : "", line_plot_svg(plot), table});
+  figures.push_back(
+      {title, caption + joined_note(runs, value), runs.size() > 1 ? legend_html(plot.series) : "", line_plot_svg(plot), table});
 }
 
 constexpr double kNeverLog = std::numeric_limits<double>::infinity();
 
 void add_learning_rate(const Runs& runs, std::vector<Figure>& figures) {
-  add_logged_figure(runs, figures, "lr", "learning-rate", "Learning rate", "learning rate", "The rate each step was taken with.", kNeverLog, true);
+  add_logged_figure(runs, figures, "lr", "learning-rate", "Learning rate", "learning rate", "The rate each step was taken with.", kNeverLog,
+                    true);
 }
 
 void add_grad_norm(const Runs& runs, std::vector<Figure>& figures) {
-  add_logged_figure(runs, figures, "grad_norm", "grad-norm", "Gradient norm", "norm before clipping", "Euclidean norm of the whole gradient, before clipping.", 30, true);
+  add_logged_figure(runs, figures, "grad_norm", "grad-norm", "Gradient norm", "norm before clipping",
+                    "Euclidean norm of the whole gradient, before clipping.", 30, true);
 }
 
 void add_speed(const Runs& runs, std::vector<Figure>& figures) {
@@ -252,12 +279,14 @@ constexpr void (*kFigures[])(const Runs&, std::vector<Figure>&) = {add_perplexit
 // --- the page --------------------------------------------------------------------------------------------------
 
 std::string table_html(const Table& table, const std::string& css_class = "") {
-  std::string html = css_class.empty() ? "<div class=\"scroll\"><table>\n<thead><tr>" : fmt::format("<div class=\"scroll\"><table class=\"{}\">\n<thead><tr>", css_class);
+  std::string html = css_class.empty() ? "<div class=\"scroll\"><table>\n<thead><tr>"
+                                       : fmt::format("<div class=\"scroll\"><table class=\"{}\">\n<thead><tr>", css_class);
   for (const std::string& name : table.header) html += fmt::format("<th scope=\"col\">{}</th>", escape_html(name));
   html += "</tr></thead>\n<tbody>\n";
   for (const auto& row : table.rows) {
     html += "<tr>";
-    for (std::size_t c = 0; c < row.size(); ++c) html += c == 0 ? fmt::format("<th scope=\"row\">{}</th>", escape_html(row[c])) : fmt::format("<td>{}</td>", escape_html(row[c]));
+    for (std::size_t c = 0; c < row.size(); ++c)
+      html += c == 0 ? fmt::format("<th scope=\"row\">{}</th>", escape_html(row[c])) : fmt::format("<td>{}</td>", escape_html(row[c]));
     html += "</tr>\n";
   }
   return html + "</tbody></table></div>\n";
@@ -282,18 +311,24 @@ std::string overview_html(const Runs& runs) {
     int64_t steps = 0;
     for (const auto& [name, logged] : values) steps = std::max(steps, logged.rbegin()->first);
     const auto speed = values.find("tokens_per_s"), elapsed = values.find("elapsed_s");
-    table.rows.push_back({run.name, steps > 0 ? format_count(steps) : "–", last_logged(run.metrics, "tokens"), last_logged(run.metrics, "loss"), last_logged(run.metrics, "val_loss"),
-                          run.train_length ? format_count(*run.train_length) : "–", speed == values.end() ? "–" : format_number(median(speed->second)),
+    table.rows.push_back({run.name, steps > 0 ? format_count(steps) : "–", last_logged(run.metrics, "tokens"),
+                          last_logged(run.metrics, "loss"), last_logged(run.metrics, "val_loss"),
+                          run.train_length ? format_count(*run.train_length) : "–",
+                          speed == values.end() ? "–" : format_number(median(speed->second)),
                           elapsed == values.end() ? "–" : duration(elapsed->second.rbegin()->second)});
   }
-  return "<section>\n<h2>Overview</h2>\n<p class=\"soft\">Losses are those logged last, in nats per token.</p>\n" + table_html(table) + "</section>\n";
+  return "<section>\n<h2>Overview</h2>\n<p class=\"soft\">Losses are those logged last, in nats per token.</p>\n" + table_html(table) +
+         "</section>\n";
 }
 
 std::string notes_html(const Runs& runs) {
   std::string items;
   for (const RunData& run : runs)
-    for (const std::string& problem : run.problems) items += fmt::format("<li><b>{}</b>: {}</li>\n", escape_html(run.name), escape_html(problem));
-  return items.empty() ? "" : "<section class=\"note\" aria-label=\"Notes\">\n<b>Missing or unreadable</b>\n<ul>\n" + items + "</ul></section>\n";
+    for (const std::string& problem : run.problems)
+      items += fmt::format("<li><b>{}</b>: {}</li>\n", escape_html(run.name), escape_html(problem));
+  return items.empty()
+             ? ""
+             : "<section class=\"note\" aria-label=\"Notes\">\n<b>Missing or unreadable</b>\n<ul>\n" + items + "</ul></section>\n";
 }
 
 // Settings in the order of the first run that has them; where runs differ the row is marked.
@@ -317,10 +352,13 @@ std::string configuration_html(const Runs& runs) {
     }
     (values.size() > 1 ? differing : common) += fmt::format("<tr><th scope=\"row\">{}</th>{}</tr>\n", escape_html(key), cells);
   }
-  const auto table = [&](const std::string& rows) { return "<div class=\"scroll\"><table class=\"text\">\n" + head + "<tbody>\n" + rows + "</tbody></table></div>\n"; };
+  const auto table = [&](const std::string& rows) {
+    return "<div class=\"scroll\"><table class=\"text\">\n" + head + "<tbody>\n" + rows + "</tbody></table></div>\n";
+  };
   std::string html = "<section>\n<h2>Configuration</h2>\n";
   if (runs.size() == 1) return html + table(common) + "</section>\n";
-  html += differing.empty() ? "<p>The runs have the same settings.</p>\n" : "<p class=\"soft\">Settings in which the runs differ.</p>\n" + table(differing);
+  html += differing.empty() ? "<p>The runs have the same settings.</p>\n"
+                            : "<p class=\"soft\">Settings in which the runs differ.</p>\n" + table(differing);
   if (!common.empty()) html += "<details><summary>Settings that all runs share</summary>\n" + table(common) + "</details>\n";
   return html + "</section>\n";
 }
@@ -342,7 +380,9 @@ RunData read_run(const std::string& folder) {
   }
   if (fs::exists(root / "config.toml")) {
     run.config = parse_flat_config(read_text_file((root / "config.toml").string()));
-    if (run.config.lines_left_out > 0) run.problems.push_back(fmt::format("{}: {} lines are no \"key = value\" and are not shown", (root / "config.toml").string(), run.config.lines_left_out));
+    if (run.config.lines_left_out > 0)
+      run.problems.push_back(
+          fmt::format("{}: {} lines are no \"key = value\" and are not shown", (root / "config.toml").string(), run.config.lines_left_out));
   } else {
     run.problems.push_back("the run has no configuration; file " + (root / "config.toml").string());
   }
@@ -389,13 +429,19 @@ std::string report_html(const std::vector<RunData>& runs, const std::string& dat
   std::vector<Figure> figures;
   for (const auto add : kFigures) add(runs, figures);
 
-  std::string html = "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n<meta name=\"color-scheme\" content=\"light dark\">\n";
-  html += fmt::format("<title>{} – longhand report</title>\n<style>{}</style>\n</head>\n<body>\n<main>\n", escape_html(names), kReportStyle);
-  html += fmt::format("<header>\n<h1>{}</h1>\n<p class=\"soft\">longhand report, {}</p>\n</header>\n", escape_html(heading), escape_html(date));
+  std::string html =
+      "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n<meta name=\"viewport\" content=\"width=device-width, "
+      "initial-scale=1\">\n<meta name=\"color-scheme\" content=\"light dark\">\n";
+  html +=
+      fmt::format("<title>{} – longhand report</title>\n<style>{}</style>\n</head>\n<body>\n<main>\n", escape_html(names), kReportStyle);
+  html +=
+      fmt::format("<header>\n<h1>{}</h1>\n<p class=\"soft\">longhand report, {}</p>\n</header>\n", escape_html(heading), escape_html(date));
   html += notes_html(runs) + overview_html(runs);
   for (const Figure& figure : figures) {
-    html += fmt::format("<section>\n<figure>\n<figcaption><h2>{}</h2>\n<p>{}</p></figcaption>\n{}<div class=\"scroll\"><div class=\"box\">{}</div></div>\n</figure>\n{}</section>\n", escape_html(figure.title),
-                        escape_html(figure.caption), figure.legend, figure.svg, table_html(figure.table));
+    html += fmt::format(
+        "<section>\n<figure>\n<figcaption><h2>{}</h2>\n<p>{}</p></figcaption>\n{}<div class=\"scroll\"><div "
+        "class=\"box\">{}</div></div>\n</figure>\n{}</section>\n",
+        escape_html(figure.title), escape_html(figure.caption), figure.legend, figure.svg, table_html(figure.table));
   }
   html += configuration_html(runs);
   return html + "</main>\n<script>" + kReportScript + "</script>\n</body>\n</html>\n";

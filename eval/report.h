@@ -17,24 +17,24 @@ namespace longhand {
 
 /// One RUN/eval/ppl-NAME.csv with what its .json says.
 struct PositionCurve {
-  std::string file;            // its name without folder
-  std::string data;            // what it was measured on; curves of equal data, documents and context share a figure
-  std::string documents;       // the choice of sequences
-  int64_t context = 0;         // 0: unknown
-  int64_t sequences = 0;       // 0: unknown
-  int64_t step = -1;           // of the checkpoint; -1: unknown
+  std::string file;               // its name without folder
+  std::string data;               // what it was measured on; curves of equal data, documents and context share a figure
+  std::string documents;          // the choice of sequences
+  int64_t context = 0;            // 0: unknown
+  int64_t sequences = 0;          // 0: unknown
+  int64_t step = -1;              // of the checkpoint; -1: unknown
   std::vector<PositionBin> bins;  // kCurveBinsPerOctave an octave
 };
 inline constexpr int kCurveBinsPerOctave = 24;
 
 struct RunData {
-  std::string name;                     // unique among the runs of a page
+  std::string name;  // unique among the runs of a page
   std::string folder;
   Metrics metrics;
   FlatConfig config;
   std::optional<int64_t> train_length;  // tokens in a training row
   std::vector<PositionCurve> curves;
-  std::vector<std::string> problems;    // what could not be read, as sentences
+  std::vector<std::string> problems;  // what could not be read, as sentences
 };
 
 /// Reads what there is; each missing or damaged part becomes an entry of `problems`.
@@ -45,14 +45,14 @@ RunData read_run(const std::string& folder);
 std::vector<RunData> read_runs(const std::vector<std::string>& folders);
 
 struct Table {
-  std::vector<std::string> header;             // the first column holds names, the others numbers
+  std::vector<std::string> header;  // the first column holds names, the others numbers
   std::vector<std::vector<std::string>> rows;
 };
 
 struct Figure {
   std::string title;
-  std::string caption;                         // a sentence or two; plain text
-  std::string legend, svg;                     // HTML; legend may be empty
+  std::string caption;      // a sentence or two; plain text
+  std::string legend, svg;  // HTML; legend may be empty
   Table table;
 };
 

@@ -28,15 +28,19 @@ void add_metrics(const std::string& run, int64_t lines, int64_t val_every = 50) 
   fs::create_directories(run);
   std::string text;
   for (int64_t i = 1; i <= lines; ++i) {
-    text += fmt::format(R"({{"step": {}, "tokens": {}, "loss": {}, "lr": {}, "weight_decay": 0.01, "grad_norm": {}, "tokens_per_s": 50000, "elapsed_s": {})", i * 10, i * 5120,
-                        4 + 6 / static_cast<double>(i), 1e-3 / static_cast<double>(i), 1.0, static_cast<double>(i) * 0.1);
+    text += fmt::format(
+        R"({{"step": {}, "tokens": {}, "loss": {}, "lr": {}, "weight_decay": 0.01, "grad_norm": {}, "tokens_per_s": 50000, "elapsed_s": {})",
+        i * 10, i * 5120, 4 + 6 / static_cast<double>(i), 1e-3 / static_cast<double>(i), 1.0, static_cast<double>(i) * 0.1);
     text += i % val_every == 0 ? fmt::format(", \"val_loss\": {}}}\n", 4.1 + 6 / static_cast<double>(i)) : "}\n";
   }
   write_file_atomically(run + "/metrics.jsonl", text);
 }
 
 void add_config(const std::string& run, double lr) {
-  write_file_atomically(run + "/config.toml", fmt::format("seed = 0 # the seed\n[train]\nlength = 512\n[optimizer]\nlr = {}\nname = \"a # b\"\n[data]\ntokenizer = \"bytes\"\n", lr));
+  write_file_atomically(
+      run + "/config.toml",
+      fmt::format("seed = 0 # the seed\n[train]\nlength = 512\n[optimizer]\nlr = {}\nname = \"a # b\"\n[data]\ntokenizer = \"bytes\"\n",
+                  lr));
 }
 
 void add_curve(const std::string& run, const std::string& name, int64_t positions, double level, const std::string& json = "") {
@@ -50,7 +54,9 @@ void add_curve(const std::string& run, const std::string& name, int64_t position
   if (!json.empty()) write_file_atomically(run + "/eval/" + name + ".json", json);
 }
 
-std::string page_of(const std::vector<std::string>& runs) { return report_html(read_runs(runs), "2000-01-01"); }
+std::string page_of(const std::vector<std::string>& runs) {
+  return report_html(read_runs(runs), "2000-01-01");
+}
 
 }  // namespace
 
@@ -61,7 +67,8 @@ TEST("the page of one run has its curves, its tables and nothing from elsewhere"
   add_config(run, 0.001);
   add_curve(run, "ppl-val", 4096, 3);
   const std::string page = page_of({run});
-  for (const char* part : {"Perplexity by position", "<h2>Loss</h2>", "Learning rate", "Gradient norm", "Speed", "training length 512", "Configuration", "optimizer.lr"})
+  for (const char* part : {"Perplexity by position", "<h2>Loss</h2>", "Learning rate", "Gradient norm", "Speed", "training length 512",
+                           "Configuration", "optimizer.lr"})
     CHECK_MESSAGE(page.find(part) != std::string::npos, part);
   CHECK(count(page, "data-points=") == 6);  // perplexity, training and validation loss, learning rate, gradient norm, speed
   CHECK(page.find("http") == std::string::npos);
@@ -79,7 +86,8 @@ TEST("several runs share one plot with a legend, and settings that differ are sh
   for (const auto& run : {base, passing}) {
     add_metrics(run, 60);
     add_config(run, run == base ? 0.001 : 0.0003);
-    add_curve(run, "ppl-val", 4096, run == base ? 6 : 3, R"({"data_name": "val", "context": 4096, "documents": "packed", "sequences": 4, "step": 600})");
+    add_curve(run, "ppl-val", 4096, run == base ? 6 : 3,
+              R"({"data_name": "val", "context": 4096, "documents": "packed", "sequences": 4, "step": 600})");
   }
   const std::string page = page_of({base, passing});
   CHECK(count(page, "<h2>Perplexity by position") == 1);
@@ -102,6 +110,21 @@ TEST("curves of other data or another context get their own figure; checkpoints 
   CHECK(count(page, "<h2>Perplexity by position") == 2);
   CHECK(page.find("data-name=\"base, step 10\"") < page.find("data-name=\"base, step 1,000\""));
   CHECK(page.find("data-name=\"base, step 1,000\"") != std::string::npos);
+}
+
+TEST("curves that differ in nothing but their file, and runs of the same folder name, are told apart") {
+  const ScratchFolder scratch;
+  const std::string one = scratch.file("a/run"), two = scratch.file("b/run");
+  for (const auto& run : {one, two}) {
+    add_metrics(run, 5);
+    add_config(run, 0.001);
+  }
+  add_curve(one, "ppl-x", 64, 3, R"({"data_name": "val", "context": 64, "step": 10})");
+  add_curve(one, "ppl-y", 64, 4, R"({"data_name": "val", "context": 64, "step": 10})");
+  const std::string page = page_of({one, two});
+  for (const char* file : {"ppl-x.csv", "ppl-y.csv"})
+    CHECK(page.find(fmt::format("data-name=\"{}, step 10, {}\"", one, file)) != std::string::npos);
+  CHECK(page.find(fmt::format("<th scope=\"row\">{}</th>", two)) != std::string::npos);
 }
 
 TEST("names, settings and file names are escaped") {
@@ -158,7 +181,9 @@ TEST("a folder that is no run is an error") {
 
 TEST("steps that were logged again after a resume count once, with their later values") {
   const ScratchFolder scratch;
-  write_file_atomically(scratch.file("metrics.jsonl"), "{\"step\": 1, \"loss\": 5}\n{\"step\": 2, \"loss\": 4}\n{\"step\": 2, \"loss\": 3}\n{\"step\": 3, \"loss\": null}\n");
+  write_file_atomically(
+      scratch.file("metrics.jsonl"),
+      "{\"step\": 1, \"loss\": 5}\n{\"step\": 2, \"loss\": 4}\n{\"step\": 2, \"loss\": 3}\n{\"step\": 3, \"loss\": null}\n");
   const Metrics metrics = read_metrics(scratch.file("metrics.jsonl"));
   CHECK(metrics.values.at("loss") == std::map<int64_t, double>{{1, 5}, {2, 3}});
   CHECK(metrics.problems.empty());

@@ -43,9 +43,10 @@ std::string trim(std::string_view text) {
 // The checkpoint that `latest` points to, or the one of the largest step.
 fs::path latest_checkpoint(const fs::path& checkpoints) {
   const fs::path latest = checkpoints / "latest";
-  if (fs::is_directory(latest)) return fs::canonical(latest);
+  if (fs::is_directory(latest)) return checkpoints / fs::canonical(latest).filename();
   if (fs::is_regular_file(latest))
-    if (const fs::path named = checkpoints / fs::path(trim(read_text_file(latest.string(), 4096))).filename(); fs::is_directory(named)) return named;
+    if (const fs::path named = checkpoints / fs::path(trim(read_text_file(latest.string(), 4096))).filename(); fs::is_directory(named))
+      return named;
   fs::path best;
   if (fs::is_directory(checkpoints))
     for (const auto& entry : fs::directory_iterator(checkpoints))
@@ -93,7 +94,8 @@ ModelPlace find_model(const std::string& path) {
   }
   const fs::path latest = latest_checkpoint(fs::path(path) / "checkpoints");
   if (latest.empty())
-    throw FileError("eval: the folder holds neither a model nor a run", {{"model", path}, {"expected", "config.json, or checkpoints/step-N/config.json"}});
+    throw FileError("eval: the folder holds neither a model nor a run",
+                    {{"model", path}, {"expected", "config.json, or checkpoints/step-N/config.json"}});
   return {latest.string(), path, step_of(latest)};
 }
 
@@ -114,7 +116,8 @@ FlatConfig parse_flat_config(const std::string& text) {
       continue;
     }
     const std::string key = without_quotes(trim(std::string_view(line).substr(0, equals)));
-    config.values.emplace_back(section.empty() ? key : section + "." + key, without_quotes(trim(std::string_view(line).substr(equals + 1))));
+    config.values.emplace_back(section.empty() ? key : section + "." + key,
+                               without_quotes(trim(std::string_view(line).substr(equals + 1))));
   }
   return config;
 }
@@ -174,8 +177,11 @@ Metrics read_metrics(const std::string& path) {
     for (const auto& [name, value] : json.items())
       if (name != "step" && value.is_number() && std::isfinite(value.get<double>())) metrics.values[name][step] = value.get<double>();
   }
-  if (bad > 0) metrics.problems.push_back(fmt::format("{}: {} line{} not JSON and left out, the first is line {}", path, bad, bad == 1 ? " is" : "s are", first_bad));
-  if (stepless > 0) metrics.problems.push_back(fmt::format("{}: {} line{} no step and left out", path, stepless, stepless == 1 ? " has" : "s have"));
+  if (bad > 0)
+    metrics.problems.push_back(
+        fmt::format("{}: {} line{} not JSON and left out, the first is line {}", path, bad, bad == 1 ? " is" : "s are", first_bad));
+  if (stepless > 0)
+    metrics.problems.push_back(fmt::format("{}: {} line{} no step and left out", path, stepless, stepless == 1 ? " has" : "s have"));
   return metrics;
 }
 

@@ -27,8 +27,9 @@ ModelPlace find_model(const std::string& path);
 /// The last component of a folder's path: "small-sp" for "runs/small-sp/".
 std::string folder_name(const std::string& path);
 
-/// The keys and values of a TOML file of plain lines, as text, under dotted names: "train.length" -> "2048". Strings lose their quotes, other
-/// values stay as they are written. For showing and for looking up a few keys; lines that are no "key = value" are left out and counted.
+/// The keys and values of a TOML file of plain lines, as text, under dotted names: "train.length" -> "2048". Strings lose their quotes,
+/// other values stay as they are written. For showing and for looking up a few keys; lines that are no "key = value" are left out and
+/// counted.
 struct FlatConfig {
   std::vector<std::pair<std::string, std::string>> values;  // in the order of the file
   int64_t lines_left_out = 0;

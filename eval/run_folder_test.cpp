@@ -55,7 +55,8 @@ TEST("a checkpoint belongs to its run; any other model folder to none") {
 
 TEST("a flat config keeps order, sections, strings and values") {
   const FlatConfig config = parse_flat_config("a = 1 # one\n\n[x.y]\nb = \"q\\\"#\" # two\nc = 'raw\\n'\nd = [1, 2]\nlost line\n");
-  CHECK(config.values == std::vector<std::pair<std::string, std::string>>{{"a", "1"}, {"x.y.b", "q\"#"}, {"x.y.c", "raw\\n"}, {"x.y.d", "[1, 2]"}});
+  CHECK(config.values ==
+        std::vector<std::pair<std::string, std::string>>{{"a", "1"}, {"x.y.b", "q\"#"}, {"x.y.c", "raw\\n"}, {"x.y.d", "[1, 2]"}});
   CHECK(config.lines_left_out == 1);
   CHECK(config.get("x.y.d") == "[1, 2]");
   CHECK(!config.get("b"));

@@ -20,10 +20,14 @@ SequenceChoice parse_sequence_choice(const std::string& text) {
 
 const char* name_of(SequenceChoice choice) {
   switch (choice) {
-    case SequenceChoice::longest_first: return "long-first";
-    case SequenceChoice::min_length: return "min-length";
-    case SequenceChoice::all: return "all";
-    case SequenceChoice::packed: break;
+    case SequenceChoice::longest_first:
+      return "long-first";
+    case SequenceChoice::min_length:
+      return "min-length";
+    case SequenceChoice::all:
+      return "all";
+    case SequenceChoice::packed:
+      break;
   }
   return "packed";
 }
@@ -31,7 +35,8 @@ const char* name_of(SequenceChoice choice) {
 DocumentSequences::DocumentSequences(SourceOptions source, std::shared_ptr<const Tokenizer> tokenizer, SequenceOptions options)
     : source_options_(std::move(source)), tokenizer_(std::move(tokenizer)), options_(options), source_(source_options_, tokenizer_) {
   if (options_.context < 1) throw ValueError("eval: the context must be at least 1", {{"context", std::to_string(options_.context)}});
-  if (options_.max_sequences < 0) throw ValueError("eval: a negative number of sequences", {{"sequences", std::to_string(options_.max_sequences)}});
+  if (options_.max_sequences < 0)
+    throw ValueError("eval: a negative number of sequences", {{"sequences", std::to_string(options_.max_sequences)}});
 }
 
 bool DocumentSequences::next(std::vector<int32_t>& tokens) {
@@ -78,7 +83,6 @@ void DocumentSequences::choose_longest() {
   std::priority_queue<Candidate, std::vector<Candidate>, std::greater<>> best;
   for (TokenDocument document; source_.next(document);) {
     const auto size = static_cast<int64_t>(document.tokens.size());
-    if (size > longest_) longest_ = size, longest_at_ = document.at;
     if (size < options_.context + 1) continue;
     best.emplace(size, -document.at.part, -document.at.line);
     if (static_cast<int64_t>(best.size()) > options_.max_sequences) best.pop();
@@ -90,18 +94,22 @@ void DocumentSequences::choose_longest() {
 
 void DocumentSequences::refuse_empty() const {
   if (options_.choice == SequenceChoice::packed)
-    throw ValueError("eval: the data are too short for one sequence", {{"context", fmt::format("{} tokens and one target", options_.context)},
-                                                                      {"found", fmt::format("{} tokens in all", tokens_seen_)},
-                                                                      {"try", fmt::format("--context {}, or more data", std::max<int64_t>(1, tokens_seen_ - 1))}});
+    throw ValueError("eval: the data are too short for one sequence",
+                     {{"context", fmt::format("{} tokens and one target", options_.context)},
+                      {"found", fmt::format("{} tokens in all", tokens_seen_)},
+                      {"try", fmt::format("--context {}, or more data", std::max<int64_t>(1, tokens_seen_ - 1))}});
   std::vector<ErrorRow> rows{{"context", fmt::format("{} tokens and one target", options_.context)}};
   if (longest_ == 0) {
     rows.push_back({"found", "no document at all"});
   } else {
     const auto& parts = source_.parts();
     const auto part = static_cast<std::size_t>(longest_at_.part);
-    rows.push_back({"longest", fmt::format("{} tokens with end-of-text, {} line {}", longest_, part < parts.size() ? parts[part].name : "?", longest_at_.line)});
-    rows.push_back({"try", fmt::format("--context {} or less, --documents packed (documents one behind the other), --documents all, or longer documents",
-                                       std::max<int64_t>(1, longest_ - 1))});
+    rows.push_back({"longest", fmt::format("{} tokens with end-of-text, {} line {}", longest_, part < parts.size() ? parts[part].name : "?",
+                                           longest_at_.line)});
+    rows.push_back(
+        {"try",
+         fmt::format("--context {} or less, --documents packed (documents one behind the other), --documents all, or longer documents",
+                     std::max<int64_t>(1, longest_ - 1))});
   }
   throw ValueError("eval: no document is long enough", rows);
 }

@@ -42,9 +42,9 @@ class DocumentSequences {
 
   bool next(std::vector<int32_t>& tokens);
 
-  int64_t sequences() const { return sequences_; }                // handed out so far
-  int64_t documents_seen() const { return documents_; }           // read so far in the last pass
-  int64_t longest_document() const { return longest_; }           // tokens, end-of-text included
+  int64_t sequences() const { return sequences_; }       // handed out so far
+  int64_t documents_seen() const { return documents_; }  // read so far in the last pass
+  int64_t longest_document() const { return longest_; }  // tokens, end-of-text included
   std::string tokenizer_fingerprint() const { return source_.tokenizer_fingerprint(); }
 
  private:

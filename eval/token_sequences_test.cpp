@@ -16,13 +16,16 @@ namespace {
 // Documents "aaa..", "bbbb..", .. of the given numbers of bytes: with the byte tokenizer one token more each, the end-of-text.
 std::string shard_of(const ScratchFolder& scratch, const std::vector<std::size_t>& lengths) {
   std::string text;
-  for (std::size_t i = 0; i < lengths.size(); ++i) text += fmt::format("{{\"text\": \"{}\"}}\n", std::string(lengths[i], static_cast<char>('a' + i)));
+  for (std::size_t i = 0; i < lengths.size(); ++i)
+    text += fmt::format("{{\"text\": \"{}\"}}\n", std::string(lengths[i], static_cast<char>('a' + i)));
   const std::string path = scratch.file("shard.jsonl");
   write_file_atomically(path, text);
   return path;
 }
 
-std::shared_ptr<const Tokenizer> bytes_tokenizer() { return open_tokenizer("bytes"); }
+std::shared_ptr<const Tokenizer> bytes_tokenizer() {
+  return open_tokenizer("bytes");
+}
 
 DocumentSequences open(const std::string& file, int64_t context, SequenceChoice choice, int64_t limit = 0) {
   SourceOptions source;
@@ -90,7 +93,8 @@ TEST("no sequence is an error that names the longest document and the ways out")
       } catch (const ValueError& error) {
         message = error.what();
       }
-      CHECK(message.find(choice == SequenceChoice::packed ? "52 tokens in all" : "31 tokens with end-of-text, shard.jsonl line 2") != std::string::npos);
+      CHECK(message.find(choice == SequenceChoice::packed ? "52 tokens in all" : "31 tokens with end-of-text, shard.jsonl line 2") !=
+            std::string::npos);
       CHECK(message.find(choice == SequenceChoice::packed ? "--context 51" : "--context 30") != std::string::npos);
     }
   }

@@ -18,7 +18,8 @@ int run_report(const ReportOptions& options) {
   const std::vector<RunData> runs = read_runs(options.runs);
   for (const RunData& run : runs)
     for (const std::string& problem : run.problems) fmt::print(stderr, "report: {}: {}\n", run.name, problem);
-  const std::filesystem::path out = options.out.empty() ? std::filesystem::path(options.runs.front()) / "report.html" : std::filesystem::path(options.out);
+  const std::filesystem::path out =
+      options.out.empty() ? std::filesystem::path(options.runs.front()) / "report.html" : std::filesystem::path(options.out);
   if (out.has_parent_path()) std::filesystem::create_directories(out.parent_path());
   write_file_atomically(out.string(), report_html(runs, fmt::format("{:%Y-%m-%d %H:%M} UTC", fmt::gmtime(std::time(nullptr)))));
   fmt::print("{}\n", out.string());

@@ -29,15 +29,19 @@ void print_recipe_keys() {
       section = now;
       fmt::print("\n[{}]\n", section);
     }
-    fmt::print("{:<28}{}  (default {})\n{:<28}{}\n", row.key.substr(section.empty() ? 0 : section.size() + 1), row.type, row.default_value, "", row.meaning);
+    fmt::print("{:<28}{}  (default {})\n{:<28}{}\n", row.key.substr(section.empty() ? 0 : section.size() + 1), row.type, row.default_value,
+               "", row.meaning);
   }
 }
 
 void require_paths(const Recipe& recipe) {
-  if (recipe.data.files.empty()) throw ConfigError("recipe: no training data", {{"key", "data.files"}, {"try", "--set data.files=FILE.jsonl.zst"}});
+  if (recipe.data.files.empty())
+    throw ConfigError("recipe: no training data", {{"key", "data.files"}, {"try", "--set data.files=FILE.jsonl.zst"}});
   auto require = [](const char* key, const std::string& path) {
     if (!fs::exists(path))
-      throw FileError("recipe: a file is not there", {{"key", key}, {"path", path}, {"try", "paths are relative to the current directory, " + fs::current_path().string()}});
+      throw FileError(
+          "recipe: a file is not there",
+          {{"key", key}, {"path", path}, {"try", "paths are relative to the current directory, " + fs::current_path().string()}});
   };
   for (const std::string& path : recipe.data.files) require("data.files", path);
   for (const std::string& path : recipe.data.val_files) require("data.val_files", path);
@@ -52,7 +56,10 @@ Recipe recipe_to_resume(const RunFolder& folder, const std::vector<std::string>&
   for (const RecipeDifference& change : recipe_differences(before, after)) {
     if (!change.allowed_on_resume)
       throw ConfigError("train: a setting that may not change when a run is resumed",
-                        {{"key", change.key}, {"run", change.before}, {"given", change.after}, {"try", "start another run, with --init-from " + folder.path()}});
+                        {{"key", change.key},
+                         {"run", change.before},
+                         {"given", change.after},
+                         {"try", "start another run, with --init-from " + folder.path()}});
     fmt::print(stderr, "changed     {}: {} instead of {}\n", change.key, change.after, change.before);
   }
   after.model.complete();
@@ -117,15 +124,22 @@ int run_train(const TrainCommand& command) {
   }
   const bool resume = !command.resume.empty();
   if (resume && !(command.recipe.empty() && command.init_from.empty() && command.name.empty()))
-    throw ConfigError("train: a resumed run has its recipe, its start and its name", {{"try", "longhand train --resume RUN [--set key=value]"}});
-  if (!resume && command.recipe.empty()) throw ConfigError("train: no recipe", {{"try", "longhand train RECIPE.toml, or longhand train --resume RUN"}});
+    throw ConfigError("train: a resumed run has its recipe, its start and its name",
+                      {{"try", "longhand train --resume RUN [--set key=value]"}});
+  if (!resume && command.recipe.empty())
+    throw ConfigError("train: no recipe", {{"try", "longhand train RECIPE.toml, or longhand train --resume RUN"}});
   const Device device = Device::parse(!command.device.empty() ? command.device : cuda_device_count() > 0 ? "cuda" : "cpu");
 
   if (resume) {
     const RunFolder folder = RunFolder::open(kRuns, command.resume);
     const Recipe recipe = recipe_to_resume(folder, command.overrides);
     require_paths(recipe);
-    TrainingJob job{.recipe = recipe, .folder = folder, .tokenizer = open_tokenizer(recipe.data.tokenizer), .resume = true, .evaluate = {}, .on_step = {}};
+    TrainingJob job{.recipe = recipe,
+                    .folder = folder,
+                    .tokenizer = open_tokenizer(recipe.data.tokenizer),
+                    .resume = true,
+                    .evaluate = {},
+                    .on_step = {}};
     return train(job, device);
   }
   auto settings = command.overrides;
@@ -136,7 +150,12 @@ int run_train(const TrainCommand& command) {
   const std::shared_ptr<const Tokenizer> tokenizer = open_tokenizer(recipe.data.tokenizer);
   resolve_model(recipe, tokenizer->vocab_size());
   if (recipe.train.dtype == "auto") recipe.train.dtype = device.is_cuda() ? "bf16" : "f32";
-  TrainingJob job{.recipe = recipe, .folder = RunFolder::create(kRuns, recipe.name), .tokenizer = tokenizer, .resume = false, .evaluate = {}, .on_step = {}};
+  TrainingJob job{.recipe = recipe,
+                  .folder = RunFolder::create(kRuns, recipe.name),
+                  .tokenizer = tokenizer,
+                  .resume = false,
+                  .evaluate = {},
+                  .on_step = {}};
   try {
     return train(job, device);
   } catch (...) {

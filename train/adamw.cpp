@@ -12,7 +12,8 @@ namespace longhand {
 AdamW::AdamW(ParameterSet& parameters, AdamWOptions options) : parameters_(parameters), options_(std::move(options)) {
   const Tensor& master = parameters.flat_master();
   const Device& device = master.device();
-  if (device.is_cuda() && master.dtype() != Dtype::f32) throw DtypeError("adamw: masters on a GPU are f32", {{"master", master.describe()}});
+  if (device.is_cuda() && master.dtype() != Dtype::f32)
+    throw DtypeError("adamw: masters on a GPU are f32", {{"master", master.describe()}});
   for (const std::string& name : options_.no_decay)
     if (parameters.find(name) == nullptr) throw ValueError("adamw: no decay asked for a parameter that is not there", {{"name", name}});
   const int64_t n = master.numel();
@@ -44,7 +45,8 @@ void AdamW::step(const Tensor& loss) {
   const OpScope op("adamw");
   const Tensor& master = parameters_.flat_master();
   if (loss.numel() != 1 || loss.dtype() != master.dtype() || !(loss.device() == master.device()))
-    throw ShapeError("adamw: the loss is one number in the masters' dtype, on their device", {{"loss", loss.describe()}, {"master", master.describe()}});
+    throw ShapeError("adamw: the loss is one number in the masters' dtype, on their device",
+                     {{"loss", loss.describe()}, {"master", master.describe()}});
   const AdamWBuffers buffers{master, parameters_.flat_grad(), parameters_.flat_compute(), first_, second_, control_, partials_};
   on_device(master.device(), &adamw_step_cpu, LONGHAND_CUDA_IMPL(adamw_step_cuda))(buffers, options_.rule, segments_, loss);
 }
@@ -75,9 +77,11 @@ std::map<std::string, Tensor> AdamW::save() const {
 void AdamW::load(const std::map<std::string, Tensor>& stored) {
   auto take = [&](const std::string& name, const Tensor& place) {
     const auto found = stored.find(name);
-    if (found == stored.end()) throw FileError("adamw: a tensor is missing in the checkpoint", {{"tensor", name}, {"expected", place.describe()}});
+    if (found == stored.end())
+      throw FileError("adamw: a tensor is missing in the checkpoint", {{"tensor", name}, {"expected", place.describe()}});
     if (!(found->second.shape() == place.shape()) || found->second.dtype() != place.dtype())
-      throw FileError("adamw: a tensor of the checkpoint does not fit", {{"tensor", name}, {"found", found->second.describe()}, {"expected", place.describe()}});
+      throw FileError("adamw: a tensor of the checkpoint does not fit",
+                      {{"tensor", name}, {"found", found->second.describe()}, {"expected", place.describe()}});
     copy(place, found->second);
   };
   for (const Parameter& p : parameters_.all()) {
@@ -110,7 +114,8 @@ std::vector<std::string> AdamW::describe_no_decay() const {
   }
   std::vector<std::string> lines;
   for (const auto& [pattern, group] : groups)
-    lines.push_back(group.count == 1 ? fmt::format("{}  {}", pattern, group.shape.str()) : fmt::format("{}  {} x {}", pattern, group.count, group.shape.str()));
+    lines.push_back(group.count == 1 ? fmt::format("{}  {}", pattern, group.shape.str())
+                                     : fmt::format("{}  {} x {}", pattern, group.count, group.shape.str()));
   return lines;
 }
 

@@ -1,5 +1,5 @@
-// AdamW on the CPU; see adamw.h for the formula. Both passes are bound by memory: 4 bytes a parameter for the norm, 28 for the update (f32).
-// Compiled with -fno-math-errno: by default the root of a negative number sets errno, and a loop with such roots is not vectorised.
+// AdamW on the CPU; see adamw.h for the formula. Both passes are bound by memory: 4 bytes a parameter for the norm, 28 for the update
+// (f32). Compiled with -fno-math-errno: by default the root of a negative number sets errno, and a loop with such roots is not vectorised.
 #include <algorithm>
 
 #include "core/error.h"
@@ -47,7 +47,8 @@ void step_cpu(const AdamWBuffers& b, const AdamWRule& rule, std::span<const Deca
     const AdamWStep<T> step(rule, control, segment.decays);
     if (!step.apply) return;
 #pragma omp parallel for schedule(static)
-    for (int64_t i = segment.begin; i < segment.end; i += kBlock) update(w + i, m + i, v + i, g + i, std::min(kBlock, segment.end - i), step);
+    for (int64_t i = segment.begin; i < segment.end; i += kBlock)
+      update(w + i, m + i, v + i, g + i, std::min(kBlock, segment.end - i), step);
   }
 }
 

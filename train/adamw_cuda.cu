@@ -35,7 +35,8 @@ __device__ double block_sum(double value) {
   return value;  // in thread 0
 }
 
-__global__ void __launch_bounds__(kNormThreads) sum_squares_kernel(const float4* __restrict__ grad, int64_t quads, double* __restrict__ partials) {
+__global__ void __launch_bounds__(kNormThreads)
+    sum_squares_kernel(const float4* __restrict__ grad, int64_t quads, double* __restrict__ partials) {
   double sum = 0;
   const int64_t stride = static_cast<int64_t>(kNormBlocks) * kNormThreads;
 #pragma unroll 4
@@ -47,7 +48,8 @@ __global__ void __launch_bounds__(kNormThreads) sum_squares_kernel(const float4*
   if (threadIdx.x == 0) partials[blockIdx.x] = sum;
 }
 
-__global__ void __launch_bounds__(kNormBlocks) decide_kernel(AdamWRule rule, const double* __restrict__ partials, const float* __restrict__ loss, double* control) {
+__global__ void __launch_bounds__(kNormBlocks)
+    decide_kernel(AdamWRule rule, const double* __restrict__ partials, const float* __restrict__ loss, double* control) {
   const double sum = block_sum(partials[threadIdx.x]);
   if (threadIdx.x == 0) decide_adamw_step(rule, sum, static_cast<double>(*loss), control);
 }
@@ -58,9 +60,10 @@ __device__ uint2 to_bf16(const float4& x) {
 }
 
 template <bool kHasCopy>
-__global__ void __launch_bounds__(kUpdateThreads) update_kernel(AdamWRule rule, const double* __restrict__ control, bool decays, const float4* __restrict__ grad,
-                                                                float4* __restrict__ master, float4* __restrict__ first, float4* __restrict__ second,
-                                                                uint2* __restrict__ copy, int64_t quads) {
+__global__ void __launch_bounds__(kUpdateThreads)
+    update_kernel(AdamWRule rule, const double* __restrict__ control, bool decays, const float4* __restrict__ grad,
+                  float4* __restrict__ master, float4* __restrict__ first, float4* __restrict__ second, uint2* __restrict__ copy,
+                  int64_t quads) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kUpdateThreads + threadIdx.x;
   if (i >= quads) return;
   const float4 g = __ldcs(grad + i);
@@ -84,7 +87,9 @@ __global__ void set_rates_kernel(double* control, double lr, double weight_decay
 
 }  // namespace
 
-int64_t adamw_partials_cuda(int64_t) { return kNormBlocks; }
+int64_t adamw_partials_cuda(int64_t) {
+  return kNormBlocks;
+}
 
 void adamw_step_cuda(const AdamWBuffers& b, const AdamWRule& rule, std::span<const DecaySegment> segments, const Tensor& loss) {
   constexpr int64_t kQuad = 4;
@@ -92,7 +97,8 @@ void adamw_step_cuda(const AdamWBuffers& b, const AdamWRule& rule, std::span<con
   double* control = b.control.data<double>();
   const int64_t n = b.grad.numel();
   if (n % kQuad != 0) throw ShapeError("adamw: the flat buffers are not a multiple of 4 elements", {{"master", b.master.describe()}});
-  sum_squares_kernel<<<kNormBlocks, kNormThreads, 0, stream>>>(static_cast<const float4*>(b.grad.raw()), n / kQuad, b.partials.data<double>());
+  sum_squares_kernel<<<kNormBlocks, kNormThreads, 0, stream>>>(static_cast<const float4*>(b.grad.raw()), n / kQuad,
+                                                               b.partials.data<double>());
   launch_check("sum_squares_kernel", kNormBlocks, kNormThreads);
   decide_kernel<<<1, kNormBlocks, 0, stream>>>(rule, b.partials.data<double>(), loss.data<float>(), control);
   launch_check("decide_kernel", 1, kNormBlocks);
@@ -101,7 +107,8 @@ void adamw_step_cuda(const AdamWBuffers& b, const AdamWRule& rule, std::span<con
     if (quads == 0) continue;
     const auto blocks = static_cast<unsigned>((quads + kUpdateThreads - 1) / kUpdateThreads);
     auto launch = [&](auto kernel, uint2* copy) {
-      kernel<<<blocks, kUpdateThreads, 0, stream>>>(rule, control, segment.decays, reinterpret_cast<const float4*>(b.grad.data<float>() + segment.begin),
+      kernel<<<blocks, kUpdateThreads, 0, stream>>>(rule, control, segment.decays,
+                                                    reinterpret_cast<const float4*>(b.grad.data<float>() + segment.begin),
                                                     reinterpret_cast<float4*>(b.master.data<float>() + segment.begin),
                                                     reinterpret_cast<float4*>(b.first.data<float>() + segment.begin),
                                                     reinterpret_cast<float4*>(b.second.data<float>() + segment.begin), copy, quads);

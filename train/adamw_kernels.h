@@ -10,8 +10,8 @@ namespace longhand {
 struct AdamWBuffers {
   Tensor master, grad, compute;  // compute is undefined when the masters are used directly
   Tensor first, second;
-  Tensor control;                // [kControlSize] f64
-  Tensor partials;               // [adamw_partials(n)] f64
+  Tensor control;   // [kControlSize] f64
+  Tensor partials;  // [adamw_partials(n)] f64
 };
 
 /// How many partial sums of squares the norm of n elements is made of.

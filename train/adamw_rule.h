@@ -13,17 +13,17 @@ struct AdamWRule {
 
 /// Places in the control block: f64 numbers on the device (counts are exact up to 2^53).
 enum AdamWControl : int {
-  kControlLr,              // set from outside
-  kControlWeightDecay,     // set from outside
-  kControlLoss,            // of the last step
-  kControlGradNorm,        // of the last step, before clipping
-  kControlUpdates,         // applied steps
-  kControlSkipped,         // steps left out
+  kControlLr,           // set from outside
+  kControlWeightDecay,  // set from outside
+  kControlLoss,         // of the last step
+  kControlGradNorm,     // of the last step, before clipping
+  kControlUpdates,      // applied steps
+  kControlSkipped,      // steps left out
   kControlSkippedInARow,
-  kControlGradScale,       // min(1, clip / grad_norm)
-  kControlStepSize,        // lr / (1 - beta1^t)
-  kControlRootScale,       // 1 / sqrt(1 - beta2^t)
-  kControlDecay,           // lr * weight_decay
+  kControlGradScale,  // min(1, clip / grad_norm)
+  kControlStepSize,   // lr / (1 - beta1^t)
+  kControlRootScale,  // 1 / sqrt(1 - beta2^t)
+  kControlDecay,      // lr * weight_decay
   kControlSize,
 };
 

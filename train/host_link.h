@@ -1,5 +1,5 @@
-// Values between host and device without making either wait for the other: batches go up and the numbers of a finished step come down while the
-// next step is already queued.
+// Values between host and device without making either wait for the other: batches go up and the numbers of a finished step come down while
+// the next step is already queued.
 #pragma once
 #include <memory>
 #include <span>

@@ -51,7 +51,8 @@ class CudaHostLink final : public HostLink {
 
   void request(const Tensor& values) override {
     if (requested_ - received_ >= down_.size() || values.dtype() != Dtype::f64 || !values.is_contiguous())
-      throw ValueError("host link: a request that cannot be taken", {{"open", std::to_string(requested_ - received_)}, {"values", values.describe()}});
+      throw ValueError("host link: a request that cannot be taken",
+                       {{"open", std::to_string(requested_ - received_)}, {"values", values.describe()}});
     count_ = static_cast<size_t>(values.numel());
     Slot& slot = *down_[requested_++ % down_.size()];
     void* memory = slot.reserve(count_ * sizeof(double));

@@ -57,7 +57,8 @@ ProgressLine::~ProgressLine() {
 
 void ProgressLine::show(const LoggedStep& s, int64_t steps, double seconds_left) {
   if (out_ == nullptr) return;
-  std::string text = fmt::format("step {}/{}  loss {:.4f}  lr {:.2e}  grad_norm {:.3f}  {:.0f} tokens/s", s.step, steps, s.loss, s.lr, s.grad_norm, s.tokens_per_s);
+  std::string text = fmt::format("step {}/{}  loss {:.4f}  lr {:.2e}  grad_norm {:.3f}  {:.0f} tokens/s", s.step, steps, s.loss, s.lr,
+                                 s.grad_norm, s.tokens_per_s);
   if (s.mfu > 0) text += fmt::format("  MFU {:.1f}%", 100 * s.mfu);
   if (s.val_loss) text += fmt::format("  val_loss {:.4f}", *s.val_loss);
   if (s.skipped > 0) text += fmt::format("  skipped {}", s.skipped);

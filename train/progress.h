@@ -13,12 +13,12 @@ struct LoggedStep {
   int64_t tokens = 0;  // trained on so far
   double loss = 0;     // nats per token, of this step's batch
   double lr = 0, weight_decay = 0;
-  double grad_norm = 0;               // before clipping
-  int64_t skipped = 0;                // steps left out so far because loss or grad_norm was not finite
-  double tokens_per_s = 0;            // since the logged step before
-  double mfu = 0;                     // model flops / bf16 peak of the device; 0 when the peak is unknown
-  double elapsed_s = 0;               // of the whole run, resumed parts added
-  std::optional<double> val_loss;     // nats per token
+  double grad_norm = 0;            // before clipping
+  int64_t skipped = 0;             // steps left out so far because loss or grad_norm was not finite
+  double tokens_per_s = 0;         // since the logged step before
+  double mfu = 0;                  // model flops / bf16 peak of the device; 0 when the peak is unknown
+  double elapsed_s = 0;            // of the whole run, resumed parts added
+  std::optional<double> val_loss;  // nats per token
   std::string device;
 };
 

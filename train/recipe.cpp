@@ -44,9 +44,10 @@ constexpr Key kKeys[] = {
     {"init_from", FIELD(init_from), "model or run folder to start from; empty: fresh weights"},
     {"initial_state", FIELD(initial_state), "where the recurrent state of a batch comes from"},
 
-    {"initial_state_options.cover", FIELD(initial_state_options.cover), "which state tensors the strategy sets: all, or ssm (convolution window from zeros)", -kAny,
-     kAny, "all|ssm"},
-    {"initial_state_options.probability", FIELD(initial_state_options.probability), "of a row being treated; the others start from zero", 0, 1},
+    {"initial_state_options.cover", FIELD(initial_state_options.cover),
+     "which state tensors the strategy sets: all, or ssm (convolution window from zeros)", -kAny, kAny, "all|ssm"},
+    {"initial_state_options.probability", FIELD(initial_state_options.probability), "of a row being treated; the others start from zero", 0,
+     1},
 
     {"model.family", FIELD(model.family), "kind of model"},
     {"model.d_model", FIELD(model.d_model), "width of the residual stream", 1},
@@ -59,13 +60,14 @@ constexpr Key kKeys[] = {
     {"data.files", FIELD(data.files), "training text: shards, token caches, folders of them; relative to the current directory"},
     {"data.val_files", FIELD(data.val_files), "held-out text, likewise"},
     {"data.tokenizer", FIELD(data.tokenizer), "bytes, or the path of a tokenizer.json"},
-    {"data.arrangement", FIELD(data.arrangement), "packed: shuffled rows; streams: row b goes on where row b of the batch before ended", -kAny, kAny,
-     "packed|streams"},
-    {"data.stream_unit", FIELD(data.stream_unit), "streams: a row is documents one after the other (packed), or one document at a time", -kAny, kAny,
-     "packed|document"},
+    {"data.arrangement", FIELD(data.arrangement), "packed: shuffled rows; streams: row b goes on where row b of the batch before ended",
+     -kAny, kAny, "packed|streams"},
+    {"data.stream_unit", FIELD(data.stream_unit), "streams: a row is documents one after the other (packed), or one document at a time",
+     -kAny, kAny, "packed|document"},
     {"data.threads", FIELD(data.threads), "tokenising threads; 0: none in the background", 0, 1024, nullptr, true},
     {"data.shuffle_rows", FIELD(data.shuffle_rows), "rows shuffled together; 0: as many as 4 Mi tokens hold", 0},
-    {"data.skip_bad_lines", FIELD(data.skip_bad_lines), "leave bad lines out and count them, instead of stopping", -kAny, kAny, nullptr, true},
+    {"data.skip_bad_lines", FIELD(data.skip_bad_lines), "leave bad lines out and count them, instead of stopping", -kAny, kAny, nullptr,
+     true},
 
     {"train.steps", FIELD(train.steps), "optimizer steps", 1, kAny, nullptr, true},
     {"train.batch_size", FIELD(train.batch_size), "rows of one optimizer step", 1},
@@ -75,7 +77,8 @@ constexpr Key kKeys[] = {
     {"train.log_every", FIELD(train.log_every), "steps between lines of metrics.jsonl", 1, kAny, nullptr, true},
     {"train.checkpoint_every", FIELD(train.checkpoint_every), "steps between checkpoints; 0: only at the end", 0, kAny, nullptr, true},
     {"train.keep_last", FIELD(train.keep_last), "checkpoints kept; 0: all", 0, kAny, nullptr, true},
-    {"train.val_every", FIELD(train.val_every), "steps between validations; 0: only at the end, when there are val_files", 0, kAny, nullptr, true},
+    {"train.val_every", FIELD(train.val_every), "steps between validations; 0: only at the end, when there are val_files", 0, kAny, nullptr,
+     true},
     {"train.val_batches", FIELD(train.val_batches), "batches of a validation", 1, kAny, nullptr, true},
 
     {"optimizer.lr", FIELD(optimizer.lr), "peak learning rate", 0},
@@ -85,7 +88,8 @@ constexpr Key kKeys[] = {
     {"optimizer.beta2", FIELD(optimizer.beta2), "decay of the second moment", 0, 0.999999},
     {"optimizer.eps", FIELD(optimizer.eps), "added to the root of the second moment", 1e-30},
     {"optimizer.weight_decay", FIELD(optimizer.weight_decay), "decoupled weight decay at its peak", 0},
-    {"optimizer.weight_decay_schedule", FIELD(optimizer.weight_decay_schedule), "follow-lr: the shape of the learning rate", -kAny, kAny, "follow-lr|constant|off"},
+    {"optimizer.weight_decay_schedule", FIELD(optimizer.weight_decay_schedule), "follow-lr: the shape of the learning rate", -kAny, kAny,
+     "follow-lr|constant|off"},
     {"optimizer.decay_embedding", FIELD(optimizer.decay_embedding), "the embedding takes weight decay"},
     {"optimizer.clip", FIELD(optimizer.clip), "largest global gradient norm; 0: no clipping", 0},
 };
@@ -229,14 +233,16 @@ void require_range(const Given& given, const Key& key, double value) {
 void require_choice(const Given& given, const Key& key, const std::string& value) {
   const auto known = choices_of(key);
   if (known.empty() || std::find(known.begin(), known.end(), value) != known.end()) return;
-  refuse(given, "an unknown choice", {{"given", toml_text(value)}, {"known", joined(known, ", ")}, {"nearest", nearest_name(value, known)}});
+  refuse(given, "an unknown choice",
+         {{"given", toml_text(value)}, {"known", joined(known, ", ")}, {"nearest", nearest_name(value, known)}});
 }
 
 void assign(Recipe& recipe, const Given& given) {
   const Key* key = find_key(given.key);
   if (key == nullptr) {
     if (find_option(recipe, given.key) == nullptr) {
-      refuse(given, "an unknown key", {{"nearest", nearest_key(given.key, known_keys(recipe))}, {"try", "longhand train --help-recipe lists every key"}});
+      refuse(given, "an unknown key",
+             {{"nearest", nearest_key(given.key, known_keys(recipe))}, {"try", "longhand train --help-recipe lists every key"}});
     }
     auto value = number_in(given.value);
     if (const auto* flag = std::get_if<bool>(&given.value)) value = *flag ? 1.0 : 0.0;
@@ -300,7 +306,8 @@ toml::table parse_toml(const std::string& text, const std::string& origin) {
   try {
     return toml::parse(text);
   } catch (const toml::parse_error& error) {
-    throw ConfigError("recipe: the file is not TOML", {{"where", place(origin, error.source())}, {"reason", std::string(error.description())}});
+    throw ConfigError("recipe: the file is not TOML",
+                      {{"where", place(origin, error.source())}, {"reason", std::string(error.description())}});
   }
 }
 
@@ -313,7 +320,8 @@ void collect(const toml::table& table, const std::string& prefix, const std::str
       for (const Key& known : kKeys)
         if (const std::string section = section_of(known.name); !section.empty()) sections.push_back(section);
       if (std::find(sections.begin(), sections.end(), key) == sections.end())
-        throw ConfigError("recipe: an unknown section", {{"where", where}, {"given", "[" + key + "]"}, {"nearest", "[" + nearest_name(key, sections) + "]"}});
+        throw ConfigError("recipe: an unknown section",
+                          {{"where", where}, {"given", "[" + key + "]"}, {"nearest", "[" + nearest_name(key, sections) + "]"}});
       collect(*inner, key + ".", origin, out);
     } else {
       out.push_back({key, where, value_of(node, key, where)});
@@ -325,7 +333,8 @@ void collect(const toml::table& table, const std::string& prefix, const std::str
 Given parse_setting(const std::string& setting, Recipe& recipe) {
   const std::string where = "--set " + setting;
   const auto equals = setting.find('=');
-  if (equals == std::string::npos || equals == 0) throw ConfigError("recipe: a setting is not key=value", {{"where", where}, {"try", "--set train.steps=100"}});
+  if (equals == std::string::npos || equals == 0)
+    throw ConfigError("recipe: a setting is not key=value", {{"where", where}, {"try", "--set train.steps=100"}});
   const std::string key = setting.substr(0, equals), text = setting.substr(equals + 1);
   const Key* known = find_key(key);
   const bool is_text = known != nullptr && known->field(recipe).index() >= 3;  // text, or a list of texts
@@ -345,11 +354,13 @@ void require_consistent(const Recipe& r, const std::string& origin) {
     throw ConfigError("recipe: " + sentence, std::move(rows));
   };
   if (r.train.batch_size % r.train.grad_accumulation != 0)
-    refuse_values("the rows of a step cannot be cut into equal micro-batches",
-                  {{"train.batch_size", std::to_string(r.train.batch_size)}, {"train.grad_accumulation", std::to_string(r.train.grad_accumulation)}});
+    refuse_values(
+        "the rows of a step cannot be cut into equal micro-batches",
+        {{"train.batch_size", std::to_string(r.train.batch_size)}, {"train.grad_accumulation", std::to_string(r.train.grad_accumulation)}});
   if (r.optimizer.min_lr > r.optimizer.lr)
-    refuse_values("the last learning rate is larger than the peak",
-                  {{"optimizer.lr", written(r.optimizer.lr)}, {"optimizer.min_lr", written(r.optimizer.min_lr)}, {"try", "set optimizer.min_lr as well"}});
+    refuse_values("the last learning rate is larger than the peak", {{"optimizer.lr", written(r.optimizer.lr)},
+                                                                     {"optimizer.min_lr", written(r.optimizer.min_lr)},
+                                                                     {"try", "set optimizer.min_lr as well"}});
   if (r.name.find_first_of("/\\") != std::string::npos || r.name == "." || r.name == "..")
     refuse_values("a run's name is one folder name", {{"name", r.name}});
 }
@@ -359,11 +370,13 @@ void require_consistent(const Recipe& r, const std::string& origin) {
 Recipe parse_recipe(const std::string& text, const std::string& origin, const std::vector<std::string>& settings) {
   std::vector<Given> all;
   collect(parse_toml(text, origin), "", origin, all);
-  std::sort(all.begin(), all.end(), [](const Given& a, const Given& b) { return a.key == "model.family" && b.key != "model.family"; });  // options need it
+  std::sort(all.begin(), all.end(),
+            [](const Given& a, const Given& b) { return a.key == "model.family" && b.key != "model.family"; });  // options need it
   Recipe recipe;
   for (const std::string& setting : settings) {
     Given given = parse_setting(setting, recipe);
-    all.insert(given.key == "model.family" ? all.begin() + (!all.empty() && all[0].key == "model.family" ? 1 : 0) : all.end(), std::move(given));
+    all.insert(given.key == "model.family" ? all.begin() + (!all.empty() && all[0].key == "model.family" ? 1 : 0) : all.end(),
+               std::move(given));
   }
   for (const Given& given : all) {
     assign(recipe, given);
@@ -384,8 +397,9 @@ std::string model_folder_of(const std::string& path) {
   if (fs::exists(fs::path(path) / "config.json")) return path;
   const fs::path latest = fs::path(path) / "checkpoints" / "latest";
   if (fs::exists(latest / "config.json")) return (fs::path(path) / "checkpoints" / fs::canonical(latest).filename()).string();
-  throw FileError("recipe: no model to start from", {{"looked for", path + "/config.json, " + (latest / "config.json").string()},
-                                                      {"try", "paths are relative to the current directory, " + fs::current_path().string()}});
+  throw FileError("recipe: no model to start from",
+                  {{"looked for", path + "/config.json, " + (latest / "config.json").string()},
+                   {"try", "paths are relative to the current directory, " + fs::current_path().string()}});
 }
 
 void resolve_model(Recipe& recipe, int64_t tokenizer_vocab) {
@@ -397,21 +411,24 @@ void resolve_model(Recipe& recipe, int64_t tokenizer_vocab) {
     if (recipe.model.vocab_size == kVocabOfTokenizer) recipe.model.vocab_size = found.model.vocab_size;
     for (const RecipeDifference& difference : recipe_differences(found, recipe))
       if (recipe.given.contains(difference.key))
-        throw ConfigError("recipe: a model key disagrees with the model to start from",
-                          {{"key", difference.key}, {"given", difference.after}, {recipe.init_from, difference.before}, {"try", "leave the key out"}});
+        throw ConfigError(
+            "recipe: a model key disagrees with the model to start from",
+            {{"key", difference.key}, {"given", difference.after}, {recipe.init_from, difference.before}, {"try", "leave the key out"}});
     recipe.model = found.model;
   } else if (recipe.model.vocab_size == kVocabOfTokenizer) {
     recipe.model.vocab_size = tokenizer_vocab;
   }
   recipe.model.complete();
   if (recipe.model.padded_vocab() < tokenizer_vocab)
-    throw ConfigError("recipe: the tokenizer has more tokens than the model", {{"tokenizer", recipe.data.tokenizer + ", " + std::to_string(tokenizer_vocab) + " tokens"},
-                                                                               {"model", std::to_string(recipe.model.padded_vocab()) + " tokens"}});
+    throw ConfigError("recipe: the tokenizer has more tokens than the model",
+                      {{"tokenizer", recipe.data.tokenizer + ", " + std::to_string(tokenizer_vocab) + " tokens"},
+                       {"model", std::to_string(recipe.model.padded_vocab()) + " tokens"}});
 }
 
 ModelConfig recipe_model_config(const std::string& path) {
   Recipe recipe = read_recipe(path);
-  const int64_t vocab = recipe.model.vocab_size != kVocabOfTokenizer || !recipe.init_from.empty() ? 0 : open_tokenizer(recipe.data.tokenizer)->vocab_size();
+  const int64_t vocab =
+      recipe.model.vocab_size != kVocabOfTokenizer || !recipe.init_from.empty() ? 0 : open_tokenizer(recipe.data.tokenizer)->vocab_size();
   resolve_model(recipe, vocab);
   return recipe.model;
 }
@@ -432,7 +449,8 @@ std::vector<KeyText> all_keys(const Recipe& original) {
   auto add_options = [&] {
     for (const ModelOption& option : model_family(recipe.model.family).options) {
       const auto set = recipe.model.options.find(option.name);
-      out.push_back({std::string("model.") + option.name, written(set == recipe.model.options.end() ? option.default_value : set->second), option.meaning, false});
+      out.push_back({std::string("model.") + option.name, written(set == recipe.model.options.end() ? option.default_value : set->second),
+                     option.meaning, false});
     }
   };
   std::string section;
@@ -470,7 +488,8 @@ std::vector<RecipeKeyHelp> recipe_keys() {
     if (key != nullptr)
       if (const auto choices = choices_of(*key); !choices.empty()) type = joined(choices, "|");
     if (row.key == "initial_state")
-      for (const InitialStateStrategy& strategy : initial_state_strategies()) meaning += fmt::format("; {}: {}", strategy.name, strategy.meaning);
+      for (const InitialStateStrategy& strategy : initial_state_strategies())
+        meaning += fmt::format("; {}: {}", strategy.name, strategy.meaning);
     out.push_back({row.key, type, row.value, meaning});
   }
   return out;
@@ -479,7 +498,8 @@ std::vector<RecipeKeyHelp> recipe_keys() {
 std::vector<RecipeDifference> recipe_differences(const Recipe& before, const Recipe& after) {
   const auto left = all_keys(before), right = all_keys(after);
   std::vector<RecipeDifference> out;
-  if (before.model.family != after.model.family) return {{"model.family", toml_text(before.model.family), toml_text(after.model.family), false}};
+  if (before.model.family != after.model.family)
+    return {{"model.family", toml_text(before.model.family), toml_text(after.model.family), false}};
   for (std::size_t i = 0; i < left.size(); ++i)
     if (left[i].value != right[i].value) out.push_back({left[i].key, left[i].value, right[i].value, left[i].allowed_on_resume});
   return out;

@@ -1,5 +1,5 @@
-// Recipe: everything that defines a training run, as a TOML file. One table in recipe.cpp lists the keys with type, default and meaning; it drives
-// reading, --set, the messages about unknown keys, the resolved config.toml and `longhand train --help-recipe`.
+// Recipe: everything that defines a training run, as a TOML file. One table in recipe.cpp lists the keys with type, default and meaning; it
+// drives reading, --set, the messages about unknown keys, the resolved config.toml and `longhand train --help-recipe`.
 #pragma once
 #include <cstdint>
 #include <set>
@@ -54,9 +54,9 @@ struct Recipe {
   std::set<std::string> given;  // keys that the file or --set gave, under dotted names
 };
 
-/// Reads a recipe and applies settings "a.b=value" in order. A value is written as in TOML; strings need no quotes, and a single file needs no list.
-/// The model is not completed yet: see resolve_model().
-/// errors  ConfigError naming file, line and column: not TOML, an unknown key (with the nearest known one), a wrong type, a value out of range
+/// Reads a recipe and applies settings "a.b=value" in order. A value is written as in TOML; strings need no quotes, and a single file needs
+/// no list. The model is not completed yet: see resolve_model(). errors  ConfigError naming file, line and column: not TOML, an unknown key
+/// (with the nearest known one), a wrong type, a value out of range
 Recipe read_recipe(const std::string& path, const std::vector<std::string>& settings = {});
 
 /// The same from text; `origin` names it in messages.

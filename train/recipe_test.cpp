@@ -25,8 +25,9 @@ lr = 6e-4
 )";
 
 TEST("recipe: values, defaults and settings") {
-  const Recipe r = parse_recipe(kSmall, "small.toml", {"optimizer.lr=0.001", "train.steps=40", "data.tokenizer=/a b/tokenizer.json", "data.files=c.jsonl",
-                                                       "model.tie_embeddings=false", "model.conv_bias=false", "initial_state=state-passing"});
+  const Recipe r = parse_recipe(kSmall, "small.toml",
+                                {"optimizer.lr=0.001", "train.steps=40", "data.tokenizer=/a b/tokenizer.json", "data.files=c.jsonl",
+                                 "model.tie_embeddings=false", "model.conv_bias=false", "initial_state=state-passing"});
   CHECK(r.name == "small");
   CHECK(r.optimizer.lr == 0.001);
   CHECK(r.optimizer.beta2 == 0.95);
@@ -71,7 +72,8 @@ void expect_refused(const std::string& text, const std::vector<std::string>& par
     (void)parse_recipe(text, "r.toml", settings);
     FAIL("accepted: " << text);
   } catch (const ConfigError& error) {
-    for (const std::string& part : parts) CHECK_MESSAGE(std::string(error.what()).find(part) != std::string::npos, error.what(), "\nlacks: ", part);
+    for (const std::string& part : parts)
+      CHECK_MESSAGE(std::string(error.what()).find(part) != std::string::npos, error.what(), "\nlacks: ", part);
   }
 }
 

@@ -29,8 +29,9 @@ std::optional<int64_t> step_of(const std::string& folder) {
 RunFolder RunFolder::create(const std::string& runs, const std::string& name) {
   const std::string path = runs + "/" + name;
   if (fs::exists(path))
-    throw FileError("run: a run of this name exists already",
-                    {{"folder", path}, {"try", "--resume " + name + " to continue it, --name OTHER to start another, or remove the folder"}});
+    throw FileError(
+        "run: a run of this name exists already",
+        {{"folder", path}, {"try", "--resume " + name + " to continue it, --name OTHER to start another, or remove the folder"}});
   fs::create_directories(path + "/checkpoints");
   return RunFolder(path);
 }
@@ -44,8 +45,9 @@ RunFolder RunFolder::open(const std::string& runs, const std::string& path_or_na
       if (entry.path().filename().string().starts_with(kUnfinished)) fs::remove_all(entry.path());
     return RunFolder(path);
   }
-  throw FileError("run: there is no such run", {{"looked for", path_or_name + "/config.toml, " + runs + "/" + path_or_name + "/config.toml"},
-                                                {"try", "paths are relative to the current directory, " + fs::current_path().string()}});
+  throw FileError("run: there is no such run",
+                  {{"looked for", path_or_name + "/config.toml, " + runs + "/" + path_or_name + "/config.toml"},
+                   {"try", "paths are relative to the current directory, " + fs::current_path().string()}});
 }
 
 std::string RunFolder::name() const {
@@ -88,7 +90,8 @@ void RunFolder::write_checkpoint(int64_t step, int64_t keep_last, const std::fun
   sync_folder(folder);
   if (keep_last <= 0) return;
   auto all = steps();
-  all.erase(std::remove_if(all.begin(), all.end(), [&](int64_t s) { return s > step; }), all.end());  // of a later part of the run that was left behind
+  all.erase(std::remove_if(all.begin(), all.end(), [&](int64_t s) { return s > step; }),
+            all.end());  // of a later part of the run that was left behind
   for (std::size_t i = 0; i + static_cast<std::size_t>(keep_last) < all.size(); ++i) fs::remove_all(checkpoint(all[i]));
 }
 
@@ -100,7 +103,8 @@ void RunFolder::truncate_metrics(int64_t step) const {
   for (std::size_t at = 0; at < text.size();) {
     const auto end = text.find('\n', at);
     if (end == std::string::npos) break;  // the last line was cut off
-    const auto line = nlohmann::json::parse(text.begin() + static_cast<std::ptrdiff_t>(at), text.begin() + static_cast<std::ptrdiff_t>(end), nullptr, false);
+    const auto line = nlohmann::json::parse(text.begin() + static_cast<std::ptrdiff_t>(at), text.begin() + static_cast<std::ptrdiff_t>(end),
+                                            nullptr, false);
     if (!line.is_object() || !line.contains("step"))
       throw FileError("run: a line of the metrics is not a JSON object with a step", {{"file", path}, {"byte", std::to_string(at)}});
     if (line["step"].get<int64_t>() <= step) kept += text.substr(at, end + 1 - at);

@@ -29,8 +29,8 @@ class RunFolder {
   std::optional<int64_t> latest_step() const;
   std::string checkpoint(int64_t step) const;
 
-  /// `fill` writes all files of a checkpoint into the folder it is given, which then takes its final name; `latest` moves; older checkpoints
-  /// beyond `keep_last` are removed (0: none are).
+  /// `fill` writes all files of a checkpoint into the folder it is given, which then takes its final name; `latest` moves; older
+  /// checkpoints beyond `keep_last` are removed (0: none are).
   void write_checkpoint(int64_t step, int64_t keep_last, const std::function<void(const std::string& folder)>& fill) const;
 
   /// Drops the lines of metrics.jsonl behind `step`, and a last line that was cut off.

@@ -27,15 +27,19 @@ DecaySchedule decay_schedule_from(const std::string& name) {
   if (name == "follow-lr") return DecaySchedule::follow_lr;
   if (name == "constant") return DecaySchedule::constant;
   if (name == "off") return DecaySchedule::off;
-  throw ConfigError("schedule: unknown weight-decay schedule",
-                    {{"given", name}, {"nearest", nearest_name(name, {"follow-lr", "constant", "off"})}, {"known", "follow-lr, constant, off"}});
+  throw ConfigError(
+      "schedule: unknown weight-decay schedule",
+      {{"given", name}, {"nearest", nearest_name(name, {"follow-lr", "constant", "off"})}, {"known", "follow-lr, constant, off"}});
 }
 
 double weight_decay_at(DecaySchedule schedule, double peak, const Schedule& lr, int64_t step) {
   switch (schedule) {
-    case DecaySchedule::follow_lr: return lr.peak > 0 ? peak * lr.at(step) / lr.peak : 0;
-    case DecaySchedule::constant: return peak;
-    case DecaySchedule::off: break;
+    case DecaySchedule::follow_lr:
+      return lr.peak > 0 ? peak * lr.at(step) / lr.peak : 0;
+    case DecaySchedule::constant:
+      return peak;
+    case DecaySchedule::off:
+      break;
   }
   return 0;
 }

@@ -45,7 +45,8 @@ Trainer::Trainer(const Recipe& recipe, LanguageModel& model)
 TokenBatch Trainer::upload(const Batch& rows) {
   const Shape shape{rows.rows, rows.length};
   TokenBatch out{link_->upload(rows.tokens, shape), link_->upload(rows.targets, shape), {}};
-  if (positions_that_count(rows) < rows.rows * rows.length) out.mask = link_->upload(std::vector<float>(rows.mask.begin(), rows.mask.end()), shape);
+  if (positions_that_count(rows) < rows.rows * rows.length)
+    out.mask = link_->upload(std::vector<float>(rows.mask.begin(), rows.mask.end()), shape);
   return out;
 }
 

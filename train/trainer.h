@@ -26,8 +26,8 @@ class Trainer {
   Trainer(const Recipe& recipe, LanguageModel& model);
 
   /// Queues one step on a batch of recipe.train.batch_size rows; on a GPU it returns before the step is done.
-  /// The rows are cut into grad_accumulation micro-batches of neighbouring rows; each counts by its unmasked positions, so that the gradient
-  /// is that of the mean loss over the whole batch.
+  /// The rows are cut into grad_accumulation micro-batches of neighbouring rows; each counts by its unmasked positions, so that the
+  /// gradient is that of the mean loss over the whole batch.
   void step(const Batch& batch);
 
   /// Asks for the report of the step queued last, and takes the report of the oldest step asked for; see HostLink.

@@ -111,7 +111,8 @@ class Loop {
       const auto json = nlohmann::json::parse(read_text_file(file));
       if (json.at("format").get<int64_t>() != kCheckpointFormat || json.at("step").get<int64_t>() != *step)
         throw FileError("train: a checkpoint of another format or step", {{"file", file}});
-      progress = {*step, json.at("tokens").get<int64_t>(), json.at("elapsed_s").get<double>(), DataCursor::from_json(json.at("cursor").dump())};
+      progress = {*step, json.at("tokens").get<int64_t>(), json.at("elapsed_s").get<double>(),
+                  DataCursor::from_json(json.at("cursor").dump())};
     } catch (const nlohmann::json::exception& error) {
       throw FileError("train: training.json cannot be read", {{"file", file}, {"reason", error.what()}});
     }
@@ -122,16 +123,22 @@ class Loop {
   void introduce() {
     const int64_t step_tokens = recipe_.train.batch_size * recipe_.train.length;
     const ModelConfig& m = recipe_.model;
-    line_.say(fmt::format("run         {}{}", job_.folder.path(), done_.step > 0 ? fmt::format(", resumed after step {}", done_.step) : ""));
-    line_.say(fmt::format("model       {}  d_model {}  n_layer {}  vocabulary {} ({} rows)", m.family, m.d_model, m.n_layer, m.vocab_size, m.padded_vocab()));
+    line_.say(
+        fmt::format("run         {}{}", job_.folder.path(), done_.step > 0 ? fmt::format(", resumed after step {}", done_.step) : ""));
+    line_.say(fmt::format("model       {}  d_model {}  n_layer {}  vocabulary {} ({} rows)", m.family, m.d_model, m.n_layer, m.vocab_size,
+                          m.padded_vocab()));
     line_.say(fmt::format("parameters  {}, {} without the embedding", model_.parameter_count(), model_.non_embedding_parameter_count()));
-    line_.say(fmt::format("device      {} ({}), compute in {}", model_.device().name(), model_.device().description(), name_of(model_.compute_dtype())));
+    line_.say(fmt::format("device      {} ({}), compute in {}", model_.device().name(), model_.device().description(),
+                          name_of(model_.compute_dtype())));
     std::string files;
     for (const std::string& name : recipe_.data.files) files += (files.empty() ? "" : ", ") + name;
-    line_.say(fmt::format("data        {} in {}, tokenizer {} ({} tokens)", files, recipe_.data.arrangement, job_.tokenizer->name(), job_.tokenizer->vocab_size()));
-    line_.say(fmt::format("start       {}, initial states: {}", recipe_.init_from.empty() ? "fresh weights" : recipe_.init_from, recipe_.initial_state));
-    line_.say(fmt::format("steps       {} of {} tokens: {} rows of {}, {} micro-batch{}", recipe_.train.steps, step_tokens, recipe_.train.batch_size, recipe_.train.length,
-                          recipe_.train.grad_accumulation, recipe_.train.grad_accumulation == 1 ? "" : "es"));
+    line_.say(fmt::format("data        {} in {}, tokenizer {} ({} tokens)", files, recipe_.data.arrangement, job_.tokenizer->name(),
+                          job_.tokenizer->vocab_size()));
+    line_.say(fmt::format("start       {}, initial states: {}", recipe_.init_from.empty() ? "fresh weights" : recipe_.init_from,
+                          recipe_.initial_state));
+    line_.say(fmt::format("steps       {} of {} tokens: {} rows of {}, {} micro-batch{}", recipe_.train.steps, step_tokens,
+                          recipe_.train.batch_size, recipe_.train.length, recipe_.train.grad_accumulation,
+                          recipe_.train.grad_accumulation == 1 ? "" : "es"));
     line_.say("no weight decay on");
     for (const std::string& group : trainer_.optimizer().describe_no_decay()) line_.say("            " + group);
   }
@@ -160,10 +167,13 @@ class Loop {
     s.device = model_.device().name();
     const double busy = busy_s(), seconds = busy - interval_busy_s_;
     s.elapsed_s = elapsed_s();
-    s.tokens_per_s = seconds > 0 ? static_cast<double>((done_.step - interval_step_) * recipe_.train.batch_size * recipe_.train.length) / seconds : 0;
+    s.tokens_per_s =
+        seconds > 0 ? static_cast<double>((done_.step - interval_step_) * recipe_.train.batch_size * recipe_.train.length) / seconds : 0;
     if (const double peak = trainer_.link().bf16_peak_flops(); peak > 0) s.mfu = model_.training_flops_per_token() * s.tokens_per_s / peak;
     if (job_.on_step) job_.on_step(s);
-    if (done_.step != 1 && !due(recipe_.train.log_every, done_.step) && done_.step != recipe_.train.steps && !val_loss && report_.skipped_in_a_row == 0) return;
+    if (done_.step != 1 && !due(recipe_.train.log_every, done_.step) && done_.step != recipe_.train.steps && !val_loss &&
+        report_.skipped_in_a_row == 0)
+      return;
     metrics_file_.write(s);
     const double per_step = busy / static_cast<double>(done_.step - start_.step);
     line_.show(s, recipe_.train.steps, per_step * static_cast<double>(recipe_.train.steps - done_.step));
@@ -176,7 +186,8 @@ class Loop {
     model_.device().synchronize();
     const int64_t step = done_.step + open_reports_;
     std::optional<double> val_loss;
-    if (job_.evaluate && !interrupted && (last || due(recipe_.train.val_every, step))) not_counted([&] { val_loss = job_.evaluate(model_); });
+    if (job_.evaluate && !interrupted && (last || due(recipe_.train.val_every, step)))
+      not_counted([&] { val_loss = job_.evaluate(model_); });
     while (open_reports_ > 0) take_report(open_reports_ == 1 ? val_loss : std::nullopt);
     if (last || due(recipe_.train.checkpoint_every, step)) not_counted([&] { save(); });
   }
@@ -213,7 +224,8 @@ class Loop {
 
   void note_skipped() {
     trainer_.forget_carried_state();
-    line_.say(fmt::format("step {}: loss {} and grad_norm {} are not both finite; the step was left out, {} so far", done_.step, report_.loss, report_.grad_norm, report_.skipped));
+    line_.say(fmt::format("step {}: loss {} and grad_norm {} are not both finite; the step was left out, {} so far", done_.step,
+                          report_.loss, report_.grad_norm, report_.skipped));
     if (report_.skipped_in_a_row < kMostSkippedInARow) return;
     const auto last = job_.folder.latest_step();
     throw NumericError("train: no finite loss and gradient for too many steps in a row",

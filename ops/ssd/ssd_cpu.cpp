@@ -434,14 +434,18 @@ void chunked_bwd(const SsdInputs& in, const SsdOptions& options, const Tensor& g
 
   auto sum_parts = [&](const Tensor& result, const TokenStrides& strides, const Tensor& partial) {
     if (!result || parts == 1) return;
+    const T* from = partial.data<T>();
+    T* to = result.data<T>();
+    const int64_t width = G * N, part_size = B * T_ * width;
 #pragma omp parallel for collapse(2) schedule(static)
     for (int64_t b = 0; b < B; ++b)
-      for (int64_t t = 0; t < T_; ++t)
-        for (int64_t k = 0; k < G * N; ++k) {
-          T sum = 0;
-          for (int64_t part = 0; part < parts; ++part) sum += partial.data<T>()[((part * B + b) * T_ + t) * G * N + k];
-          result.data<T>()[strides.at(b, t) + k] = sum;
-        }
+      for (int64_t t = 0; t < T_; ++t) {
+        T* sums = to + strides.at(b, t);
+        const T* terms = from + (b * T_ + t) * width;
+        std::copy_n(terms, width, sums);
+        for (int64_t part = 1; part < parts; ++part)
+          for (int64_t k = 0; k < width; ++k) sums[k] += terms[part * part_size + k];
+      }
   };
   sum_parts(out.B_t, s_out_B, parts_B);
   sum_parts(out.C_t, s_out_C, parts_C);

@@ -329,9 +329,13 @@ TEST("ssd: heads share a group in consecutive runs") {
   const SsdInputs in = random_inputs(s, 92);
   SsdInputs changed = random_inputs(s, 92);
   copy(changed.B_t.slice(2, 1, 2), random_inputs(s, 93).B_t.slice(2, 1, 2));  // group 1 belongs to heads 2 and 3
-  const Tensor a = run(in).y.value(), b = run(changed).y.value();
-  CHECK(numbers(a.slice(2, 0, 2)) == numbers(b.slice(2, 0, 2)));
-  CHECK(numbers(a.slice(2, 2, 4)) != numbers(b.slice(2, 2, 4)));
+  const auto before = run(in), after = run(changed);
+  const std::pair<Tensor, Tensor> outputs[] = {{before.y.value(), after.y.value()},
+                                               {before.h_T.value().reshape({1, 1, 4, 6}), after.h_T.value().reshape({1, 1, 4, 6})}};
+  for (const auto& [a, b] : outputs) {
+    CHECK(numbers(a.slice(2, 0, 2)) == numbers(b.slice(2, 0, 2)));
+    CHECK(numbers(a.slice(2, 2, 4)) != numbers(b.slice(2, 2, 4)));
+  }
 }
 
 TEST("ssd reads and writes views of wider rows") {

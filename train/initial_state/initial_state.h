@@ -27,8 +27,8 @@ struct InitialStateOptions {
 /// What a strategy may know about a micro-batch. With gradient accumulation the rows of a step are cut into micro-batches of equal size;
 /// micro-batch m of every step is the same slot, so row b of a step is row b of the next one whatever the accumulation.
 struct BatchInfo {
-  int64_t step = 0;                  // from 0
-  int64_t micro = 0;                 // micro-batch of the step, from 0
+  int64_t step = 0;   // from 0
+  int64_t micro = 0;  // micro-batch of the step, from 0
   int64_t rows = 0;
   std::span<const uint8_t> resets;   // [rows]  1: the row begins a new sequence; empty when rows never continue each other (packed)
   std::span<const int64_t> row_ids;  // [rows]  a number for each row of the run, independent of how it is cut into batches

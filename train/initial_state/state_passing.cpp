@@ -70,8 +70,9 @@ class StatePassing final : public InitialState {
       const auto found = stored.find(name);
       const bool fits = found != stored.end() && found->second.shape() == zeros.shape() && found->second.dtype() == zeros.dtype();
       if (!fits || stored.size() != expected.size())
-        throw FileError("state-passing: the stored state is not this model's",
-                        {{"tensor", name}, {"found", found == stored.end() ? "(absent)" : found->second.describe()}, {"expected", zeros.describe()}});
+        throw FileError(
+            "state-passing: the stored state is not this model's",
+            {{"tensor", name}, {"found", found == stored.end() ? "(absent)" : found->second.describe()}, {"expected", zeros.describe()}});
     }
     const int64_t each = rows / micro_batches;
     for (int64_t m = 0; m < micro_batches; ++m) {
