@@ -15,7 +15,9 @@ namespace longhand {
 Tensor random_tensor(const Device& device, Dtype dtype, Shape shape, uint64_t seed, double scale, double mean) {
   const Tensor host = Tensor::empty(Device::cpu(), Dtype::f64, shape);
   double* values = host.data<double>();
-  for (int64_t i = 0; i < host.numel(); ++i) values[i] = mean + scale * static_cast<double>(philox_normal(seed, static_cast<uint64_t>(i)));
+  const int64_t n = host.numel();
+#pragma omp parallel for schedule(static) if (n > 4096)
+  for (int64_t i = 0; i < n; ++i) values[i] = mean + scale * static_cast<double>(philox_normal(seed, static_cast<uint64_t>(i)));
   return host.to(dtype).to(device);
 }
 

@@ -132,6 +132,18 @@ TEST("a line longer than the buffer reads, one longer than the limit is refused 
   }
 }
 
+TEST("a line over the limit is refused before the rest of it is read, and also when it fits the buffer") {
+  const ScratchFolder scratch;
+  write_file(scratch.file("endless.jsonl.zst"), frame("{\"text\": \"" + std::string(8000000, 'x')) + "bytes that begin no frame");
+  ShardOptions options;
+  options.max_line_bytes = 2000000;
+  CHECK(contains(read_all(scratch.file("endless.jsonl.zst"), options).error, "longer than the limit"));
+  CHECK(contains(read_all(scratch.file("endless.jsonl.zst")).error, "begin no zstd frame"));
+  write_file(scratch.file("short.jsonl"), "{\"text\": \"" + std::string(500, 'x') + "\"}\n");
+  options.max_line_bytes = 400;
+  CHECK(contains(read_all(scratch.file("short.jsonl"), options).error, "longer than the limit"));
+}
+
 TEST("a bad line stops the reader or, when asked, is left out and counted") {
   const ScratchFolder scratch;
   write_file(scratch.file("bad.jsonl"), "{\"text\": \"a\"}\n{\"text\": }\n\n{\"text\": \"b\"}\n{\"txt\": 1}\n");

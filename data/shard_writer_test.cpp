@@ -48,6 +48,10 @@ TEST("a folder becomes a shard, one document a file, in the order of the paths")
     CHECK(report.left_out.size() == 3);
     CHECK(texts_of(options.out) == std::vector<std::string>{"ay", "bee \"quoted\" \\ \n\t\x01 \xC3\xA9\xF0\x9F\x98\x80", "sea"});
   }
+  std::ifstream shard(options.out, std::ios::binary);
+  char head[5] = {};
+  shard.read(head, sizeof head);
+  CHECK((head[4] & 0x04) != 0);  // the frame header's checksum flag, RFC 8878 section 3.1.1.1.1
   ShardReader reader(options.out);
   Document document;
   REQUIRE(reader.next(document));

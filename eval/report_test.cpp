@@ -103,12 +103,12 @@ TEST("curves of other data or another context get their own figure; checkpoints 
   const std::string run = scratch.file("base");
   add_metrics(run, 5);
   add_config(run, 0.001);
-  add_curve(run, "ppl-val-step-10", 64, 3, R"({"data_name": "val", "context": 64, "step": 10})");
+  add_curve(run, "ppl-val-step-200", 64, 3, R"({"data_name": "val", "context": 64, "step": 200})");
   add_curve(run, "ppl-val-step-1000", 64, 3, R"({"data_name": "val", "context": 64, "step": 1000})");
   add_curve(run, "ppl-books", 64, 3, R"({"data_name": "books", "context": 64, "step": 10})");
   const std::string page = page_of({run});
   CHECK(count(page, "<h2>Perplexity by position") == 2);
-  CHECK(page.find("data-name=\"base, step 10\"") < page.find("data-name=\"base, step 1,000\""));
+  CHECK(page.find("data-name=\"base, step 200\"") < page.find("data-name=\"base, step 1,000\""));
   CHECK(page.find("data-name=\"base, step 1,000\"") != std::string::npos);
 }
 
@@ -170,6 +170,19 @@ TEST("what cannot be read is named, and the rest is shown") {
   CHECK(data.problems[3].find("ppl-val.json is not a JSON object") != std::string::npos);
   CHECK(data.curves.size() == 1);
   CHECK(report_html({data}, "").find("ppl-bad.csv") != std::string::npos);
+}
+
+TEST("a training curve of many steps is drawn as means of neighbouring steps, to its end") {
+  const ScratchFolder scratch;
+  const std::string run = scratch.file("base");
+  add_metrics(run, 801);  // steps 10 .. 8010, joined by three: 267 points
+  add_config(run, 0.001);
+  const std::string page = page_of({run});
+  const auto begin = page.find("data-points=\"", page.find("data-name=\"training\"")) + 13;
+  const std::string points = page.substr(begin, page.find('"', begin) - begin);
+  CHECK(count(points, ",") == 267);
+  CHECK(points.starts_with(fmt::format("20,{:.5g} ", 4 + 6 * (1 + 1.0 / 2 + 1.0 / 3) / 3)));
+  CHECK(points.find(" 8000,") != std::string::npos);
 }
 
 TEST("a folder that is no run is an error") {

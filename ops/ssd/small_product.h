@@ -1,7 +1,6 @@
 // Small matrix products for the CPU's chunked ops: both operands in the first-level cache, accumulators in registers.
 #pragma once
 #include <cstdint>
-#include <cstring>
 
 namespace longhand {
 
