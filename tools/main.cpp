@@ -149,7 +149,10 @@ int run(int argc, char** argv) {
   for (const std::string& name : unknown_switches())
     fmt::print(stderr, "warning: {} is not a switch that longhand knows; see longhand inspect switches\n", name);
   const int code = action();
-  if (switches().memory) fmt::print(stderr, "{}", memory_report(Device::cpu().allocator().use()));
+  if (switches().memory) {
+    fmt::print(stderr, "cpu\n{}", memory_report(Device::cpu().allocator().use()));
+    for (int i = 0; i < cuda_device_count(); ++i) fmt::print(stderr, "cuda:{}\n{}", i, memory_report(Device::cuda(i).allocator().use()));
+  }
   return code;
 }
 
