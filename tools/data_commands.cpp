@@ -53,10 +53,11 @@ int run_data_check(const DataCheckOptions& options) {
                number_or_dash(count.tokens), count.bad_lines, name);
     std::fflush(stdout);
   };
+  const std::vector<std::string> paths = expand_shards(options.files);
   fmt::print("{:>10} {:>15} {:>15} {:>13} {:>9}  file\n", "documents", "text bytes", "characters", "tokens", "bad lines");
   ShardCount sum{0, 0, 0, 0, 0};
   int64_t sound = 0, faults = 0;
-  for (const std::string& path : expand_shards(options.files)) {
+  for (const std::string& path : paths) {
     try {
       const ShardCount count = check_shard(path, check);
       print_row(count, path);
@@ -73,7 +74,7 @@ int run_data_check(const DataCheckOptions& options) {
       fmt::print(stderr, "{}\n", error.what());
     }
   }
-  print_row(sum, fmt::format("sum of {} sound files", sound));
+  print_row(sum, fmt::format("sum of {} sound file{}", sound, sound == 1 ? "" : "s"));
   if (faults > 0) fmt::print(stderr, "data check: {} of {} files have a fault\n", faults, sound + faults);
   return faults > 0 ? 1 : 0;
 }

@@ -24,6 +24,7 @@
 #include "eval/position_curve.h"
 #include "eval/run_folder.h"
 #include "models/checkpoint.h"
+#include "tools/option_checks.h"
 
 namespace longhand {
 namespace {
@@ -116,15 +117,15 @@ void add_eval_ppl_options(CLI::App& command, EvalPplOptions& options) {
   command.add_option("--context", options.context, "Positions of each sequence, any number")
       ->required()
       ->type_name("N")
-      ->check(CLI::PositiveNumber);
+      ->check(at_least(1));
   command.add_option("--chunk", options.chunk, "Tokens of a row at once; the state is carried on")
       ->type_name("N")
-      ->check(CLI::PositiveNumber)
+      ->check(at_least(1))
       ->capture_default_str();
-  command.add_option("--batch", options.batch, "Rows at once")->type_name("B")->check(CLI::PositiveNumber)->capture_default_str();
+  command.add_option("--batch", options.batch, "Rows at once")->type_name("B")->check(at_least(1))->capture_default_str();
   command.add_option("--sequences", options.sequences, "At most so many sequences (0: all)")
       ->type_name("N")
-      ->check(CLI::NonNegativeNumber)
+      ->check(at_least(0))
       ->capture_default_str();
   auto* documents = command.add_option(
       "--documents", options.documents,
@@ -142,8 +143,8 @@ void add_eval_ppl_options(CLI::App& command, EvalPplOptions& options) {
       ->capture_default_str();
   command.add_option("--train-length", options.train_length, "Training length to mark (default: the one of the run)")
       ->type_name("T")
-      ->check(CLI::NonNegativeNumber);
-  command.add_option("--threads", options.threads, "Tokenizing threads")->check(CLI::NonNegativeNumber)->capture_default_str();
+      ->check(at_least(0));
+  command.add_option("--threads", options.threads, "Tokenizing threads")->type_name("N")->check(at_least(0))->capture_default_str();
   command.add_flag("--skip-bad-lines", options.skip_bad_lines, "Leave out lines that are not documents, and count them");
 }
 

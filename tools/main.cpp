@@ -1,9 +1,13 @@
 // The longhand program: parses the command line, calls one function per subcommand, turns errors into messages and exit codes.
-// Exit code 0 only on success; messages on stderr, data on stdout.
+// Exit codes: 0 only on success, 1 for an error, 2 for a command line that cannot be understood, 128 + signal for an interrupted run.
+// Messages go to stderr, data to stdout.
 #include <fmt/core.h>
 
 #include <CLI/CLI.hpp>
 #include <cstdio>
+#include <functional>
+#include <memory>
+#include <string>
 
 #include "core/allocator.h"
 #include "core/device.h"
@@ -13,6 +17,7 @@
 #include "tools/data_commands.h"
 #include "tools/eval_command.h"
 #include "tools/inspect_command.h"
+#include "tools/option_checks.h"
 #include "tools/report_command.h"
 #include "tools/tokenize_command.h"
 #include "tools/train_command.h"
@@ -23,14 +28,20 @@ namespace {
 // Every subcommand sets this to what main runs after parsing.
 using Action = std::function<int()>;
 
+constexpr int kUsageExitCode = 2;
+
 void add_train(CLI::App& app, Action& action) {
   auto* command = app.add_subcommand("train", "Train a model from a recipe, or resume a run");
   auto options = std::make_shared<TrainCommand>();
   command->add_option("recipe", options->recipe, "TOML recipe (see tools/recipes); not with --resume")->type_name("RECIPE.toml");
-  command->add_option("--set", options->overrides, "Change one key of the recipe, for example --set train.steps=500; may be repeated")->type_name("KEY=VALUE")->allow_extra_args(false);
+  command->add_option("--set", options->overrides, "Change one key of the recipe, for example --set train.steps=500; may be repeated")
+      ->type_name("KEY=VALUE")
+      ->allow_extra_args(false);
   command->add_option("--resume", options->resume, "Continue this run from its latest checkpoint, bit for bit")->type_name("RUN");
-  command->add_option("--device", options->device, "cpu, cuda or cuda:N (default: the recipe's)")->type_name("DEVICE");
-  command->add_option("--init-from", options->init_from, "Start from the weights of this model, checkpoint or run folder")->type_name("DIR");
+  command->add_option("--device", options->device, "cpu, cuda or cuda:N (default: the first GPU if there is one, else the CPU)")
+      ->type_name("DEVICE");
+  command->add_option("--init-from", options->init_from, "Start from the weights of this model, checkpoint or run folder")
+      ->type_name("DIR");
   command->add_option("--name", options->name, "Name of the run: its folder is runs/NAME (default: the recipe's)")->type_name("NAME");
   command->add_flag("--help-recipe", options->help_recipe, "List every key of a recipe with type, default and meaning");
   command->callback([=, &action] { action = [=] { return run_train(*options); }; });
@@ -53,8 +64,13 @@ void add_tokenize(CLI::App& app, Action& action) {
   command->add_flag("--jsonl", text->jsonl, "stdin holds {\"text\": ...} objects, one a line");
   auto* out = command->add_option("--out", cache->out, "Write a token cache of the given shards instead")->type_name("CACHE");
   command->add_option("files", cache->files, "Shards, folders of shards (with --out)")->type_name("FILE")->needs(out);
-  command->add_flag("--skip-bad-lines", cache->skip_bad_lines, "Leave out lines that are not documents, and count them (with --out)")->needs(out);
-  command->add_option("--threads", cache->threads, "Tokenizing threads (with --out)")->needs(out);
+  command->add_flag("--skip-bad-lines", cache->skip_bad_lines, "Leave out lines that are not documents, and count them (with --out)")
+      ->needs(out);
+  command->add_option("--threads", cache->threads, "Tokenizing threads (with --out)")
+      ->type_name("N")
+      ->check(at_least(0))
+      ->capture_default_str()
+      ->needs(out);
   command->callback([=, &action] {
     action = [=] {
       if (cache->out.empty()) return run_tokenize(*text);
@@ -73,27 +89,37 @@ void add_data(CLI::App& app, Action& action) {
   check->add_option("files", checked->files, "Shards (.jsonl.zst, .jsonl), token caches, folders")->required()->type_name("FILE");
   check->add_option("--tokenizer", checked->tokenizer, "Count tokens with this tokenizer.json, or bytes")->type_name("FILE");
   check->add_flag("--skip-bad-lines", checked->skip_bad_lines, "Count bad lines instead of stopping at the first");
-  check->add_option("--threads", checked->threads, "Tokenizing threads");
+  check->add_option("--threads", checked->threads, "Tokenizing threads")->type_name("N")->check(at_least(0))->capture_default_str();
   check->callback([=, &action] { action = [=] { return run_data_check(*checked); }; });
 
   auto* pack = data->add_subcommand("pack", "Text files of a folder into a shard in the Pile's form");
   auto packed = std::make_shared<PackOptions>();
   pack->add_option("folder", packed->folder, "Searched with its subfolders")->required()->type_name("DIR");
   pack->add_option("--out", packed->out, "The shard to write")->required()->type_name("F.jsonl.zst");
-  pack->add_option("--set-name", packed->set_name, "meta.pile_set_name of every document");
-  pack->add_option("--include", packed->include, "Only files that match one of these patterns (*.txt); may be repeated")->type_name("GLOB")->allow_extra_args(false);
-  pack->add_option("--exclude", packed->exclude, "No files that match one of these patterns; may be repeated")->type_name("GLOB")->allow_extra_args(false);
-  pack->add_option("--shuffle-seed", packed->shuffle_seed, "Shuffle the documents with this seed (default: order of the paths)");
-  pack->add_option("--split-val", packed->val_fraction, "This share of the documents goes to --val-out");
+  pack->add_option("--set-name", packed->set_name, "meta.pile_set_name of every document")->type_name("NAME")->capture_default_str();
+  pack->add_option("--include", packed->include, "Only files that match one of these patterns (*.txt); may be repeated")
+      ->type_name("GLOB")
+      ->allow_extra_args(false);
+  pack->add_option("--exclude", packed->exclude, "No files that match one of these patterns; may be repeated")
+      ->type_name("GLOB")
+      ->allow_extra_args(false);
+  pack->add_option("--shuffle-seed", packed->shuffle_seed, "Shuffle the documents with this seed (default: order of the paths)")
+      ->type_name("N");
+  pack->add_option("--split-val", packed->val_fraction, "This share of the documents, from 0 to below 1, goes to --val-out")
+      ->type_name("SHARE")
+      ->capture_default_str();
   pack->add_option("--val-out", packed->val_out, "Shard for the validation documents")->type_name("F.jsonl.zst");
-  pack->add_option("--level", packed->zstd_level, "Compression level of zstd");
+  pack->add_option("--level", packed->zstd_level, "Compression level of zstd")->type_name("N")->capture_default_str();
   pack->callback([=, &action] { action = [=] { return run_data_pack(*packed); }; });
 }
 
 void add_inspect(CLI::App& app, Action& action) {
-  auto* command = app.add_subcommand("inspect", "Configuration, parameters, FLOPs and bytes per token, state sizes; or the environment switches");
+  auto* command =
+      app.add_subcommand("inspect", "Configuration, parameters, FLOPs and bytes per token, state sizes; or the environment switches");
   auto options = std::make_shared<InspectOptions>();
-  command->add_option("target", options->target, "A model or run folder, a .safetensors file, a recipe, or the word switches")->required()->type_name("DIR|FILE");
+  command->add_option("target", options->target, "A model or run folder, a .safetensors file, a recipe, or the word switches")
+      ->required()
+      ->type_name("DIR|FILE");
   command->add_flag("--all", options->all_parameters, "One line per tensor instead of one per kind");
   command->callback([=, &action] { action = [=] { return run_inspect(*options); }; });
 }
@@ -104,18 +130,21 @@ void add_bench(CLI::App& app, Action& action) {
 
   auto* ops = bench->add_subcommand("ops", "Every op beside the floor that this machine's copy and matrix product rates set");
   auto timed = std::make_shared<BenchOpsOptions>();
-  ops->add_option("--device", timed->device, "cpu, cuda or cuda:N");
-  ops->add_option("--dtype", timed->dtype, "auto (bf16 on a GPU, f32 on a CPU), f32 or bf16");
-  ops->add_option("--op", timed->op, "Only this op");
-  ops->add_option("--repeats", timed->repeats, "Measurements per figure; the median is shown");
+  ops->add_option("--device", timed->device, "cpu, cuda or cuda:N")->type_name("DEVICE")->capture_default_str();
+  ops->add_option("--dtype", timed->dtype, "auto (bf16 on a GPU, f32 on a CPU), f32 or bf16")->type_name("TYPE")->capture_default_str();
+  ops->add_option("--op", timed->op, "Only this op")->type_name("OP");
+  ops->add_option("--repeats", timed->repeats, "Measurements per figure; the median is shown")
+      ->type_name("N")
+      ->check(at_least(1))
+      ->capture_default_str();
   ops->add_flag("--csv", timed->csv, "Comma separated values");
   ops->callback([=, &action] { action = [=] { return run_bench_ops(*timed); }; });
 
   auto* data = bench->add_subcommand("data", "MB/s of reading, parsing and tokenizing shards");
   auto read = std::make_shared<BenchDataOptions>();
   data->add_option("files", read->files, "Shards or folders of shards")->required()->type_name("FILE");
-  data->add_option("--tokenizer", read->tokenizer, "A tokenizer.json, or bytes")->type_name("FILE");
-  data->add_option("--threads", read->threads, "Threads of the last row");
+  data->add_option("--tokenizer", read->tokenizer, "A tokenizer.json, or bytes")->type_name("FILE")->capture_default_str();
+  data->add_option("--threads", read->threads, "Threads of the last row")->type_name("N")->check(at_least(0))->capture_default_str();
   data->callback([=, &action] { action = [=] { return run_bench_data(*read); }; });
 }
 
@@ -127,9 +156,39 @@ void add_report(CLI::App& app, Action& action) {
   command->callback([=, &action] { action = [=] { return run_report(*options); }; });
 }
 
+// The subcommand that the words name, as far as they do: "longhand data check" for "data check a.jsonl --no-such-option".
+// `unknown` becomes the word that stands where a subcommand should, if it is none.
+const CLI::App* named_subcommand(const CLI::App& app, int argc, char** argv, std::string& unknown) {
+  const CLI::App* command = &app;
+  for (int i = 1; i < argc && !command->get_subcommands({}).empty(); ++i) {
+    const CLI::App* next = nullptr;
+    for (const CLI::App* candidate : command->get_subcommands({}))
+      if (candidate->get_name() == argv[i]) next = candidate;
+    if (next == nullptr) {
+      unknown = argv[i][0] == '-' ? "" : argv[i];
+      break;
+    }
+    command = next;
+  }
+  return command;
+}
+
+// What is wrong with the command line, and where to read more; in the form of all other errors.
+std::string usage_message(const CLI::App& app, int argc, char** argv, const CLI::ParseError& problem) {
+  std::string unknown, path;
+  const CLI::App* command = named_subcommand(app, argc, argv, unknown);
+  for (const CLI::App* at = command; at != nullptr; at = at->get_parent()) path = at->get_name() + (path.empty() ? "" : " ") + path;
+  if (unknown.empty()) return fmt::format("error: {}: {}\n  try  {} --help\n", path, problem.what(), path);
+  std::string known;
+  for (const CLI::App* sub : command->get_subcommands({})) known += (known.empty() ? "" : ", ") + sub->get_name();
+  return fmt::format("error: {}: no such subcommand\n  given  {}\n  known  {}\n  try    {} --help\n", path, unknown, known, path);
+}
+
 int run(int argc, char** argv) {
-  CLI::App app{"longhand: recurrent language models from scratch. Train, measure and cure length generalisation.\n"
-               "Environment switches: longhand inspect switches."};
+  CLI::App app{
+      "longhand: recurrent language models from scratch. Train, measure and cure length generalisation.\n"
+      "Environment switches: longhand inspect switches.",
+      "longhand"};
   app.set_version_flag("--version", std::string("longhand ") + LONGHAND_VERSION);
   app.require_subcommand(1);
   app.get_formatter()->column_width(34);
@@ -144,8 +203,11 @@ int run(int argc, char** argv) {
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& problem) {
-    return app.exit(problem) == 0 ? 0 : 2;
+    if (problem.get_exit_code() == 0) return app.exit(problem);  // --help, --version
+    fmt::print(stderr, "{}", usage_message(app, argc, argv, problem));
+    return kUsageExitCode;
   }
+  switches();  // read here, so that a value that a switch does not take is reported before any work
   for (const std::string& name : unknown_switches())
     fmt::print(stderr, "warning: {} is not a switch that longhand knows; see longhand inspect switches\n", name);
   const int code = action();

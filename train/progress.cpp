@@ -20,7 +20,8 @@ std::string to_json(const LoggedStep& s) {
                               {"weight_decay", s.weight_decay},
                               {"grad_norm", s.grad_norm},
                               {"tokens_per_s", std::round(s.tokens_per_s * 10) / 10},
-                              {"elapsed_s", std::round(s.elapsed_s * 1000) / 1000}};
+                              {"elapsed_s", std::round(s.elapsed_s * 1000) / 1000},
+                              {"peak_memory_bytes", s.peak_memory_bytes}};
   if (s.mfu > 0) line["mfu"] = s.mfu;
   if (s.val_loss) line["val_loss"] = *s.val_loss;
   if (s.skipped > 0) line["skipped"] = s.skipped;
@@ -47,6 +48,17 @@ std::string duration_text(double seconds) {
   if (s < 3600) return fmt::format("{}m {:02}s", s / 60, s % 60);
   if (s < 48 * 3600) return fmt::format("{}h {:02}m", s / 3600, s / 60 % 60);
   return fmt::format("{}d {:02}h", s / 86400, s / 3600 % 24);
+}
+
+std::string bytes_text(int64_t bytes) {
+  if (bytes < 1024) return fmt::format("{} bytes", bytes);
+  auto value = static_cast<double>(bytes) / 1024;
+  const char* unit = "KiB";
+  for (const char* larger : {"MiB", "GiB"}) {
+    if (value < 1024) break;
+    value /= 1024, unit = larger;
+  }
+  return fmt::format("{:.1f} {}", value, unit);
 }
 
 ProgressLine::ProgressLine(std::FILE* out) : out_(out), terminal_(out != nullptr && ::isatty(::fileno(out)) != 0) {}

@@ -18,6 +18,7 @@ struct LoggedStep {
   double tokens_per_s = 0;         // since the logged step before
   double mfu = 0;                  // model flops / bf16 peak of the device; 0 when the peak is unknown
   double elapsed_s = 0;            // of the whole run, resumed parts added
+  int64_t peak_memory_bytes = 0;   // most bytes of tensors alive at once on the device, since the program started
   std::optional<double> val_loss;  // nats per token
   std::string device;
 };
@@ -42,6 +43,9 @@ class MetricsFile {
 
 /// "1m 05s", "2h 03m", "3d 04h".
 std::string duration_text(double seconds);
+
+/// "512 bytes", "1.5 KiB", "1.2 GiB".
+std::string bytes_text(int64_t bytes);
 
 /// On a terminal one line that renews itself; elsewhere a plain line each time.
 class ProgressLine {

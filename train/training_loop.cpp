@@ -7,6 +7,7 @@
 #include <cmath>
 #include <nlohmann/json.hpp>
 
+#include "core/allocator.h"
 #include "core/error.h"
 #include "core/files.h"
 #include "data/dataset.h"
@@ -73,13 +74,16 @@ class Loop {
     interval_step_ = done_.step;
     for (int64_t step = done_.step + 1; step <= recipe_.train.steps; ++step) {
       if (!batches.next(batch)) throw ValueError("train: the data ended before the run did", {{"step", std::to_string(step)}});
+      const bool pause_due = step == recipe_.train.steps || due(recipe_.train.checkpoint_every, step) || due(recipe_.train.val_every, step);
       trainer_.step(batch);
       trainer_.request_report();
       ++open_reports_;
-      if (open_reports_ > 1) take_report();  // of the step before, while this one runs
+      // A GPU works on this step while the numbers of the step before are read. A CPU has done it: read now, its time is its own.
+      const int64_t left_open = model_.device().is_cuda() || pause_due ? 1 : 0;
+      while (open_reports_ > left_open) take_report();
       outcome.signal = step < recipe_.train.steps ? interrupt.signal() : 0;
       const bool last = step == recipe_.train.steps || outcome.signal != 0;
-      if (last || due(recipe_.train.checkpoint_every, step) || due(recipe_.train.val_every, step)) {
+      if (last || pause_due) {
         done_.cursor = batch.cursor_after;
         pause(last, outcome.signal != 0);
         if (last) break;
@@ -89,6 +93,7 @@ class Loop {
       line_.say(fmt::format("{} bad lines of the data were left out, the first:", bad));
       line_.say(batches.bad_lines().first().front());
     }
+    line_.say("peak memory  " + bytes_text(peak_memory_bytes()));
     outcome.step = done_.step;
     outcome.last_loss = report_.loss;
     outcome.skipped = report_.skipped;
@@ -167,6 +172,7 @@ class Loop {
     s.device = model_.device().name();
     const double busy = busy_s(), seconds = busy - interval_busy_s_;
     s.elapsed_s = elapsed_s();
+    s.peak_memory_bytes = peak_memory_bytes();
     s.tokens_per_s =
         seconds > 0 ? static_cast<double>((done_.step - interval_step_) * recipe_.train.batch_size * recipe_.train.length) / seconds : 0;
     if (const double peak = trainer_.link().bf16_peak_flops(); peak > 0) s.mfu = model_.training_flops_per_token() * s.tokens_per_s / peak;
@@ -194,6 +200,8 @@ class Loop {
 
   double elapsed_s() const { return start_.elapsed_s + now_s() - begin_s_; }  // of the whole run
   double busy_s() const { return now_s() - begin_s_ - paused_s_; }            // spent on training since this start
+
+  int64_t peak_memory_bytes() const { return model_.device().allocator().use().peak_bytes; }
 
   template <class F>
   void not_counted(F&& f) {

@@ -31,9 +31,9 @@ struct TrainingOutcome {
 };
 
 /// Trains `model`, whose weights are set, from the folder's latest checkpoint or from the start, to recipe.train.steps. SIGINT and SIGTERM
-/// end it after the step in hand, with a checkpoint. On a GPU the numbers of a step are read while the next one runs. holds    a run that
-/// is interrupted and resumed writes the same losses and ends with the same weights, bit for bit errors   NumericError naming the last
-/// checkpoint after kMostSkippedInARow steps in a row whose loss or gradient was not finite;
+/// end it after the step in hand, with a checkpoint. On a GPU the numbers of a step are read while the next one runs.
+/// holds    a run that is interrupted and resumed writes the same losses and ends with the same weights, bit for bit
+/// errors   NumericError naming the last checkpoint after kMostSkippedInARow steps in a row whose loss or gradient was not finite;
 ///          those of the data room and of the file system
 TrainingOutcome run_training(const TrainingJob& job, LanguageModel& model);
 

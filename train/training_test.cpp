@@ -1,12 +1,15 @@
 // Whole runs of a tiny model: it learns, it resumes bit for bit, it carries states, it stops when numbers stop being numbers.
 #include <signal.h>
 
+#include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
 
 #include "autograd/tape.h"
+#include "core/allocator.h"
 #include "core/error.h"
 #include "core/files.h"
 #include "core/philox.h"
@@ -265,7 +268,7 @@ RunResult run(const ScratchFolder& scratch, const RunOptions& options, bool resu
   std::ifstream in(job.folder.file("metrics.jsonl"));
   for (std::string line; std::getline(in, line);) {
     auto json = nlohmann::ordered_json::parse(line);
-    for (const char* time : {"tokens_per_s", "elapsed_s", "mfu"}) json.erase(time);
+    for (const char* measured : {"tokens_per_s", "elapsed_s", "mfu", "peak_memory_bytes"}) json.erase(measured);
     result.lines.push_back(json.dump());
   }
   return result;
@@ -383,6 +386,60 @@ TEST("training: validation is recorded where it is due") {
   CHECK(read_text_file(job.folder.file("metrics.jsonl")).find("\"val_loss\":4.5") != std::string::npos);
 }
 
+TEST("training: on a CPU a step's rate counts the time of that step, also of the last and of those beside a pause") {
+  const ScratchFolder scratch;
+  write_shard(scratch.file("shard.jsonl"));
+  const Recipe recipe =
+      tiny_recipe({"train.steps=24", "train.log_every=1", "train.checkpoint_every=8", "data.files=" + scratch.file("shard.jsonl")});
+  const auto model = tiny_model(recipe);
+  std::vector<double> rates;
+  const TrainingJob job{.recipe = recipe,
+                        .folder = RunFolder::create(scratch.path(), "rates"),
+                        .tokenizer = open_tokenizer("bytes"),
+                        .resume = false,
+                        .evaluate = {},
+                        .messages = nullptr,
+                        .on_step = [&](const LoggedStep& s) { rates.push_back(s.tokens_per_s); }};
+  run_training(job, *model);
+  REQUIRE(rates.size() == 24);
+  auto sorted = rates;
+  std::nth_element(sorted.begin(), sorted.begin() + 12, sorted.end());
+  const double median = sorted[12];
+  for (std::size_t i = 0; i < rates.size(); ++i) {  // a disturbed machine makes a step slower, never many times faster
+    CAPTURE(i + 1);
+    CHECK(rates[i] > 0);
+    CHECK(rates[i] < 20 * median);
+  }
+}
+
+TEST("training: the peak of the device's memory is in the metrics and in the last lines") {
+  const ScratchFolder scratch;
+  write_shard(scratch.file("shard.jsonl"));
+  const Recipe recipe = tiny_recipe({"data.files=" + scratch.file("shard.jsonl")});
+  const auto model = tiny_model(recipe);
+  std::FILE* messages = std::fopen(scratch.file("messages").c_str(), "w");
+  REQUIRE(messages != nullptr);
+  const TrainingJob job{.recipe = recipe,
+                        .folder = RunFolder::create(scratch.path(), "memory"),
+                        .tokenizer = open_tokenizer("bytes"),
+                        .resume = false,
+                        .evaluate = {},
+                        .messages = messages,
+                        .on_step = {}};
+  run_training(job, *model);
+  std::fclose(messages);
+  const int64_t peak = Device::cpu().allocator().use().peak_bytes;
+  std::ifstream in(job.folder.file("metrics.jsonl"));
+  int64_t last = 0;
+  for (std::string line; std::getline(in, line);) {
+    const auto bytes = nlohmann::json::parse(line).at("peak_memory_bytes").get<int64_t>();
+    CHECK(bytes >= std::max(last, model->parameter_count() * 4 * 4));  // weights, gradients and two moments in f32
+    last = bytes;
+  }
+  CHECK(last == peak);
+  CHECK(read_text_file(scratch.file("messages")).find("peak memory  " + bytes_text(peak) + "\n") != std::string::npos);
+}
+
 TEST("training: numbers that are not finite are reported, and end the run after ten steps") {
   const ScratchFolder scratch;
   write_shard(scratch.file("shard.jsonl"));
@@ -412,6 +469,10 @@ TEST("progress: durations and metrics lines") {
   CHECK(duration_text(65) == "1m 05s");
   CHECK(duration_text(7380) == "2h 03m");
   CHECK(duration_text(4 * 86400) == "4d 00h");
+  CHECK(bytes_text(512) == "512 bytes");
+  CHECK(bytes_text(1536) == "1.5 KiB");
+  CHECK(bytes_text(3 << 20) == "3.0 MiB");
+  CHECK(bytes_text(int64_t{5} << 28) == "1.2 GiB");
   LoggedStep s{.step = 3,
                .tokens = 96,
                .loss = 5.5,
@@ -422,11 +483,12 @@ TEST("progress: durations and metrics lines") {
                .tokens_per_s = 10.04,
                .mfu = 0,
                .elapsed_s = 1.5,
+               .peak_memory_bytes = 4096,
                .val_loss = {},
                .device = "cpu"};
   CHECK(
       to_json(s) ==
-      R"({"step":3,"tokens":96,"loss":5.5,"lr":0.001,"weight_decay":0.01,"grad_norm":null,"tokens_per_s":10.0,"elapsed_s":1.5,"skipped":1,"device":"cpu"})");
+      R"({"step":3,"tokens":96,"loss":5.5,"lr":0.001,"weight_decay":0.01,"grad_norm":null,"tokens_per_s":10.0,"elapsed_s":1.5,"peak_memory_bytes":4096,"skipped":1,"device":"cpu"})");
 }
 
 }  // namespace

@@ -5,7 +5,7 @@
 #include "core/error.h"
 #include "core/switches.h"
 #include "ops/causal_conv1d/causal_conv1d_kernels.h"
-#include "ops/common/parity.h"
+#include "tests/support/parity.h"
 
 using namespace longhand;
 using namespace longhand::test;

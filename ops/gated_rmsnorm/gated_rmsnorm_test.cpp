@@ -4,7 +4,7 @@
 
 #include "core/error.h"
 #include "core/switches.h"
-#include "ops/common/parity.h"
+#include "tests/support/parity.h"
 #include "ops/gated_rmsnorm/gated_rmsnorm_kernels.h"
 
 using namespace longhand;
