@@ -1,10 +1,14 @@
 // The tape, views, parameters, and the gradient check itself.
+#include <fcntl.h>
+#include <unistd.h>
+
 #include <cmath>
 
 #include "autograd/gradcheck.h"
 #include "autograd/parameters.h"
 #include "autograd/tape.h"
 #include "core/error.h"
+#include "core/files.h"
 #include "core/op_scope.h"
 #include "core/switches.h"
 #include "tests/support/check.h"
@@ -30,7 +34,9 @@ Variable square(const Variable& x, double slope = 2.0) {
   });
 }
 
-Tensor random64(Shape shape, uint64_t seed) { return random_tensor(kCpu, Dtype::f64, shape, seed); }
+Tensor random64(Shape shape, uint64_t seed) {
+  return random_tensor(kCpu, Dtype::f64, shape, seed);
+}
 
 }  // namespace
 
@@ -66,6 +72,27 @@ TEST("parts of a split write into one gradient without a copy, and unused parts 
   const auto grad = x.grad().to_vector<double>();
   const auto value = x.value().to_vector<double>();
   for (std::size_t i = 0; i < grad.size(); ++i) CHECK(grad[i] == doctest::Approx(i % 5 < 2 ? 0.0 : 2 * value[i]));
+}
+
+TEST("a gradient written inside a whole may go to another input too") {
+  // x + y, whose backward writes y's gradient once and hands the same tensor to both.
+  const auto shared_add = [](const Variable& x, const Variable& y) {
+    const Tensor sum = x.value().clone();
+    add_scaled(sum, y.value());
+    return record("shared_add", sum, {x, y}, [](BackwardCall& call) {
+      const Tensor grad = call.buffer(1);
+      copy(grad, call.grad(0));
+      call.set(0, grad);
+      call.set(1, grad);
+    });
+  };
+  const auto f = [&](const std::vector<Variable>& in) {
+    const Variable x = square(in[0]);  // walked after the split
+    const auto parts = split(in[1], {2, 3});
+    const Variable second = square(parts[0]);  // a second contribution to the part, after the shared one
+    return std::vector<Variable>{shared_add(x, parts[0]), second, square(parts[1])};
+  };
+  CHECK(gradcheck(f, {random64({2, 2}, 12), random64({2, 5}, 13)}).worst < 1e-7);
 }
 
 TEST("nothing is recorded under NoGrad, and constants want no gradient") {
@@ -149,9 +176,8 @@ TEST("LONGHAND_CHECK names op, layer, output and index of the first NaN") {
 TEST("LONGHAND_CHECK sees a NaN that appears in backward") {
   const SwitchScope scope([](Switches& s) { s.check = true; });
   const Variable x = Variable::leaf(random64({2}, 8));
-  const Variable y = record("breaks", x.value().clone(), {x}, [](BackwardCall& call) {
-    call.set(0, Tensor::full(kCpu, Dtype::f64, {2}, NAN));
-  });
+  const Variable y =
+      record("breaks", x.value().clone(), {x}, [](BackwardCall& call) { call.set(0, Tensor::full(kCpu, Dtype::f64, {2}, NAN)); });
   CHECK_THROWS_AS(backward({y}, {Tensor::zeros(kCpu, Dtype::f64, {2})}), NumericError);
 }
 
@@ -160,4 +186,53 @@ TEST("the graph is printed with ops and shapes") {
   const std::string dot = graph_dot(square(x));
   CHECK(dot.find("square") != std::string::npos);
   CHECK(dot.find("weight [2]") != std::string::npos);
+}
+
+TEST("LONGHAND_CHECK sees a NaN in a gradient that is summed in place") {
+  const SwitchScope scope([](Switches& s) { s.check = true; });
+  ParameterSet set;
+  Parameter* weight = set.declare("weight", {2}, {.init = init_constant(1)});
+  set.allocate(kCpu, Dtype::f64, Dtype::f64);
+  set.initialize(1);
+  const Variable y = record("sums", Tensor::zeros(kCpu, Dtype::f64, {2}), {weight->variable},
+                            [](BackwardCall& call) { fill(call.accumulate(0).destination, NAN); });
+  CHECK_THROWS_AS(backward({y}, {Tensor::zeros(kCpu, Dtype::f64, {2})}), NumericError);
+}
+
+TEST("a place for a gradient that nobody wants is refused") {
+  const Variable x = Variable::leaf(random64({2}, 10));
+  for (const bool sum : {false, true}) {
+    const Variable y = record("asks", x.value().clone(), {x, Variable()},
+                              [sum](BackwardCall& call) { sum ? (void)call.accumulate(1) : (void)call.buffer(1); });
+    CHECK_THROWS_AS(backward({y}, {Tensor::zeros(kCpu, Dtype::f64, {2})}), ValueError);
+  }
+}
+
+TEST("the trace of a backward shows the gradient that came in") {
+  const ScratchFolder scratch;
+  const std::string path = scratch.file("trace.txt");
+  const Variable y = square(Variable::leaf(random64({3, 2}, 11)));
+  const int kept = dup(2), file = open(path.c_str(), O_WRONLY | O_CREAT, 0600);
+  dup2(file, 2);
+  {
+    const SwitchScope scope([](Switches& s) { s.trace = 2; });
+    backward({y}, {Tensor::zeros(kCpu, Dtype::f64, {3, 2})});
+  }
+  dup2(kept, 2);
+  close(kept), close(file);
+  const std::string trace = read_text_file(path);
+  CHECK(trace.find("square_backward") != std::string::npos);
+  CHECK(trace.find("[3, 2] f64 cpu") != std::string::npos);
+}
+
+TEST("a trace that cannot be written does not end the program") {
+  const int kept = dup(2), full = open("/dev/full", O_WRONLY);
+  dup2(full, 2);
+  {
+    const SwitchScope scope([](Switches& s) { s.trace = 1; });
+    const OpScope op("traced");
+  }
+  dup2(kept, 2);
+  close(kept), close(full);
+  CHECK(current_op_path().empty());
 }

@@ -21,12 +21,15 @@ Tensor random_tensor(const Device& device, Dtype dtype, Shape shape, uint64_t se
   return host.to(dtype).to(device);
 }
 
-GradcheckResult gradcheck(const std::function<std::vector<Variable>(const std::vector<Variable>&)>& f, const std::vector<Tensor>& inputs, uint64_t seed) {
+GradcheckResult gradcheck(const std::function<std::vector<Variable>(const std::vector<Variable>&)>& f, const std::vector<Tensor>& inputs,
+                          uint64_t seed) {
   for (const Tensor& input : inputs)
     if (input.dtype() != Dtype::f64 || input.device().is_cuda() || !input.is_contiguous())
       throw DtypeError("gradcheck: inputs are contiguous f64 tensors on the CPU", {{"input", input.describe()}});
 
-  auto projection = [&](const Tensor& output, std::size_t k) { return random_tensor(output.device(), Dtype::f64, output.shape(), seed + 1000 + k); };
+  auto projection = [&](const Tensor& output, std::size_t k) {
+    return random_tensor(output.device(), Dtype::f64, output.shape(), seed + 1000 + k);
+  };
   auto scalar = [&] {
     const NoGrad no_grad;
     std::vector<Variable> variables(inputs.begin(), inputs.end());

@@ -21,7 +21,7 @@ struct GradEdge {
 
   // Leaves:
   std::string name;
-  Tensor grad;           // the sum so far; for a parameter, its place in the flat buffer
+  Tensor grad;  // the sum so far; for a parameter, its place in the flat buffer
   bool is_parameter = false;
   bool started = false;  // grad holds a value
 
@@ -52,7 +52,10 @@ class Node {
   std::vector<Slot> outputs;
   std::vector<std::pair<int, Tensor>> pending;  // accumulate() results of inputs that are not parameters, delivered after the function
 
+  std::vector<int> summed_in_place;  // accumulate() results of parameters, with LONGHAND_CHECK=1 searched for NaN and infinity
+
   void run();
+  GradEdge& wanted(int input) const;  // ValueError when input wants no gradient
   void deliver(int input, const Tensor& grad, bool owned);
 };
 
@@ -60,7 +63,8 @@ class Node {
 class Tape {
  public:
   static Variable make(Tensor value, std::shared_ptr<GradEdge> edge);
-  static std::vector<Variable> record(const char* op, std::vector<Tensor> outputs, const std::vector<Variable>& inputs, BackwardFunction function);
+  static std::vector<Variable> record(const char* op, std::vector<Tensor> outputs, const std::vector<Variable>& inputs,
+                                      BackwardFunction function);
 };
 
 }  // namespace longhand

@@ -19,13 +19,16 @@ void require_finite(const Tensor& t, const std::string& op, const std::string& l
   if (!t.defined() || t.numel() == 0) return;
   const int64_t index = first_non_finite(t);
   if (index < 0) return;
-  throw NumericError(op + ": " + what + " is not finite", {{"layer", layer.empty() ? "(none)" : layer},
-                                                           {"tensor", t.describe()},
-                                                           {"index", std::to_string(index) + " (row-major)"},
-                                                           {"value", std::to_string(t.contiguous().reshape({t.numel()}).slice(0, index, index + 1).item())}});
+  throw NumericError(op + ": " + what + " is not finite",
+                     {{"layer", layer.empty() ? "(none)" : layer},
+                      {"tensor", t.describe()},
+                      {"index", std::to_string(index) + " (row-major)"},
+                      {"value", std::to_string(t.contiguous().reshape({t.numel()}).slice(0, index, index + 1).item())}});
 }
 
-bool same_place(const Tensor& a, const Tensor& b) { return a.same_storage(b) && a.offset() == b.offset(); }
+bool same_place(const Tensor& a, const Tensor& b) {
+  return a.same_storage(b) && a.offset() == b.offset();
+}
 
 }  // namespace
 
@@ -59,7 +62,8 @@ Variable Variable::leaf(Tensor value, std::string name) {
 
 Variable Variable::parameter(Tensor value, Tensor grad_sink, std::string name) {
   if (!(grad_sink.shape() == value.shape()))
-    throw ShapeError("parameter: the gradient's place has another shape", {{"value", value.describe()}, {"grad", grad_sink.describe()}, {"name", name}});
+    throw ShapeError("parameter: the gradient's place has another shape",
+                     {{"value", value.describe()}, {"grad", grad_sink.describe()}, {"name", name}});
   Variable v = leaf(std::move(value), std::move(name));
   v.state_->edge->grad = std::move(grad_sink);
   v.state_->edge->is_parameter = true;
@@ -74,7 +78,9 @@ const std::string& Variable::name() const {
   static const std::string none;
   return state_ && state_->edge ? state_->edge->name : none;
 }
-bool Variable::requires_grad() const { return state_ && state_->edge; }
+bool Variable::requires_grad() const {
+  return state_ && state_->edge;
+}
 const Tensor& Variable::grad() const {
   static const Tensor undefined;
   return state_ && state_->edge && state_->edge->started ? state_->edge->grad : undefined;
@@ -84,15 +90,24 @@ void Variable::clear_grad() const {
   state_->edge->started = false;
   if (!state_->edge->is_parameter) state_->edge->grad = Tensor();
 }
-Variable Variable::detach() const { return Variable(value()); }
+Variable Variable::detach() const {
+  return Variable(value());
+}
 
 // --- recording ------------------------------------------------------------------------------------------------
 
-NoGrad::NoGrad() : before_(recording) { recording = false; }
-NoGrad::~NoGrad() { recording = before_; }
-bool grad_enabled() { return recording; }
+NoGrad::NoGrad() : before_(recording) {
+  recording = false;
+}
+NoGrad::~NoGrad() {
+  recording = before_;
+}
+bool grad_enabled() {
+  return recording;
+}
 
-std::vector<Variable> Tape::record(const char* op, std::vector<Tensor> outputs, const std::vector<Variable>& inputs, BackwardFunction function) {
+std::vector<Variable> Tape::record(const char* op, std::vector<Tensor> outputs, const std::vector<Variable>& inputs,
+                                   BackwardFunction function) {
   if (switches().check)
     for (std::size_t i = 0; i < outputs.size(); ++i) require_finite(outputs[i], op, current_layer(), "output " + std::to_string(i));
   const bool wanted = recording && std::any_of(inputs.begin(), inputs.end(), [](const Variable& v) { return v.requires_grad(); });
@@ -131,17 +146,21 @@ Variable record(const char* op, Tensor output, std::initializer_list<Variable> i
 
 // --- walking --------------------------------------------------------------------------------------------------
 
-const Tensor& BackwardCall::grad(int output) const { return node_.outputs.at(static_cast<std::size_t>(output)).grad; }
+const Tensor& BackwardCall::grad(int output) const {
+  return node_.outputs.at(static_cast<std::size_t>(output)).grad;
+}
 
 Tensor BackwardCall::grad_or_zeros(int output) const {
   const Node::Slot& slot = node_.outputs.at(static_cast<std::size_t>(output));
   return slot.grad.defined() ? slot.grad : Tensor::zeros(slot.device, slot.dtype, slot.shape);
 }
 
-bool BackwardCall::needs(int input) const { return node_.inputs.at(static_cast<std::size_t>(input)) != nullptr; }
+bool BackwardCall::needs(int input) const {
+  return node_.inputs.at(static_cast<std::size_t>(input)) != nullptr;
+}
 
 Tensor BackwardCall::buffer(int input) const {
-  const GradEdge& edge = *node_.inputs.at(static_cast<std::size_t>(input));
+  const GradEdge& edge = node_.wanted(input);
   if (edge.place)
     if (Tensor inside = edge.place(); inside.defined()) return inside;
   return Tensor::empty(edge.device, edge.dtype, edge.shape);
@@ -153,16 +172,24 @@ void BackwardCall::set(int input, const Tensor& grad) {
 }
 
 Accumulation BackwardCall::accumulate(int input) {
-  GradEdge& edge = *node_.inputs.at(static_cast<std::size_t>(input));
+  GradEdge& edge = node_.wanted(input);
   if (edge.is_parameter) {
     const double beta = edge.started ? 1.0 : 0.0;
     edge.started = true;
+    if (switches().check) node_.summed_in_place.push_back(input);
     return {edge.grad, beta};
   }
   const Dtype dtype = edge.dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32;
   const Tensor fresh = Tensor::empty(edge.device, dtype, edge.shape);
   node_.pending.emplace_back(input, fresh);
   return {fresh, 0.0};
+}
+
+GradEdge& Node::wanted(int input) const {
+  const auto& edge = inputs.at(static_cast<std::size_t>(input));
+  if (edge == nullptr)
+    throw ValueError(op + ": backward asked for the place of a gradient that nobody wants", {{"input", std::to_string(input)}});
+  return *edge;
 }
 
 void Node::deliver(int input, const Tensor& grad, bool owned) {
@@ -195,16 +222,18 @@ void Node::deliver(int input, const Tensor& grad, bool owned) {
 }
 
 void Node::run() {
-  if (used)
-    throw ValueError(op + ": backward over a graph that was already walked", {{"layer", layer}, {"try", "run the forward again"}});
+  if (used) throw ValueError(op + ": backward over a graph that was already walked", {{"layer", layer}, {"try", "run the forward again"}});
   used = true;
   const std::string name = op + "_backward";
   const LayerScope layer_scope(layer);
   {
-    const OpScope scope(name.c_str());
+    const auto reached = std::find_if(outputs.begin(), outputs.end(), [](const Slot& slot) { return slot.grad.defined(); });
+    const Tensor incoming = reached == outputs.end() ? Tensor() : reached->grad;
+    const OpScope scope(name.c_str(), {&incoming});
     BackwardCall call(*this);
-    if (std::any_of(outputs.begin(), outputs.end(), [](const Slot& slot) { return slot.grad.defined(); })) function(call);
+    if (incoming.defined()) function(call);
     for (auto& [input, grad] : pending) deliver(input, grad, true);
+    for (int input : summed_in_place) require_finite(wanted(input).grad, op, layer, "gradient of input " + std::to_string(input));
   }
   function = nullptr;  // frees what it kept
   pending.clear();
@@ -224,7 +253,8 @@ void backward(const std::vector<Variable>& roots, const std::vector<Tensor>& gra
     if (!roots[i].requires_grad()) throw ValueError("backward: the root depends on nothing that wants a gradient");
     GradEdge& edge = *roots[i].state()->edge;
     if (!(edge.shape == grads[i].shape()))
-      throw ShapeError("backward: the gradient given for a root has another shape", {{"root", edge.shape.str()}, {"gradient", grads[i].describe()}});
+      throw ShapeError("backward: the gradient given for a root has another shape",
+                       {{"root", edge.shape.str()}, {"gradient", grads[i].describe()}});
     if (edge.producer && edge.producer->used)
       throw ValueError(edge.producer->op + ": backward over a graph that was already walked", {{"try", "run the forward again"}});
     Node seed;  // delivers the given gradient like any other node would
@@ -266,12 +296,14 @@ std::vector<Variable> split(const Variable& x, std::initializer_list<int64_t> wi
     Shape shape;
     Dtype dtype;
     Device device;
+    std::vector<bool> taken;  // whose place was handed out
+    Tensor fresh() const { return Tensor::empty(device, dtype, shape); }
     const Tensor& get() {
-      if (!grad.defined()) grad = Tensor::empty(device, dtype, shape);
+      if (!grad.defined()) grad = fresh();
       return grad;
     }
   };
-  auto whole = std::make_shared<Whole>(Whole{{}, x.shape(), x.value().dtype(), x.value().device()});
+  auto whole = std::make_shared<Whole>(Whole{{}, x.shape(), x.value().dtype(), x.value().device(), std::vector<bool>(widths.size())});
 
   std::vector<Tensor> parts;
   std::vector<int64_t> begins;
@@ -283,22 +315,29 @@ std::vector<Variable> split(const Variable& x, std::initializer_list<int64_t> wi
   }
   std::vector<int64_t> sizes(widths);
   auto results = Tape::record("split", std::move(parts), {x}, [whole, begins, sizes](BackwardCall& call) {
+    auto part_of = [&](const Tensor& all, std::size_t i) { return all.slice(-1, begins[i], begins[i] + sizes[i]); };
+    // A part with several contributions has left its place. Whoever wrote there may have handed that tensor to another input as well, so
+    // the place is not overwritten: the whole is built anew.
+    bool left = false;
     for (std::size_t i = 0; i < sizes.size(); ++i) {
-      const Tensor place = whole->get().slice(-1, begins[i], begins[i] + sizes[i]);
       const Tensor& grad = call.grad(static_cast<int>(i));
-      if (!grad.defined())
-        fill(place, 0);
-      else if (!same_place(grad, place))
-        copy(place, grad);
+      left = left || (whole->taken[i] && grad.defined() && !same_place(grad, part_of(whole->get(), i)));
     }
-    call.set(0, whole->get());
+    const Tensor all = left ? whole->fresh() : whole->get();
+    for (std::size_t i = 0; i < sizes.size(); ++i) {
+      const Tensor place = part_of(all, i);
+      const Tensor& grad = call.grad(static_cast<int>(i));
+      if (!grad.defined()) fill(place, 0);
+      else if (!same_place(grad, place)) copy(place, grad);
+    }
+    call.set(0, all);
     whole->grad = Tensor();
   });
   for (std::size_t i = 0; i < results.size(); ++i) {
     if (!results[i].requires_grad()) continue;
-    results[i].state()->edge->place = [whole, taken = false, at = begins[i], size = sizes[i]]() mutable {
-      if (taken) return Tensor();
-      taken = true;
+    results[i].state()->edge->place = [whole, i, at = begins[i], size = sizes[i]] {
+      if (whole->taken[i]) return Tensor();
+      whole->taken[i] = true;
       return whole->get().slice(-1, at, at + size);
     };
   }
@@ -351,7 +390,8 @@ std::string graph_dot(const Variable& root) {
     for (const auto& edge : node->inputs) {
       if (edge == nullptr) continue;
       visit_edge(edge.get());
-      text += "  " + (edge->producer ? id(edge->producer.get()) : id(edge.get())) + " -> " + id(node) + " [label=\"" + edge->shape.str() + "\"];\n";
+      text += "  " + (edge->producer ? id(edge->producer.get()) : id(edge.get())) + " -> " + id(node) + " [label=\"" + edge->shape.str() +
+              "\"];\n";
     }
   }
   return text + "}\n";

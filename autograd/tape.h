@@ -34,13 +34,15 @@ class BackwardCall {  // valid only during the call
   Tensor grad_or_zeros(int output) const;
   /// Whether input i wants a gradient; work for others may be left out.
   bool needs(int input) const;
-  /// A tensor with the shape, dtype and device of input i in which to write its gradient; hand it to set() afterwards; only where needs(input). For a view made
-  /// by split() it lies inside the gradient of the whole, so that no copy is made: its rows may be strided. Holds no values yet.
+  /// A tensor with the shape, dtype and device of input i in which to write its gradient; hand it to set() afterwards. For a
+  /// view made by split() it lies inside the gradient of the whole, so that no copy is made: its rows may be strided. Holds no values yet.
+  /// errors  ValueError where input wants no gradient (see needs())
   Tensor buffer(int input) const;
   /// Hands over the gradient of input i: same shape; f32 is welcome for parameters of any dtype.
   void set(int input, const Tensor& grad);
   /// For products that can sum in place: where to put the gradient of input i. A parameter gives its place in the flat buffer.
   /// After writing it, nothing more is to be done (no set()).
+  /// errors  ValueError where input wants no gradient
   Accumulation accumulate(int input);
 
  private:
@@ -81,7 +83,8 @@ bool grad_enabled();
 /// errors   ShapeError when the widths do not add up to the last axis
 std::vector<Variable> split(const Variable& x, std::initializer_list<int64_t> widths);
 
-/// The same elements under another shape (a view where strides allow); the gradient is a view likewise.
+/// The same elements under another shape, as a view; the gradient is a view likewise.
+/// errors   ShapeError when the strides allow no view (see Tensor::reshape)
 Variable reshape(const Variable& x, Shape shape);
 
 /// x + y elementwise, same shape and dtype.

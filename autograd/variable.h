@@ -11,8 +11,8 @@ class Node;
 
 class Variable {
  public:
-  Variable() = default;                        // undefined: stands for "absent"
-  Variable(Tensor value);                      // a constant  NOLINT: a tensor may stand wherever a variable may
+  Variable() = default;                                       // undefined: stands for "absent"
+  Variable(Tensor value);                                     // a constant  NOLINT: a tensor may stand wherever a variable may
   static Variable leaf(Tensor value, std::string name = "");  // wants a gradient, kept in grad() after backward()
 
   /// A leaf whose gradient is summed into `grad_sink` (f32, or f64 for f64 values), a view of a flat buffer; see ParameterSet.
@@ -24,9 +24,9 @@ class Variable {
   const Shape& shape() const { return value().shape(); }
   const std::string& name() const;
   bool requires_grad() const;
-  const Tensor& grad() const;                  // of a leaf; undefined before backward
-  void clear_grad() const;                     // the next backward starts this leaf's sum anew
-  Variable detach() const;                     // the same value as a constant
+  const Tensor& grad() const;  // of a leaf; undefined before backward
+  void clear_grad() const;     // the next backward starts this leaf's sum anew
+  Variable detach() const;     // the same value as a constant
 
   struct State;
   const std::shared_ptr<State>& state() const { return state_; }

@@ -24,8 +24,8 @@ std::size_t size_class(std::size_t bytes) {
 
 std::string memory_report(const MemoryUse& use) {
   auto mib = [](int64_t bytes) { return fmt::format("{:10.1f} MiB", static_cast<double>(bytes) / (1 << 20)); };
-  std::string text = fmt::format("memory  live {}  peak {}  reserved {}  taken from the system {} times\n", mib(use.live_bytes), mib(use.peak_bytes),
-                                 mib(use.reserved_bytes), use.system_allocations);
+  std::string text = fmt::format("memory  live {}  peak {}  reserved {}  taken from the system {} times\n", mib(use.live_bytes),
+                                 mib(use.peak_bytes), mib(use.reserved_bytes), use.system_allocations);
   std::vector<std::pair<int64_t, std::string>> at_peak;
   for (const auto& [op, bytes] : use.peak_by_op)
     if (bytes > 0) at_peak.emplace_back(bytes, op.empty() ? "(outside any op)" : op);
@@ -63,6 +63,7 @@ void* CachingAllocator::allocate(std::size_t bytes) {
   use_.live_bytes += signed_size;
   if (switches().memory) {
     entry.op = current_op_path();
+    entry.counted = true;
     use_.live_by_op[entry.op] += signed_size;
   }
   if (use_.live_bytes > use_.peak_bytes) {
@@ -79,7 +80,7 @@ void CachingAllocator::release(void* block) noexcept {
   if (found == live_.end()) return;
   const auto signed_size = static_cast<int64_t>(found->second.bytes);
   use_.live_bytes -= signed_size;
-  if (!found->second.op.empty()) use_.live_by_op[found->second.op] -= signed_size;
+  if (found->second.counted) use_.live_by_op[found->second.op] -= signed_size;
   free_[found->second.bytes].push_back(block);
   live_.erase(found);
 }

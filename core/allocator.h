@@ -11,11 +11,11 @@
 namespace longhand {
 
 struct MemoryUse {
-  int64_t live_bytes = 0, peak_bytes = 0;          // in use by tensors, in size classes
-  int64_t reserved_bytes = 0;                      // taken from the system
-  int64_t system_allocations = 0;                  // how often the system was asked
-  std::map<std::string, int64_t> live_by_op;       // only with LONGHAND_MEMORY=1
-  std::map<std::string, int64_t> peak_by_op;       // live_by_op at the moment of the peak
+  int64_t live_bytes = 0, peak_bytes = 0;     // in use by tensors, in size classes
+  int64_t reserved_bytes = 0;                 // taken from the system
+  int64_t system_allocations = 0;             // how often the system was asked
+  std::map<std::string, int64_t> live_by_op;  // only with LONGHAND_MEMORY=1
+  std::map<std::string, int64_t> peak_by_op;  // live_by_op at the moment of the peak
 };
 
 /// A table for people: live, peak and reserved bytes, and with LONGHAND_MEMORY=1 the ops whose tensors were alive at the peak.
@@ -42,7 +42,8 @@ class CachingAllocator {
 
  private:
   struct Block {
-    std::size_t bytes;
+    std::size_t bytes = 0;
+    bool counted = false;  // in live_by_op, under `op`
     std::string op;
   };
   mutable std::mutex mutex_;

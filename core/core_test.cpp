@@ -56,8 +56,8 @@ TEST("every f16 value survives the way through float") {
     if (std::isnan(value)) CHECK(std::isnan(static_cast<float>(back)));
     else CHECK(back.bits == h.bits);
   }
-  CHECK(f16(65519.0f).bits == 0x7bff);  // rounds down to the largest finite value
-  CHECK(f16(65520.0f).bits == 0x7c00);  // the tie goes to infinity
+  CHECK(f16(65519.0f).bits == 0x7bff);                 // rounds down to the largest finite value
+  CHECK(f16(65520.0f).bits == 0x7c00);                 // the tie goes to infinity
   CHECK(f16(1.0f + 0x1p-11f).bits == f16(1.0f).bits);  // tie to even
 }
 
@@ -114,6 +114,17 @@ TEST("memory is counted by op and layer") {
   const OpScope op("ssd");
   const Tensor t = Tensor::empty(Device::cpu(), Dtype::f32, {1000});
   CHECK(Device::cpu().allocator().use().live_by_op.at("layers.3/ssd") >= 4000);
+}
+
+TEST("memory outside any op is counted, and given back") {
+  const SwitchScope scope([](Switches& s) { s.memory = true; });
+  auto outside = [] { return Device::cpu().allocator().use().live_by_op[""]; };
+  const int64_t before = outside();
+  {
+    const Tensor t = Tensor::empty(Device::cpu(), Dtype::f32, {1000});
+    CHECK(outside() >= before + 4000);
+  }
+  CHECK(outside() == before);
 }
 
 TEST("poisoned buffers read as NaN") {

@@ -14,13 +14,13 @@ struct CudaContext {
   cudaStream_t stream = nullptr;  // all work of the device, in order
   cublasHandle_t blas = nullptr;
   cublasLtHandle_t blas_lt = nullptr;
-  void* workspace = nullptr;      // for cuBLAS; of fixed address, so that captured graphs stay valid
+  void* workspace = nullptr;  // for cuBLAS; of fixed address, so that captured graphs stay valid
   size_t workspace_bytes = 0;
   int sm_count = 0;
-  int major = 0, minor = 0;       // compute capability
+  int major = 0, minor = 0;             // compute capability
   int64_t shared_memory_per_block = 0;  // the opt-in limit
-  double bf16_peak_flops = 0;     // dense tensor-core peak of the datasheet, 0 when unknown
-  std::shared_ptr<void> gemm_cache;  // the algorithm chosen for each shape of matrix product; ops/common/gemm_cuda.cpp fills it
+  double bf16_peak_flops = 0;           // dense tensor-core peak of the datasheet, 0 when unknown
+  std::shared_ptr<void> gemm_cache;     // the algorithm chosen for each shape of matrix product; ops/common/gemm_cuda.cpp fills it
 };
 
 /// Throws DeviceError naming the call and CUDA's reason unless `status` is success.

@@ -1,4 +1,4 @@
-// The CPU device, and what all devices share; see device.h. The CUDA device is in device_cuda.cu.
+// The CPU device, and what all devices share; see device.h. The CUDA device is in device_cuda.cpp.
 #include "core/device.h"
 
 #include <fmt/core.h>
@@ -44,17 +44,29 @@ Device Device::parse(std::string_view text) {
   throw ConfigError("device: unknown name", {{"given", std::string(text)}, {"expected", "cpu, cuda or cuda:N"}});
 }
 
-std::string Device::name() const { return is_cuda() ? fmt::format("cuda:{}", index_) : "cpu"; }
+std::string Device::name() const {
+  return is_cuda() ? fmt::format("cuda:{}", index_) : "cpu";
+}
 
 #if !LONGHAND_WITH_CUDA
 struct CudaContext {};
-int cuda_device_count() { return 0; }
-Device Device::cuda(int) {
-  throw DeviceError("device: this build of longhand has no CUDA", {{"try", "--device cpu, or build with the cuda preset on a machine with nvcc"}});
+int cuda_device_count() {
+  return 0;
 }
-CudaContext& Device::cuda_context() const { throw DeviceError("device: not a CUDA device", {{"device", name()}}); }
+Device Device::cuda(int) {
+  throw DeviceError("device: this build of longhand has no CUDA",
+                    {{"try", "--device cpu, or build with the cuda preset on a machine with nvcc"}});
+}
+std::vector<Device> Device::opened() {
+  return {cpu()};
+}
+CudaContext& Device::cuda_context() const {
+  throw DeviceError("device: not a CUDA device", {{"device", name()}});
+}
 void Device::synchronize() const {}
-std::string Device::description() const { return fmt::format("CPU, {} threads", omp_get_max_threads()); }
+std::string Device::description() const {
+  return fmt::format("CPU, {} threads", omp_get_max_threads());
+}
 #endif
 
 }  // namespace longhand

@@ -5,6 +5,8 @@
 #include <memory>
 #include <string>
 #include <string_view>
+#include <type_traits>
+#include <vector>
 
 namespace longhand {
 
@@ -20,7 +22,11 @@ class Device {
   /// errors  DeviceError when this build has no CUDA or the machine has no such GPU
   static Device cuda(int index = 0);
 
+  /// The CPU, and every GPU that this process has opened so far.
+  static std::vector<Device> opened();
+
   /// "cpu", "cuda" or "cuda:1".
+  /// errors  ConfigError for another name; DeviceError like cuda()
   static Device parse(std::string_view text);
 
   DeviceKind kind() const { return kind_; }

@@ -24,7 +24,8 @@ void cuda_check(cudaError_t status, const char* call, const std::source_location
 
 void cublas_check(cublasStatus_t status, const char* call, const std::source_location& at) {
   if (status == CUBLAS_STATUS_SUCCESS) return;
-  throw DeviceError("cuda: a cuBLAS call failed", {{"call", call}, {"reason", cublasGetStatusString(status)}, {"op", current_op_path()}}, at);
+  throw DeviceError("cuda: a cuBLAS call failed", {{"call", call}, {"reason", cublasGetStatusString(status)}, {"op", current_op_path()}},
+                    at);
 }
 
 void launch_check(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, const std::source_location& at) {
@@ -75,10 +76,12 @@ class CudaAllocator final : public CachingAllocator {
 // Dense bf16 peaks of the datasheets, for MFU; a GPU that is not listed has no MFU rather than a wrong one.
 double bf16_peak(const cudaDeviceProp& properties) {
   const std::string name = properties.name;
-  if (name.find("H100") != std::string::npos && name.find("PCIe") == std::string::npos) return 989e12;
-  if (name.find("H200") != std::string::npos) return 989e12;
-  if (name.find("H100 PCIe") != std::string::npos) return 756e12;
-  if (name.find("A100") != std::string::npos) return 312e12;
+  auto has = [&](const char* part) { return name.find(part) != std::string::npos; };
+  if (has("MIG")) return 0;  // a slice of a GPU
+  if (has("H100 PCIe")) return 756e12;
+  if (has("H100 NVL") || has("H200 NVL")) return 835e12;
+  if (has("H100") || has("H200")) return 989e12;
+  if (has("A100")) return 312e12;
   return 0;
 }
 
@@ -109,6 +112,14 @@ Device open_cuda(int index) {
   return DeviceFactory::make(DeviceKind::cuda, index, std::move(allocator), std::move(context));
 }
 
+// One entry per physical device for the whole process: its memory and its stream exist once. Locked while an object of this type lives.
+struct OpenDevices {
+  static inline std::mutex mutex;
+  static inline auto* const all = new std::map<int, Device>;  // never destroyed: the driver may be gone before static objects are
+  std::lock_guard<std::mutex> lock{mutex};
+  std::map<int, Device>& devices = *all;
+};
+
 }  // namespace
 
 int cuda_device_count() {
@@ -121,17 +132,21 @@ int cuda_device_count() {
 }
 
 Device Device::cuda(int index) {
-  // One entry per physical device for the whole process: its memory and its stream exist once.
-  static std::mutex mutex;
-  static auto* const devices = new std::map<int, Device>;  // never destroyed: the driver may be gone before static objects are
-  const std::lock_guard lock(mutex);
-  if (const auto found = devices->find(index); found != devices->end()) return found->second;
+  const OpenDevices open;
+  if (const auto found = open.devices.find(index); found != open.devices.end()) return found->second;
   const int count = cuda_device_count();
   if (index < 0 || index >= count)
     throw DeviceError("device: no such GPU", {{"asked", fmt::format("cuda:{}", index)},
                                               {"found", fmt::format("{} CUDA devices", count)},
                                               {"try", "--device cpu, or check nvidia-smi and CUDA_VISIBLE_DEVICES"}});
-  return devices->emplace(index, open_cuda(index)).first->second;
+  return open.devices.emplace(index, open_cuda(index)).first->second;
+}
+
+std::vector<Device> Device::opened() {
+  std::vector<Device> devices{cpu()};
+  const OpenDevices open;
+  for (const auto& [index, device] : open.devices) devices.push_back(device);
+  return devices;
 }
 
 CudaContext& Device::cuda_context() const {

@@ -10,18 +10,22 @@ namespace {
 
 struct Row {
   const char* name;
-  int64_t size;
   bool floating;
 };
-constexpr std::array<Row, 8> kRows{{{"f64", 8, true}, {"f32", 4, true}, {"f16", 2, true}, {"bf16", 2, true},
-                                    {"i64", 8, false}, {"i32", 4, false}, {"u16", 2, false}, {"u8", 1, false}}};
-const Row& row(Dtype dtype) { return kRows[static_cast<std::size_t>(dtype)]; }
+constexpr std::array<Row, 8> kRows{
+    {{"f64", true}, {"f32", true}, {"f16", true}, {"bf16", true}, {"i64", false}, {"i32", false}, {"u16", false}, {"u8", false}}};
+const Row& row(Dtype dtype) {
+  return kRows[static_cast<std::size_t>(dtype)];
+}
 
 }  // namespace
 
-int64_t size_of(Dtype dtype) { return row(dtype).size; }
-const char* name_of(Dtype dtype) { return row(dtype).name; }
-bool is_floating(Dtype dtype) { return row(dtype).floating; }
+const char* name_of(Dtype dtype) {
+  return row(dtype).name;
+}
+bool is_floating(Dtype dtype) {
+  return row(dtype).floating;
+}
 
 Dtype parse_dtype(const std::string& name) {
   for (std::size_t i = 0; i < kRows.size(); ++i)

@@ -1,6 +1,7 @@
 // Element types, and the two 16-bit floating point types as plain host values (storage and rounding; no arithmetic of their own).
 #pragma once
 #include <bit>
+#include <cstddef>
 #include <cstdint>
 #include <string>
 
@@ -8,8 +9,12 @@ namespace longhand {
 
 enum class Dtype : uint8_t { f64, f32, f16, bf16, i64, i32, u16, u8 };
 
-int64_t size_of(Dtype dtype);           // bytes of one element
-const char* name_of(Dtype dtype);       // "f32"
+/// Bytes of one element.
+constexpr int64_t size_of(Dtype dtype) {
+  constexpr int64_t kBytes[] = {8, 4, 2, 2, 8, 4, 2, 1};
+  return kBytes[static_cast<std::size_t>(dtype)];
+}
+const char* name_of(Dtype dtype);  // "f32"
 bool is_floating(Dtype dtype);
 Dtype parse_dtype(const std::string&);  // "bf16" -> Dtype::bf16; ConfigError for an unknown name
 
@@ -37,27 +42,59 @@ struct f16 {
 
 template <class T>
 constexpr Dtype dtype_of();
-template <> constexpr Dtype dtype_of<double>() { return Dtype::f64; }
-template <> constexpr Dtype dtype_of<float>() { return Dtype::f32; }
-template <> constexpr Dtype dtype_of<f16>() { return Dtype::f16; }
-template <> constexpr Dtype dtype_of<bf16>() { return Dtype::bf16; }
-template <> constexpr Dtype dtype_of<int64_t>() { return Dtype::i64; }
-template <> constexpr Dtype dtype_of<int32_t>() { return Dtype::i32; }
-template <> constexpr Dtype dtype_of<uint16_t>() { return Dtype::u16; }
-template <> constexpr Dtype dtype_of<uint8_t>() { return Dtype::u8; }
+template <>
+constexpr Dtype dtype_of<double>() {
+  return Dtype::f64;
+}
+template <>
+constexpr Dtype dtype_of<float>() {
+  return Dtype::f32;
+}
+template <>
+constexpr Dtype dtype_of<f16>() {
+  return Dtype::f16;
+}
+template <>
+constexpr Dtype dtype_of<bf16>() {
+  return Dtype::bf16;
+}
+template <>
+constexpr Dtype dtype_of<int64_t>() {
+  return Dtype::i64;
+}
+template <>
+constexpr Dtype dtype_of<int32_t>() {
+  return Dtype::i32;
+}
+template <>
+constexpr Dtype dtype_of<uint16_t>() {
+  return Dtype::u16;
+}
+template <>
+constexpr Dtype dtype_of<uint8_t>() {
+  return Dtype::u8;
+}
 
 /// Calls f with a value of the host type of `dtype`: visit(d, [&](auto element) { using T = decltype(element); ... }).
 template <class F>
 decltype(auto) visit(Dtype dtype, F&& f) {
   switch (dtype) {
-    case Dtype::f64: return f(double{});
-    case Dtype::f32: return f(float{});
-    case Dtype::f16: return f(f16{});
-    case Dtype::bf16: return f(bf16{});
-    case Dtype::i64: return f(int64_t{});
-    case Dtype::i32: return f(int32_t{});
-    case Dtype::u16: return f(uint16_t{});
-    case Dtype::u8: break;
+    case Dtype::f64:
+      return f(double{});
+    case Dtype::f32:
+      return f(float{});
+    case Dtype::f16:
+      return f(f16{});
+    case Dtype::bf16:
+      return f(bf16{});
+    case Dtype::i64:
+      return f(int64_t{});
+    case Dtype::i32:
+      return f(int32_t{});
+    case Dtype::u16:
+      return f(uint16_t{});
+    case Dtype::u8:
+      break;
   }
   return f(uint8_t{});
 }

@@ -28,7 +28,7 @@ class Error : public std::runtime_error {
 };
 
 // One type per kind of mistake.
-enum class Mistake { shape, dtype, value, domain, numeric, device, memory, file, config };
+enum class Mistake { shape, dtype, value, numeric, device, memory, file, config };
 
 template <Mistake kind>
 class ErrorOf : public Error {
@@ -41,7 +41,6 @@ class ErrorOf : public Error {
 using ShapeError = ErrorOf<Mistake::shape>;      // tensors whose sizes do not fit together
 using DtypeError = ErrorOf<Mistake::dtype>;      // an element type the op does not take
 using ValueError = ErrorOf<Mistake::value>;      // an argument outside its range
-using DomainError = ErrorOf<Mistake::domain>;    // tensor contents outside the op's domain (LONGHAND_CHECK=1)
 using NumericError = ErrorOf<Mistake::numeric>;  // NaN or infinity where a number must be
 using DeviceError = ErrorOf<Mistake::device>;    // a missing device, a failed CUDA call, tensors on different devices
 using MemoryError = ErrorOf<Mistake::memory>;    // an allocation that does not fit

@@ -15,7 +15,9 @@
 namespace longhand {
 namespace {
 
-std::string system_reason() { return std::strerror(errno); }
+std::string system_reason() {
+  return std::strerror(errno);
+}
 
 struct Descriptor {
   int fd;

@@ -20,7 +20,9 @@ LayerScope::LayerScope(std::string_view name, int index) : length_before_(layer_
   layer_path += name;
   if (index >= 0) layer_path += "." + std::to_string(index);
 }
-LayerScope::~LayerScope() { layer_path.resize(length_before_); }
+LayerScope::~LayerScope() {
+  layer_path.resize(length_before_);
+}
 
 OpScope::OpScope(const char* op, std::initializer_list<const Tensor*> inputs) : outer_(running_op) {
   running_op = op;
@@ -35,14 +37,14 @@ OpScope::OpScope(const char* op, std::initializer_list<const Tensor*> inputs) : 
 }
 
 OpScope::~OpScope() {
-  if (switches().trace == 1) fmt::print(stderr, "trace {}\n", current_op_path());
-  if (switches().trace == 2) {
-    try {
+  try {
+    if (switches().trace == 1) fmt::print(stderr, "trace {}\n", current_op_path());
+    if (switches().trace == 2) {
       if (first_ != nullptr) first_->device().synchronize();
-    } catch (...) {  // reported by the op itself
+      const std::chrono::duration<double, std::milli> elapsed = std::chrono::steady_clock::now() - begin_;
+      fmt::print(stderr, "trace {:<40} {:9.3f} ms  {}\n", current_op_path(), elapsed.count(), inputs_);
     }
-    const std::chrono::duration<double, std::milli> elapsed = std::chrono::steady_clock::now() - begin_;
-    fmt::print(stderr, "trace {:<40} {:9.3f} ms  {}\n", current_op_path(), elapsed.count(), inputs_);
+  } catch (...) {  // a failed device is reported by its next call; a stderr that takes no text has no reader
   }
   running_op = outer_;
 }
@@ -51,6 +53,8 @@ std::string current_op_path() {
   if (running_op == nullptr) return layer_path;
   return layer_path.empty() ? std::string(running_op) : layer_path + "/" + running_op;
 }
-const std::string& current_layer() { return layer_path; }
+const std::string& current_layer() {
+  return layer_path;
+}
 
 }  // namespace longhand

@@ -44,7 +44,9 @@ LONGHAND_HOST_DEVICE inline uint64_t philox_u64(uint64_t key, uint64_t a, uint64
 }
 
 /// A word as a number in (0, 1): (w + 1/2) / 2^32, never 0 and never 1.
-LONGHAND_HOST_DEVICE inline double unit_interval(uint32_t word) { return (static_cast<double>(word) + 0.5) * 0x1p-32; }
+LONGHAND_HOST_DEVICE inline double unit_interval(uint32_t word) {
+  return (static_cast<double>(word) + 0.5) * 0x1p-32;
+}
 
 /// Two independent N(0, 1) numbers from two words, by the Box-Muller transform.
 LONGHAND_HOST_DEVICE inline void box_muller(uint32_t w0, uint32_t w1, float& n0, float& n1) {
@@ -69,7 +71,9 @@ LONGHAND_HOST_DEVICE inline float philox_normal(uint64_t key, uint64_t index) {
 }
 
 /// A new key from a key and a tag: sub-streams for (seed, step), then layer, then row. `tag` may be a hash_name().
-LONGHAND_HOST_DEVICE inline uint64_t philox_key(uint64_t key, uint64_t tag) { return philox_u64(key, tag, 2); }
+LONGHAND_HOST_DEVICE inline uint64_t philox_key(uint64_t key, uint64_t tag) {
+  return philox_u64(key, tag, 2);
+}
 
 /// FNV-1a of a name, to key a stream by what it is for ("init", "shuffle", a parameter's name).
 constexpr uint64_t hash_name(const char* name) {

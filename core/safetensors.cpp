@@ -16,14 +16,15 @@ using Json = nlohmann::json;
 constexpr std::size_t kLargestHeader = 100'000'000;
 constexpr std::size_t kLongestName = 4096;
 constexpr std::size_t kMostTensors = 1'000'000;
+constexpr int kDeepestNesting = 8;
 constexpr uint64_t kLargestInteger = uint64_t{1} << 48;
 
 struct DtypeName {
   const char* name;
   Dtype dtype;
 };
-constexpr DtypeName kDtypes[] = {{"F64", Dtype::f64}, {"F32", Dtype::f32}, {"F16", Dtype::f16}, {"BF16", Dtype::bf16},
-                                 {"I64", Dtype::i64}, {"I32", Dtype::i32}, {"U16", Dtype::u16}, {"U8", Dtype::u8}, {"BOOL", Dtype::u8}};
+constexpr DtypeName kDtypes[] = {{"F64", Dtype::f64}, {"F32", Dtype::f32}, {"F16", Dtype::f16}, {"BF16", Dtype::bf16}, {"I64", Dtype::i64},
+                                 {"I32", Dtype::i32}, {"U16", Dtype::u16}, {"U8", Dtype::u8},   {"BOOL", Dtype::u8}};
 
 const char* file_name_of(Dtype dtype) {
   for (const auto& row : kDtypes)
@@ -40,9 +41,11 @@ class Reader {
     if (bytes.size() < 8) refuse("shorter than the 8 bytes of the header's length");
     uint64_t header_bytes = 0;
     std::memcpy(&header_bytes, bytes.data(), 8);
-    if (header_bytes > kLargestHeader) refuse("the header's length is over the limit of 100,000,000 bytes", {{"length", std::to_string(header_bytes)}});
+    if (header_bytes > kLargestHeader)
+      refuse("the header's length is over the limit of 100,000,000 bytes", {{"length", std::to_string(header_bytes)}});
     if (header_bytes > bytes.size() - 8)
-      refuse("the header is longer than the file", {{"length", std::to_string(header_bytes)}, {"file bytes", std::to_string(bytes.size())}});
+      refuse("the header is longer than the file",
+             {{"length", std::to_string(header_bytes)}, {"file bytes", std::to_string(bytes.size())}});
     const char* text = reinterpret_cast<const char*>(bytes.data()) + 8;
     const Json header = parse(text, text + header_bytes);
     data_ = bytes.data() + 8 + header_bytes;
@@ -66,10 +69,12 @@ class Reader {
     uint64_t at = 0;
     for (const auto& [begin, end] : spans) {
       if (begin != at)
-        refuse(begin > at ? "a gap between tensors" : "tensors that overlap", {{"data byte", std::to_string(at)}, {"next begins at", std::to_string(begin)}});
+        refuse(begin > at ? "a gap between tensors" : "tensors that overlap",
+               {{"data byte", std::to_string(at)}, {"next begins at", std::to_string(begin)}});
       at = end;
     }
-    if (at != data_bytes_) refuse("bytes after the last tensor", {{"tensors end at", std::to_string(at)}, {"data bytes", std::to_string(data_bytes_)}});
+    if (at != data_bytes_)
+      refuse("bytes after the last tensor", {{"tensors end at", std::to_string(at)}, {"data bytes", std::to_string(data_bytes_)}});
     return result;
   }
 
@@ -81,13 +86,18 @@ class Reader {
 
   // Strict JSON: one object, no key twice on a level (nlohmann keeps the last silently, so keys are watched while parsing).
   Json parse(const char* begin, const char* end) const {
+    // Two things that nlohmann lets pass: a NUL ends its input early, and a byte order mark is skipped.
+    if (std::find(begin, end, '\0') != end) refuse("a NUL byte in the header");
+    const char* first = std::find_if(begin, end, [](char c) { return c != ' ' && c != '\t' && c != '\n' && c != '\r'; });
+    if (first == end || (*first != '{' && *first != '[')) refuse("the header does not begin with {");
     std::vector<std::set<std::string>> keys;
     std::string duplicate;
+    bool deep = false;
     const auto watch = [&](int depth, Json::parse_event_t event, Json& parsed) {
       if (event == Json::parse_event_t::object_start) keys.emplace_back();
       if (event == Json::parse_event_t::object_end) keys.pop_back();
       if (event == Json::parse_event_t::key && !keys.back().insert(parsed.get<std::string>()).second) duplicate = parsed.get<std::string>();
-      if (depth > 8) duplicate = "(nesting deeper than 8)";
+      deep = deep || depth > kDeepestNesting;
       return true;
     };
     Json header;
@@ -96,6 +106,7 @@ class Reader {
     } catch (const Json::exception& problem) {
       refuse("the header is not valid JSON", {{"reason", problem.what()}});
     }
+    if (deep) refuse("the header is nested deeper than 8 levels");
     if (!duplicate.empty()) refuse("a key of the header stands twice", {{"key", duplicate}});
     if (!header.is_object()) refuse("the header is not a JSON object");
     if (header.size() > kMostTensors) refuse("more tensors than the limit of 1,000,000");
@@ -121,7 +132,8 @@ class Reader {
     const DtypeName* known = nullptr;
     for (const auto& row : kDtypes)
       if (dtype_name.get<std::string>() == row.name) known = &row;
-    if (known == nullptr) refuse("an element type that longhand does not read", {{"tensor", name}, {"dtype", dtype_name.get<std::string>()}});
+    if (known == nullptr)
+      refuse("an element type that longhand does not read", {{"tensor", name}, {"dtype", dtype_name.get<std::string>()}});
     if (sizes.size() > static_cast<std::size_t>(Shape::kMaxRank))
       refuse("more axes than a tensor can have", {{"tensor", name}, {"shape", sizes.dump()}});
 
@@ -136,9 +148,11 @@ class Reader {
     const uint64_t begin = whole_number(name, offsets[0]), end = whole_number(name, offsets[1]);
     const uint64_t expected = elements * static_cast<uint64_t>(size_of(known->dtype));
     if (end < begin || end > data_bytes_)
-      refuse("data_offsets outside the file", {{"tensor", name}, {"data_offsets", offsets.dump()}, {"data bytes", std::to_string(data_bytes_)}});
+      refuse("data_offsets outside the file",
+             {{"tensor", name}, {"data_offsets", offsets.dump()}, {"data bytes", std::to_string(data_bytes_)}});
     if (end - begin != expected)
-      refuse("data_offsets do not fit dtype and shape", {{"tensor", name}, {"bytes", std::to_string(end - begin)}, {"expected", std::to_string(expected)}});
+      refuse("data_offsets do not fit dtype and shape",
+             {{"tensor", name}, {"bytes", std::to_string(end - begin)}, {"expected", std::to_string(expected)}});
     spans.emplace_back(begin, end);
 
     const std::byte* address = data_ + begin;
@@ -163,9 +177,12 @@ const Tensor& NamedTensors::at(const std::string& name) const {
   return found->second;
 }
 
-NamedTensors read_safetensors(const std::string& path) { return Reader(path).read(); }
+NamedTensors read_safetensors(const std::string& path) {
+  return Reader(path).read();
+}
 
-void write_safetensors(const std::string& path, const std::map<std::string, Tensor>& tensors, const std::map<std::string, std::string>& metadata) {
+void write_safetensors(const std::string& path, const std::map<std::string, Tensor>& tensors,
+                       const std::map<std::string, std::string>& metadata) {
   std::vector<std::pair<std::string, Tensor>> order(tensors.begin(), tensors.end());
   std::stable_sort(order.begin(), order.end(),
                    [](const auto& a, const auto& b) { return size_of(a.second.dtype()) > size_of(b.second.dtype()); });

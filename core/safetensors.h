@@ -20,12 +20,14 @@ struct NamedTensors {
 };
 
 /// Reads F64, F32, F16, BF16, I64, I32, U16, U8 (BOOL as U8).
-/// errors  FileError naming file, tensor and rule: header not JSON, larger than the file or over 100,000,000 bytes; duplicate or unknown keys; a
+/// errors  FileError naming file, tensor and rule: header not JSON, larger than the file or over 100,000,000 bytes; duplicate or unknown
+/// keys; a
 ///         size that is not the product of the shape; gaps, overlaps or bytes after the last tensor; another dtype (by name)
 NamedTensors read_safetensors(const std::string& path);
 
 /// Writes all tensors (from any device, any strides): larger element types first, then by name; the data begins at a multiple of 64.
 /// errors  FileError; the file appears only when it is whole
-void write_safetensors(const std::string& path, const std::map<std::string, Tensor>& tensors, const std::map<std::string, std::string>& metadata = {});
+void write_safetensors(const std::string& path, const std::map<std::string, Tensor>& tensors,
+                       const std::map<std::string, std::string>& metadata = {});
 
 }  // namespace longhand

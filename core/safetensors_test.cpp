@@ -34,7 +34,9 @@ std::string refusal(const std::string& bytes) {
   return "";
 }
 
-bool refused_for(const std::string& bytes, const std::string& reason) { return refusal(bytes).find(reason) != std::string::npos; }
+bool refused_for(const std::string& bytes, const std::string& reason) {
+  return refusal(bytes).find(reason) != std::string::npos;
+}
 
 }  // namespace
 
@@ -75,16 +77,25 @@ TEST("each broken rule is refused by name") {
   CHECK(refused_for(file_of("{\"a\":", ""), "not valid JSON"));
   CHECK(refused_for(file_of("[1]", ""), "not a JSON object"));
   CHECK(refused_for(file_of("{} x", ""), "not valid JSON"));
+  CHECK(refused_for(file_of(one + std::string("\0x", 2), data), "a NUL byte"));
+  CHECK(refused_for(file_of("\xEF\xBB\xBF" + one, data), "does not begin with {"));
+  CHECK(refusal(file_of(" \n" + one + "  ", data)).empty());  // white space around it is fine
+  CHECK(refused_for(file_of(R"({"a":[[[[[[[[[1]]]]]]]]]})", ""), "nested"));
   CHECK(refused_for(file_of(one, data + "x"), "bytes after the last tensor"));
   CHECK(refused_for(file_of(one, "1234"), "outside the file"));
   CHECK(refused_for(file_of(R"({"a":{"dtype":"F32","shape":[3],"data_offsets":[0,8]}})", data), "do not fit dtype and shape"));
   CHECK(refused_for(file_of(R"({"a":{"dtype":"F32","shape":[-2],"data_offsets":[0,8]}})", data), "not a non-negative integer"));
   CHECK(refused_for(file_of(R"({"a":{"dtype":"F32","shape":[2.0],"data_offsets":[0,8]}})", data), "not a non-negative integer"));
   CHECK(refused_for(file_of(R"({"a":{"dtype":"F8_E4M3","shape":[8],"data_offsets":[0,8]}})", data), "F8_E4M3"));
-  CHECK(refused_for(file_of(R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8],"x":1}})", data), "exactly dtype, shape and data_offsets"));
+  CHECK(refused_for(file_of(R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8],"x":1}})", data),
+                    "exactly dtype, shape and data_offsets"));
   CHECK(refused_for(file_of(R"({"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}})", data), "a gap"));
-  CHECK(refused_for(file_of(R"({"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}})", data), "overlap"));
-  CHECK(refused_for(file_of(R"({"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}})", data), "stands twice"));
+  CHECK(refused_for(
+      file_of(R"({"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}})", data),
+      "overlap"));
+  CHECK(refused_for(
+      file_of(R"({"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}})", data),
+      "stands twice"));
   CHECK(refused_for(file_of(R"({"a":{"dtype":"F32","dtype":"F32","shape":[2],"data_offsets":[0,8]}})", data), "stands twice"));
   CHECK(refused_for(file_of(R"({"__metadata__":{"k":1}})", ""), "not a string"));
   CHECK(refused_for(file_of(R"({"a\u0000b":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}})", data), "control character"));

@@ -17,19 +17,21 @@ void Shape::push_back(int64_t size) {
   sizes_[static_cast<std::size_t>(rank_++)] = size;
 }
 
-std::size_t Shape::index(int axis) const {
-  const int i = axis < 0 ? axis + rank_ : axis;
-  if (i < 0 || i >= rank_) throw ShapeError("shape: no such axis", {{"axis", std::to_string(axis)}, {"shape", str()}});
-  return static_cast<std::size_t>(i);
+void Shape::refuse_axis(int axis) const {
+  throw ShapeError("shape: no such axis", {{"axis", std::to_string(axis)}, {"shape", str()}});
 }
 
 int64_t Shape::numel() const {
+  constexpr int64_t kMostElements = int64_t{1} << 60;  // their bytes fit in 64 bits
   int64_t n = 1;
-  for (int64_t size : *this) n *= size;
+  for (int64_t size : *this)
+    if (__builtin_mul_overflow(n, size, &n) || n > kMostElements) throw ShapeError("shape: more than 2^60 elements", {{"shape", str()}});
   return n;
 }
 
-bool Shape::operator==(const Shape& other) const { return std::equal(begin(), end(), other.begin(), other.end()); }
+bool Shape::operator==(const Shape& other) const {
+  return std::equal(begin(), end(), other.begin(), other.end());
+}
 
 std::string Shape::str() const {
   std::string text = "[";

@@ -22,13 +22,18 @@ class Shape {
   int64_t& operator[](int axis) { return sizes_[index(axis)]; }
   const int64_t* begin() const { return sizes_.data(); }
   const int64_t* end() const { return sizes_.data() + rank_; }
-  int64_t numel() const;
+  int64_t numel() const;  // ShapeError over 2^60
   void push_back(int64_t size);
   bool operator==(const Shape& other) const;
   std::string str() const;  // "[8, 2048, 1024]"
 
  private:
-  std::size_t index(int axis) const;
+  std::size_t index(int axis) const {
+    const int i = axis < 0 ? axis + rank_ : axis;
+    if (i < 0 || i >= rank_) refuse_axis(axis);
+    return static_cast<std::size_t>(i);
+  }
+  [[noreturn]] void refuse_axis(int axis) const;
   std::array<int64_t, kMaxRank> sizes_{};
   int rank_ = 0;
 };

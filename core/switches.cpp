@@ -15,7 +15,7 @@ namespace {
 
 constexpr std::array<SwitchRow, 6> kTable{{
     {"LONGHAND_TRACE", "0, 1, 2", "each op in order; 2 adds shapes, dtypes and milliseconds"},
-    {"LONGHAND_MEMORY", "0, 1", "live bytes by op, and the tensors alive at the peak"},
+    {"LONGHAND_MEMORY", "0, 1", "live and peak bytes, and the ops whose tensors were alive at the peak"},
     {"LONGHAND_CHECK", "0, 1", "domain checks; stops at the first NaN or infinity and names op, tensor, index and layer"},
     {"LONGHAND_POISON", "0, 1", "new buffers start as NaN, so that a value nobody wrote is seen"},
     {"LONGHAND_DATA", "folder", "real data for the tests (without it those tests are skipped)"},
@@ -45,9 +45,15 @@ Switches& current() {
 
 }  // namespace
 
-const Switches& switches() { return current(); }
-void SwitchScope::set(const Switches& s) { current() = s; }
-std::span<const SwitchRow> switch_table() { return kTable; }
+const Switches& switches() {
+  return current();
+}
+void SwitchScope::set(const Switches& s) {
+  current() = s;
+}
+std::span<const SwitchRow> switch_table() {
+  return kTable;
+}
 
 std::vector<std::string> unknown_switches() {
   std::vector<std::string> unknown;

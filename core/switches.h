@@ -8,7 +8,7 @@ namespace longhand {
 
 struct Switches {
   int trace = 0;        // LONGHAND_TRACE: 1 prints each op in order, 2 adds shapes and milliseconds
-  bool memory = false;  // LONGHAND_MEMORY: live bytes by op, and the largest tensors at the peak
+  bool memory = false;  // LONGHAND_MEMORY: bytes alive at the peak, by the op that made them
   bool check = false;   // LONGHAND_CHECK: domain checks; stop at the first NaN or infinity
   bool poison = false;  // LONGHAND_POISON: new buffers are filled with NaN, so that a value nobody wrote is seen
 };

@@ -39,18 +39,16 @@ void for_each_row(const Tensor& dst, const Tensor& src, F&& visit_row) {
   }
 }
 
-int64_t last_axis(const Tensor& t) { return t.rank() == 0 ? 1 : t.dim(-1); }
+int64_t last_axis(const Tensor& t) {
+  return t.rank() == 0 ? 1 : t.dim(-1);
+}
 
 template <class To, class From>
 To convert(From value) {
-  if constexpr (std::is_same_v<To, From>)
-    return value;
-  else if constexpr (std::is_same_v<To, bf16> || std::is_same_v<To, f16>)
-    return To(static_cast<float>(value));
-  else if constexpr (std::is_same_v<From, bf16> || std::is_same_v<From, f16>)
-    return static_cast<To>(static_cast<float>(value));
-  else
-    return static_cast<To>(value);
+  if constexpr (std::is_same_v<To, From>) return value;
+  else if constexpr (std::is_same_v<To, bf16> || std::is_same_v<To, f16>) return To(static_cast<float>(value));
+  else if constexpr (std::is_same_v<From, bf16> || std::is_same_v<From, f16>) return static_cast<To>(static_cast<float>(value));
+  else return static_cast<To>(value);
 }
 
 void require_same_shape(const char* op, const Tensor& dst, const Tensor& src) {
@@ -77,7 +75,9 @@ Tensor Tensor::empty(const Device& device, Dtype dtype, Shape shape) {
   return t;
 }
 
-Tensor Tensor::zeros(const Device& device, Dtype dtype, Shape shape) { return full(device, dtype, shape, 0.0); }
+Tensor Tensor::zeros(const Device& device, Dtype dtype, Shape shape) {
+  return full(device, dtype, shape, 0.0);
+}
 
 Tensor Tensor::full(const Device& device, Dtype dtype, Shape shape, double value) {
   Tensor t = empty(device, dtype, shape);
@@ -107,14 +107,12 @@ const Device& Tensor::device() const {
   return storage_->device();
 }
 
-void* Tensor::raw() const {
-  if (!defined()) throw ValueError("tensor: an undefined tensor has no data");
-  return static_cast<char*>(storage_->data()) + offset_ * size_of(dtype_);
+void Tensor::refuse_undefined() const {
+  throw ValueError("tensor: an undefined tensor has no data");
 }
 
-void Tensor::require_dtype(Dtype dtype) const {
-  if (dtype != dtype_)
-    throw DtypeError("tensor: read as another element type than it has", {{"tensor", describe()}, {"read as", name_of(dtype)}});
+void Tensor::refuse_dtype(Dtype read_as) const {
+  throw DtypeError("tensor: read as another element type than it has", {{"tensor", describe()}, {"read as", name_of(read_as)}});
 }
 
 bool Tensor::is_contiguous() const {
@@ -139,6 +137,7 @@ Tensor Tensor::slice(int axis, int64_t begin, int64_t end) const {
 
 Tensor Tensor::select(int axis, int64_t index) const {
   const int removed = axis < 0 ? axis + rank() : axis;
+  if (removed < 0) throw ShapeError("tensor: no such axis", {{"axis", std::to_string(axis)}, {"tensor", describe()}});
   if (removed == rank() - 1) throw ShapeError("tensor: select would remove the contiguous last axis", {{"tensor", describe()}});
   Tensor t = slice(removed, index, index + 1);
   Shape shape, strides;
@@ -153,7 +152,9 @@ Tensor Tensor::select(int axis, int64_t index) const {
 }
 
 Tensor Tensor::reshape(Shape shape) const {
-  auto refuse = [&](const char* why) { return ShapeError(std::string("tensor: cannot reshape, ") + why, {{"tensor", describe()}, {"to", shape.str()}}); };
+  auto refuse = [&](const char* why) {
+    return ShapeError(std::string("tensor: cannot reshape, ") + why, {{"tensor", describe()}, {"to", shape.str()}});
+  };
   if (shape.numel() != numel()) throw refuse("the number of elements differs");
   Tensor t = *this;
   t.shape_ = shape;
@@ -190,6 +191,7 @@ Tensor Tensor::reshape(Shape shape) const {
     }
     --old_axis;
   }
+  if (shape.rank() > 0 && shape[-1] > 1 && t.strides_[-1] != 1) throw refuse("the last axis would not be contiguous");
   return t;
 }
 
@@ -199,7 +201,9 @@ Tensor Tensor::clone() const {
   return t;
 }
 
-Tensor Tensor::contiguous() const { return is_contiguous() ? *this : clone(); }
+Tensor Tensor::contiguous() const {
+  return is_contiguous() ? *this : clone();
+}
 
 Tensor Tensor::to(const Device& target) const {
   if (device() == target) return *this;

@@ -60,10 +60,13 @@ class Tensor {
   const Device& device() const;
   bool is_contiguous() const;
 
-  void* raw() const;                 // address of element 0
+  void* raw() const {  // address of element 0
+    if (!defined()) refuse_undefined();
+    return static_cast<char*>(storage_->data()) + offset_ * size_of(dtype_);
+  }
   template <class T>
-  T* data() const {                  // the same, checked against the dtype
-    require_dtype(dtype_of<T>());
+  T* data() const {  // the same, checked against the dtype
+    if (dtype_ != dtype_of<T>()) refuse_dtype(dtype_of<T>());
     return static_cast<T*>(raw());
   }
 
@@ -73,10 +76,10 @@ class Tensor {
   Tensor reshape(Shape) const;  // also of a strided view, where only axes of uniform stride are joined or split; else ShapeError
 
   // New storage.
-  Tensor clone() const;               // contiguous
-  Tensor contiguous() const;          // *this when it already is
-  Tensor to(const Device&) const;     // *this when it is there already
-  Tensor to(Dtype) const;             // *this when it has that dtype already; rounds to nearest
+  Tensor clone() const;            // contiguous
+  Tensor contiguous() const;       // *this when it already is
+  Tensor to(const Device&) const;  // *this when it is there already
+  Tensor to(Dtype) const;          // *this when it has that dtype already; rounds to nearest
 
   /// All elements on the host in row-major order, converted to T; waits for the device.
   template <class T>
@@ -89,7 +92,8 @@ class Tensor {
 
  private:
   static Tensor from_bytes(const Device&, Dtype, Shape, const void* values, std::size_t count);
-  void require_dtype(Dtype) const;
+  [[noreturn]] void refuse_dtype(Dtype read_as) const;
+  [[noreturn]] void refuse_undefined() const;
   std::shared_ptr<Storage> storage_;
   Shape shape_, strides_;
   int64_t offset_ = 0;

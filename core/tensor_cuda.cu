@@ -13,8 +13,12 @@ namespace {
 
 constexpr int kThreads = 256;
 
-template <class T> __device__ float to_float(T v) { return static_cast<float>(v); }
-template <class To, class From> __device__ To convert(From v) {
+template <class T>
+__device__ float to_float(T v) {
+  return static_cast<float>(v);
+}
+template <class To, class From>
+__device__ To convert(From v) {
   if constexpr (std::is_same_v<To, From>) return v;
   else if constexpr (std::is_integral_v<To>) return static_cast<To>(v);
   else return static_cast<To>(to_float(v));
@@ -63,25 +67,38 @@ void launch(const Tensor& dst, const Tensor& src, F f) {
   const CudaContext& cuda = dst.device().cuda_context();
   const int64_t n = dst.numel();
   const dim3 grid(static_cast<unsigned>(std::min<int64_t>((n + kThreads - 1) / kThreads, cuda.sm_count * 32)));
-  elementwise_kernel<<<grid, kThreads, 0, cuda.stream>>>(static_cast<To*>(dst.raw()), static_cast<const From*>(src.raw()), layout_of(dst, src), n, f);
+  elementwise_kernel<<<grid, kThreads, 0, cuda.stream>>>(static_cast<To*>(dst.raw()), static_cast<const From*>(src.raw()),
+                                                         layout_of(dst, src), n, f);
   launch_check("elementwise_kernel", grid, kThreads);
 }
 
 // The elementwise functions; structs because a kernel's template argument must have a name.
 struct Assign {
-  template <class To, class From> __device__ void operator()(To& d, From s) const { d = convert<To>(s); }
+  template <class To, class From>
+  __device__ void operator()(To& d, From s) const {
+    d = convert<To>(s);
+  }
 };
 struct Fill {
   double value;
-  template <class To, class From> __device__ void operator()(To& d, From) const { d = convert<To>(value); }
+  template <class To, class From>
+  __device__ void operator()(To& d, From) const {
+    d = convert<To>(value);
+  }
 };
 struct AddScaled {
   float scale;
-  template <class To, class From> __device__ void operator()(To& d, From s) const { d = convert<To>(to_float(d) + scale * to_float(s)); }
+  template <class To, class From>
+  __device__ void operator()(To& d, From s) const {
+    d = convert<To>(to_float(d) + scale * to_float(s));
+  }
 };
 struct Multiply {
   float scale;
-  template <class To, class From> __device__ void operator()(To& d, From) const { d = convert<To>(to_float(d) * scale); }
+  template <class To, class From>
+  __device__ void operator()(To& d, From) const {
+    d = convert<To>(to_float(d) * scale);
+  }
 };
 
 // Runs f for the floating types a GPU tensor can have; the few pairs keep the build short.
@@ -113,10 +130,14 @@ void copy_cuda(const Tensor& dst, const Tensor& src) {
     return cuda_check(cudaMemcpyAsync(dst.raw(), src.raw(), bytes, cudaMemcpyDeviceToDevice, cuda.stream), "cudaMemcpyAsync");
   }
   switch (size_of(dst.dtype())) {  // equal types: only the size matters
-    case 8: return launch<uint64_t, uint64_t>(dst, src, Assign{});
-    case 4: return launch<uint32_t, uint32_t>(dst, src, Assign{});
-    case 2: return launch<uint16_t, uint16_t>(dst, src, Assign{});
-    default: return launch<uint8_t, uint8_t>(dst, src, Assign{});
+    case 8:
+      return launch<uint64_t, uint64_t>(dst, src, Assign{});
+    case 4:
+      return launch<uint32_t, uint32_t>(dst, src, Assign{});
+    case 2:
+      return launch<uint16_t, uint16_t>(dst, src, Assign{});
+    default:
+      return launch<uint8_t, uint8_t>(dst, src, Assign{});
   }
 }
 
@@ -126,11 +147,16 @@ void fill_cuda(const Tensor& dst, double value) {
     return cuda_check(cudaMemsetAsync(dst.raw(), 0, bytes, dst.device().cuda_context().stream), "cudaMemsetAsync");
   }
   switch (dst.dtype()) {
-    case Dtype::i32: return launch<int32_t, int32_t>(dst, dst, Fill{value});
-    case Dtype::i64: return launch<int64_t, int64_t>(dst, dst, Fill{value});
-    case Dtype::u8: return launch<uint8_t, uint8_t>(dst, dst, Fill{value});
-    case Dtype::f64: return launch<double, double>(dst, dst, Fill{value});
-    default: return run_one("fill", dst, Fill{value});
+    case Dtype::i32:
+      return launch<int32_t, int32_t>(dst, dst, Fill{value});
+    case Dtype::i64:
+      return launch<int64_t, int64_t>(dst, dst, Fill{value});
+    case Dtype::u8:
+      return launch<uint8_t, uint8_t>(dst, dst, Fill{value});
+    case Dtype::f64:
+      return launch<double, double>(dst, dst, Fill{value});
+    default:
+      return run_one("fill", dst, Fill{value});
   }
 }
 
@@ -138,11 +164,14 @@ void add_scaled_cuda(const Tensor& dst, const Tensor& src, double scale) {
   run_pair("add_scaled", dst, src, AddScaled{static_cast<float>(scale)});
 }
 
-void multiply_cuda(const Tensor& dst, double scale) { run_one("multiply", dst, Multiply{static_cast<float>(scale)}); }
+void multiply_cuda(const Tensor& dst, double scale) {
+  run_one("multiply", dst, Multiply{static_cast<float>(scale)});
+}
 
 void transfer_cuda(const Tensor& dst, const Tensor& src) {
   const Tensor& on_gpu = dst.device().is_cuda() ? dst : src;
   const CudaContext& cuda = on_gpu.device().cuda_context();
+  if (dst.device().is_cuda() && src.device().is_cuda()) src.device().synchronize();  // two GPUs: src's work is in another stream
   const auto bytes = static_cast<size_t>(dst.numel() * size_of(dst.dtype()));
   cuda_check(cudaMemcpyAsync(dst.raw(), src.raw(), bytes, cudaMemcpyDefault, cuda.stream), "cudaMemcpyAsync");
   // The host side is pageable memory that may go right after this call.

@@ -28,6 +28,7 @@ TEST("slices and selections are views of the same storage") {
   CHECK(t.slice(-1, 2, 4).to_vector<float>() == std::vector<float>{2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23});
   CHECK_THROWS_AS(t.slice(1, 2, 4), ShapeError);
   CHECK_THROWS_AS(t.select(-1, 0), ShapeError);
+  CHECK_THROWS_AS(t.select(-4, 0), ShapeError);
 }
 
 TEST("reshape splits and joins axes of a strided view without a copy") {
@@ -39,10 +40,18 @@ TEST("reshape splits and joins axes of a strided view without a copy") {
   CHECK(part.reshape({6, 6}).to_vector<float>() == part.to_vector<float>());
   CHECK(heads.reshape({6, 2, 3}).stride(0) == 10);
   CHECK(part.reshape({1, 2, 3, 1, 6}).to_vector<float>() == part.to_vector<float>());
-  CHECK_THROWS_AS(part.reshape({36}), ShapeError);    // no single stride
+  CHECK_THROWS_AS(part.reshape({36}), ShapeError);  // no single stride
   CHECK_THROWS_AS(part.reshape({2, 18}), ShapeError);
   CHECK_THROWS_AS(part.reshape({5, 7}), ShapeError);  // another number of elements
   CHECK(whole.slice(0, 0, 1).reshape({30}).numel() == 30);
+  const Tensor column = whole.slice(-1, 4, 5);  // [2, 3, 1], row stride 10
+  CHECK(column.reshape({6, 1}).to_vector<float>() == column.to_vector<float>());
+  CHECK_THROWS_AS(column.reshape({2, 3}), ShapeError);  // the last axis would have stride 10
+}
+
+TEST("a shape with more elements than can be counted is refused") {
+  CHECK_THROWS_AS(Tensor::empty(kCpu, Dtype::f64, {int64_t{1} << 31, int64_t{1} << 30}), ShapeError);
+  CHECK_THROWS_AS(Tensor::empty(kCpu, Dtype::u8, {int64_t{1} << 40, int64_t{1} << 40}), ShapeError);
 }
 
 TEST("rows are seen through strided views, and refused where there is no one stride") {

@@ -48,6 +48,20 @@ nlohmann::ordered_json parse_python_json(const std::string& text, const std::str
   }
 }
 
+std::string python_json_text(const nlohmann::ordered_json& json) {
+  std::string text = json.dump(2);
+  for (const std::string word : {"-Infinity", "Infinity"}) {
+    const std::string quoted = '"' + word + '"';
+    for (std::size_t at = text.find(quoted); at != std::string::npos; at = text.find(quoted, at)) text.replace(at, quoted.size(), word);
+  }
+  return text + "\n";
+}
+
+nlohmann::ordered_json json_from_number(double value) {
+  if (std::isinf(value)) return value > 0 ? "Infinity" : "-Infinity";
+  return value;
+}
+
 double json_number(const nlohmann::ordered_json& value) {
   if (value.is_number()) return value.get<double>();
   if (value == "Infinity") return std::numeric_limits<double>::infinity();
@@ -56,8 +70,9 @@ double json_number(const nlohmann::ordered_json& value) {
 }
 
 void ConfigReader::refuse(const std::string& key, const std::string& expected) const {
-  throw ConfigError("config: a value that longhand cannot follow",
-                    {{"file", file_}, {"key", key}, {"given", object_.contains(key) ? object_.at(key).dump() : "(absent)"}, {"expected", expected}});
+  throw ConfigError(
+      "config: a value that longhand cannot follow",
+      {{"file", file_}, {"key", key}, {"given", object_.contains(key) ? object_.at(key).dump() : "(absent)"}, {"expected", expected}});
 }
 
 nlohmann::ordered_json ConfigReader::value(const std::string& key) {

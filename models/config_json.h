@@ -11,17 +11,20 @@ namespace longhand {
 /// errors  ConfigError naming file and byte
 nlohmann::ordered_json parse_python_json(const std::string& text, const std::string& file);
 
+/// The opposite: indented, the strings "Infinity" and "-Infinity" as bare words.
+std::string python_json_text(const nlohmann::ordered_json& json);
+
 /// Typed access to the keys of a configuration that remembers which were asked for.
 class ConfigReader {
  public:
   ConfigReader(const nlohmann::ordered_json& object, std::string file) : object_(object), file_(std::move(file)) {}
 
   bool has(const std::string& key) const { return object_.contains(key) && !object_.at(key).is_null(); }
-  double number(const std::string& key, double fallback);   // also "Infinity"
+  double number(const std::string& key, double fallback);  // also "Infinity"
   int64_t integer(const std::string& key, int64_t fallback);
   bool boolean(const std::string& key, bool fallback);
   std::string text(const std::string& key, const std::string& fallback);
-  nlohmann::ordered_json value(const std::string& key);     // null when absent
+  nlohmann::ordered_json value(const std::string& key);  // null when absent
   void ignore(const std::string& key) { asked_.insert(key); }
 
   /// Throws ConfigError unless the key is absent or equal to `only`: for options that longhand does not compute otherwise.
@@ -38,5 +41,8 @@ class ConfigReader {
 
 /// A JSON value as a number; the strings "Infinity" and "-Infinity" count. NaN when it is none.
 double json_number(const nlohmann::ordered_json& value);
+
+/// `value` in a form that python_json_text writes and json_number reads.
+nlohmann::ordered_json json_from_number(double value);
 
 }  // namespace longhand

@@ -23,7 +23,8 @@ LanguageModel::LanguageModel(ModelConfig config) : config_(std::move(config)), f
   head_ = config_.tie_embeddings ? embedding_ : parameters_.declare(family_->head_name, {vocab, d}, {.init = init_uniform(-bound, bound)});
 }
 
-LanguageModel::LanguageModel(ModelConfig config, const Device& device, Dtype compute_dtype, Dtype master_dtype) : LanguageModel(std::move(config)) {
+LanguageModel::LanguageModel(ModelConfig config, const Device& device, Dtype compute_dtype, Dtype master_dtype)
+    : LanguageModel(std::move(config)) {
   device_ = device;
   parameters_.allocate(device, master_dtype, compute_dtype);
 }
@@ -41,9 +42,10 @@ RecurrentState LanguageModel::zero_state(int64_t rows) const {
 LanguageModel::Forward LanguageModel::forward(const Tensor& tokens, const RecurrentState& h0) const {
   if (tokens.rank() != 2) throw ShapeError("model: tokens are [B, T]", {{"tokens", tokens.describe()}});
   if (!h0.absent() && (h0.layers().size() != layers_.size() || h0.rows() != tokens.dim(0)))
-    throw ShapeError("model: the initial state does not fit", {{"state", std::to_string(h0.layers().size()) + " layers, " + std::to_string(h0.rows()) + " rows"},
-                                                               {"tokens", tokens.describe()},
-                                                               {"expected", std::to_string(layers_.size()) + " layers, one row per row of tokens"}});
+    throw ShapeError("model: the initial state does not fit",
+                     {{"state", std::to_string(h0.layers().size()) + " layers, " + std::to_string(h0.rows()) + " rows"},
+                      {"tokens", tokens.describe()},
+                      {"expected", std::to_string(layers_.size()) + " layers, one row per row of tokens"}});
   const Dtype residual_dtype = compute_dtype() == Dtype::f64 ? Dtype::f64 : Dtype::f32;
   Variable residual = embedding(tokens, embedding_->variable, residual_dtype);  // [B, T, d]
   Variable branch;                                                              // what the last sublayer adds; absent before the first
@@ -56,6 +58,10 @@ LanguageModel::Forward LanguageModel::forward(const Tensor& tokens, const Recurr
       residual = normed.residual;
       branch = sublayer.mixer->forward(normed.y, h0.absent() ? absent : h0.layers()[i], states[i]);
     }
+    if (h0.absent()) continue;
+    for (const auto& [name, variable] : h0.layers()[i])
+      if (!states[i].contains(name))
+        throw ValueError("model: the initial state has a tensor that no layer reads", {{"layer", std::to_string(i)}, {"tensor", name}});
   }
   const LayerScope scope("norm_f");
   auto normed = add_rmsnorm(branch, residual, final_norm_->variable, config_.norm_eps, compute_dtype());

@@ -1,4 +1,5 @@
-// LanguageModel: embedding, a stack of pre-norm residual layers, final norm, head. A function of tokens and of a state that returns a state:
+// LanguageModel: embedding, a stack of pre-norm residual layers, final norm, head. A function of tokens and of a state that returns a
+// state:
 //   R = E[tokens];  for each sublayer: R = R + mixer(norm(R));  hidden = norm_f(R);  logits = hidden head^T
 // The residual stream R is f32 (f64 in gradient checks) whatever the compute type.
 #pragma once
@@ -58,8 +59,8 @@ class LanguageModel {
   /// The logits never exist as a whole. loss_scale multiplies loss and gradients (1 / micro-batches for accumulation).
   Loss loss(const TokenBatch& batch, const RecurrentState& h0 = {}, double loss_scale = 1.0) const;
 
-  double forward_flops_per_token() const;                                             // with the head
-  double training_flops_per_token() const { return 3 * forward_flops_per_token(); }   // backward counts twice
+  double forward_flops_per_token() const;                                            // with the head
+  double training_flops_per_token() const { return 3 * forward_flops_per_token(); }  // backward counts twice
   int64_t parameter_count() const { return parameters_.count(); }
   int64_t non_embedding_parameter_count() const;
 

@@ -29,7 +29,10 @@ void ModelConfig::complete() {
   require(d_model > 0 && d_model <= 1 << 20, "d_model must be between 1 and 2^20", d_model);
   require(n_layer > 0 && n_layer <= 10'000, "n_layer must be between 1 and 10000", n_layer);
   require(vocab_size > 0 && vocab_size <= 1 << 24, "vocab_size must be between 1 and 2^24", vocab_size);
-  require(pad_vocab_size_multiple > 0 && pad_vocab_size_multiple <= 1 << 16, "pad_vocab_size_multiple must be between 1 and 65536", pad_vocab_size_multiple);
+  require(pad_vocab_size_multiple > 0 && pad_vocab_size_multiple <= 1 << 16, "pad_vocab_size_multiple must be between 1 and 65536",
+          pad_vocab_size_multiple);
+  if (!(norm_eps > 0 && norm_eps < 1))
+    throw ConfigError("model: norm_eps must be between 0 and 1", {{"family", family}, {"given", std::to_string(norm_eps)}});
   known.check(*this);
 }
 

@@ -69,7 +69,8 @@ RecurrentState RecurrentState::select_rows(const std::vector<int64_t>& rows) con
 
 RecurrentState RecurrentState::reset_rows(const std::vector<uint8_t>& reset) const {
   if (!absent() && static_cast<int64_t>(reset.size()) != rows())
-    throw ShapeError("state: one reset flag per row is needed", {{"flags", std::to_string(reset.size())}, {"rows", std::to_string(rows())}});
+    throw ShapeError("state: one reset flag per row is needed",
+                     {{"flags", std::to_string(reset.size())}, {"rows", std::to_string(rows())}});
   return map_tensors(*this, [&](const Tensor& t) {
     const Tensor result = t.clone();
     for (std::size_t b = 0; b < reset.size(); ++b)
@@ -83,7 +84,7 @@ std::vector<StateStatistics> RecurrentState::statistics(std::size_t layer, const
   if (!variable) throw ValueError("state: no such tensor", {{"layer", std::to_string(layer)}, {"name", name}});
   const Tensor& t = variable.value();
   const auto values = t.to_vector<double>();
-  const std::size_t heads = per_head && t.rank() > 2 ? static_cast<std::size_t>(t.dim(1)) : 1;
+  const std::size_t heads = per_head && t.rank() == 4 ? static_cast<std::size_t>(t.dim(1)) : 1;
   const std::size_t rows = static_cast<std::size_t>(t.dim(0));
   const std::size_t inner = rows * heads == 0 ? 0 : values.size() / (rows * heads);
   std::vector<StateStatistics> result(heads);
@@ -113,25 +114,36 @@ std::map<std::string, Tensor> RecurrentState::named_tensors() const {
   return tensors;
 }
 
-RecurrentState RecurrentState::from_named_tensors(const std::map<std::string, Tensor>& tensors, const Device& device) {
+RecurrentState RecurrentState::from_named_tensors(const std::map<std::string, Tensor>& tensors, const Device& device,
+                                                  const std::string& source) {
   constexpr std::string_view kPrefix = "layers.";
   std::vector<LayerState> layers;
   for (const auto& [name, tensor] : tensors) {
     std::size_t layer = 0;
     const char* end = name.data() + name.size();
     const auto parsed = std::from_chars(name.data() + std::min(kPrefix.size(), name.size()), end, layer);
-    if (!name.starts_with(kPrefix) || parsed.ec != std::errc{} || parsed.ptr == end || *parsed.ptr != '.' || layer > 100'000)
-      throw FileError("state: a name that is not layers.<number>.<tensor>", {{"name", name}});
+    if (!name.starts_with(kPrefix) || parsed.ec != std::errc{} || end - parsed.ptr < 2 || *parsed.ptr != '.' || layer > 100'000)
+      throw FileError("state: a name that is not layers.<number>.<tensor>", {{"file", source}, {"name", name}});
+    const Tensor& first = tensors.begin()->second;
+    if (tensor.rank() < 1 || tensor.dim(0) != first.dim(0))
+      throw FileError("state: the tensors do not have the same number of rows",
+                      {{"file", source}, {tensors.begin()->first, first.describe()}, {name, tensor.describe()}});
     if (layers.size() <= layer) layers.resize(layer + 1);
     layers[layer][std::string(parsed.ptr + 1, end)] = Variable(tensor.to(device).clone());
   }
+  for (std::size_t i = 0; i < layers.size(); ++i)
+    if (layers[i].empty())
+      throw FileError("state: a layer is missing",
+                      {{"file", source}, {"layer", std::to_string(i)}, {"layers", std::to_string(layers.size())}});
   return RecurrentState(std::move(layers));
 }
 
-void RecurrentState::save(const std::string& path) const { write_safetensors(path, named_tensors(), {{"format", "longhand recurrent state"}}); }
+void RecurrentState::save(const std::string& path) const {
+  write_safetensors(path, named_tensors(), {{"format", "longhand recurrent state"}});
+}
 
 RecurrentState RecurrentState::load(const std::string& path, const Device& device) {
-  return from_named_tensors(read_safetensors(path).tensors, device);
+  return from_named_tensors(read_safetensors(path).tensors, device, path);
 }
 
 }  // namespace longhand

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "core/error.h"
+#include "core/safetensors.h"
 #include "tests/support/check.h"
 
 using namespace longhand;
@@ -53,4 +54,28 @@ TEST("an absent state has no rows and no tensors") {
   CHECK(none.absent());
   CHECK(none.rows() == 0);
   CHECK_FALSE(none.get(3, "ssm").defined());
+}
+
+TEST("a file that is not a whole state is refused with its path") {
+  const ScratchFolder scratch;
+  const std::string path = scratch.file("state.safetensors");
+  const Tensor t = Tensor::zeros(Device::cpu(), Dtype::f32, {2, 3});
+  auto refusal = [&](const std::map<std::string, Tensor>& tensors) {
+    write_safetensors(path, tensors);
+    try {
+      RecurrentState::load(path, Device::cpu());
+    } catch (const FileError& error) {
+      return std::string(error.what());
+    }
+    return std::string();
+  };
+  CHECK(refusal({{"layers.0.ssm", t}, {"layers.1.ssm", t}}).empty());
+  for (const auto& [tensors, reason] : std::vector<std::pair<std::map<std::string, Tensor>, std::string>>{
+           {{{"ssm", t}}, "layers.<number>.<tensor>"},
+           {{{"layers.0.", t}}, "layers.<number>.<tensor>"},
+           {{{"layers.0.ssm", t}, {"layers.2.ssm", t}}, "a layer is missing"},
+           {{{"layers.0.ssm", t}, {"layers.1.ssm", t.slice(0, 0, 1)}}, "rows"}}) {
+    CHECK_MESSAGE(refusal(tensors).find(reason) != std::string::npos, reason);
+    CHECK(refusal(tensors).find(path) != std::string::npos);
+  }
 }

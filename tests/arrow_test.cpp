@@ -74,7 +74,8 @@ TEST("every header compiles alone: it includes what it needs") {
       std::smatch match;
       for (std::string line; std::getline(in, line);) {
         guarded = guarded || line == "#pragma once";
-        if (std::regex_search(line, match, include_line)) CHECK_MESSAGE(fs::exists(root / match[1].str()), entry.path().string() << " includes " << match[1].str());
+        if (std::regex_search(line, match, include_line))
+          CHECK_MESSAGE(fs::exists(root / match[1].str()), entry.path().string() << " includes " << match[1].str());
       }
       CHECK_MESSAGE(guarded, entry.path().string());
     }

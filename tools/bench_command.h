@@ -12,8 +12,8 @@ struct BenchOpsOptions {
   int repeats = 20;
 };
 
-/// Prints a table (or CSV) to stdout: median ms of forward and of forward + backward, GB/s, TFLOP/s, share of the floor. The floor is the larger of
-/// bytes / copy rate and flops / matrix product rate, both measured in the same run.
+/// Prints a table (or CSV) to stdout: median ms of forward and of forward + backward, GB/s, TFLOP/s, share of the floor. The floor is the
+/// larger of bytes / copy rate and flops / matrix product rate, both measured in the same run.
 int run_bench_ops(const BenchOpsOptions& options);
 
 }  // namespace longhand

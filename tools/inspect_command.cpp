@@ -10,8 +10,8 @@
 #include "core/error.h"
 #include "core/safetensors.h"
 #include "core/switches.h"
-#include "models/checkpoint.h"
 #include "eval/run_folder.h"
+#include "models/checkpoint.h"
 #include "train/recipe.h"
 
 namespace longhand {
@@ -40,10 +40,12 @@ void print_model(const ModelConfig& config, bool all_parameters) {
   const LanguageModel model = LanguageModel::plan(config);
   const ModelConfig& c = model.config();
   fmt::print("configuration\n  {:<28}{}\n", "family", c.family);
-  for (const auto& [name, value] : {std::pair{"d_model", c.d_model}, {"n_layer", c.n_layer}, {"vocab_size", c.vocab_size}, {"vocab_size padded", c.padded_vocab()}})
+  for (const auto& [name, value] :
+       {std::pair{"d_model", c.d_model}, {"n_layer", c.n_layer}, {"vocab_size", c.vocab_size}, {"vocab_size padded", c.padded_vocab()}})
     fmt::print("  {:<28}{}\n", name, value);
   fmt::print("  {:<28}{}\n  {:<28}{}\n", "tie_embeddings", c.tie_embeddings, "norm_eps", c.norm_eps);
-  for (const ModelOption& row : model_family(c.family).options) fmt::print("  {:<28}{:<12}{}\n", row.name, option_text(c.option(row.name)), row.meaning);
+  for (const ModelOption& row : model_family(c.family).options)
+    fmt::print("  {:<28}{:<12}{}\n", row.name, option_text(c.option(row.name)), row.meaning);
 
   struct Kind {
     std::string name;
@@ -62,16 +64,18 @@ void print_model(const ModelConfig& config, bool all_parameters) {
     kind->elements += p.shape.numel();
   }
   fmt::print("\nparameters\n  {:<48}{:<20}{:>8}{:>16}  {}\n", "name", "shape", "tensors", "elements", "weight decay");
-  for (const Kind& k : kinds) fmt::print("  {:<48}{:<20}{:>8}{:>16}  {}\n", k.name, k.shape.str(), k.tensors, grouped(k.elements), k.decay ? "yes" : "no");
+  for (const Kind& k : kinds)
+    fmt::print("  {:<48}{:<20}{:>8}{:>16}  {}\n", k.name, k.shape.str(), k.tensors, grouped(k.elements), k.decay ? "yes" : "no");
   const int64_t embedding = model.parameter_count() - model.non_embedding_parameter_count();
   const int64_t final_norm = c.d_model;
   fmt::print("  {:<76}{:>16}\n", "total", grouped(model.parameter_count()));
   fmt::print("  {:<76}{:>16}\n", "without embedding and head", grouped(model.parameter_count() - embedding));
   fmt::print("  {:<76}{:>16}\n", "per layer", grouped((model.non_embedding_parameter_count() - final_norm) / c.n_layer));
 
-  fmt::print("\ncompute\n  {:<28}{:.4g} GFLOP/token\n  {:<28}{:.4g} GFLOP/token\n", "forward", model.forward_flops_per_token() / 1e9, "training",
-             model.training_flops_per_token() / 1e9);
-  fmt::print("  {:<28}{} bytes in f32, {} in bf16\n", "weights", grouped(model.parameter_count() * 4), grouped(model.parameter_count() * 2));
+  fmt::print("\ncompute\n  {:<28}{:.4g} GFLOP/token\n  {:<28}{:.4g} GFLOP/token\n", "forward", model.forward_flops_per_token() / 1e9,
+             "training", model.training_flops_per_token() / 1e9);
+  fmt::print("  {:<28}{} bytes in f32, {} in bf16\n", "weights", grouped(model.parameter_count() * 4),
+             grouped(model.parameter_count() * 2));
 
   fmt::print("\nrecurrent state of one sequence (f32)\n");
   std::map<std::string, std::pair<Shape, int64_t>> states;
@@ -85,7 +89,8 @@ void print_model(const ModelConfig& config, bool all_parameters) {
       bytes += variable.value().numel() * 4;
     }
   }
-  for (const auto& [name, entry] : states) fmt::print("  {:<28}{:<20}{:>24} elements in all layers\n", name, entry.first.str(), grouped(entry.second));
+  for (const auto& [name, entry] : states)
+    fmt::print("  {:<28}{:<20}{:>24} elements in all layers\n", name, entry.first.str(), grouped(entry.second));
   fmt::print("  {:<28}{} bytes\n", "total", grouped(bytes));
 }
 
@@ -109,12 +114,14 @@ void print_switches() {
 
 int run_inspect(const InspectOptions& options) {
   const std::string& target = options.target;
+  if (!options.overrides.empty() && !target.ends_with(".toml"))
+    throw ConfigError("inspect: only a recipe has keys to set", {{"target", target}, {"expected", "RECIPE.toml"}});
   if (target == "switches") {
     print_switches();
   } else if (target.ends_with(".safetensors")) {
     print_tensors(target);
   } else if (target.ends_with(".toml")) {
-    print_model(recipe_model_config(target), options.all_parameters);
+    print_model(recipe_model_config(target, options.overrides), options.all_parameters);
   } else {
     const std::string folder = find_model(target).model_folder;
     fmt::print("model {}\n", folder);

@@ -120,6 +120,9 @@ void add_inspect(CLI::App& app, Action& action) {
   command->add_option("target", options->target, "A model or run folder, a .safetensors file, a recipe, or the word switches")
       ->required()
       ->type_name("DIR|FILE");
+  command->add_option("--set", options->overrides, "Change one key of the recipe, for example --set model.d_model=1024; may be repeated")
+      ->type_name("KEY=VALUE")
+      ->allow_extra_args(false);
   command->add_flag("--all", options->all_parameters, "One line per tensor instead of one per kind");
   command->callback([=, &action] { action = [=] { return run_inspect(*options); }; });
 }
@@ -212,9 +215,9 @@ int run(int argc, char** argv) {
     fmt::print(stderr, "warning: {} is not a switch that longhand knows; see longhand inspect switches\n", name);
   const int code = action();
   if (switches().memory) {
-    fmt::print(stderr, "cpu\n{}", memory_report(Device::cpu().allocator().use()));
-    for (int i = 0; i < cuda_device_count(); ++i) fmt::print(stderr, "cuda:{}\n{}", i, memory_report(Device::cuda(i).allocator().use()));
+    for (const Device& device : Device::opened()) fmt::print(stderr, "{}\n{}", device.name(), memory_report(device.allocator().use()));
   }
+  if (std::fflush(stdout) != 0 || std::ferror(stdout) != 0) throw FileError("longhand: stdout could not take all of the output");
   return code;
 }
 

@@ -419,16 +419,23 @@ void resolve_model(Recipe& recipe, int64_t tokenizer_vocab) {
     recipe.model.vocab_size = tokenizer_vocab;
   }
   recipe.model.complete();
+  checkpoint_layout(recipe.model);  // a model that cannot be saved is refused before its first step
   if (recipe.model.padded_vocab() < tokenizer_vocab)
     throw ConfigError("recipe: the tokenizer has more tokens than the model",
                       {{"tokenizer", recipe.data.tokenizer + ", " + std::to_string(tokenizer_vocab) + " tokens"},
                        {"model", std::to_string(recipe.model.padded_vocab()) + " tokens"}});
 }
 
-ModelConfig recipe_model_config(const std::string& path) {
-  Recipe recipe = read_recipe(path);
-  const int64_t vocab =
-      recipe.model.vocab_size != kVocabOfTokenizer || !recipe.init_from.empty() ? 0 : open_tokenizer(recipe.data.tokenizer)->vocab_size();
+ModelConfig recipe_model_config(const std::string& path, const std::vector<std::string>& settings) {
+  Recipe recipe = read_recipe(path, settings);
+  int64_t vocab = 0;
+  if (recipe.model.vocab_size == kVocabOfTokenizer && recipe.init_from.empty()) {
+    const std::string& tokenizer = recipe.data.tokenizer;
+    if (tokenizer != "bytes" && !fs::exists(tokenizer))
+      throw FileError("recipe: the size of the vocabulary is that of a tokenizer which is not there",
+                      {{"recipe", path}, {"data.tokenizer", tokenizer}, {"try", "--set model.vocab_size=N or --set data.tokenizer=FILE"}});
+    vocab = open_tokenizer(tokenizer)->vocab_size();
+  }
   resolve_model(recipe, vocab);
   return recipe.model;
 }

@@ -67,8 +67,9 @@ Recipe parse_recipe(const std::string& text, const std::string& origin, const st
 /// errors  ConfigError naming the key that disagrees, or a vocabulary smaller than the tokenizer's
 void resolve_model(Recipe& recipe, int64_t tokenizer_vocab);
 
-/// The model that a recipe trains; opens its tokenizer to know the vocabulary.
-ModelConfig recipe_model_config(const std::string& path);
+/// The model that a recipe with these settings trains; opens its tokenizer where the recipe does not say how large the vocabulary is.
+/// errors  those of read_recipe() and resolve_model(); FileError when that tokenizer is not there
+ModelConfig recipe_model_config(const std::string& path, const std::vector<std::string>& settings = {});
 
 /// The recipe with every key, its value and its meaning, as TOML; reading it back gives the same recipe.
 std::string to_toml(const Recipe& recipe);

@@ -65,18 +65,36 @@ void check(const ModelConfig& c) {
   }
   const Sizes s = sizes_of(c);
   if (s.d_inner % s.headdim != 0)
-    throw ConfigError("mamba2: headdim does not divide d_inner", {{"headdim", std::to_string(s.headdim)}, {"d_inner", std::to_string(s.d_inner)}});
+    throw ConfigError("mamba2: headdim does not divide d_inner",
+                      {{"headdim", std::to_string(s.headdim)}, {"d_inner", std::to_string(s.d_inner)}});
   if (s.heads % s.groups != 0)
-    throw ConfigError("mamba2: ngroups does not divide the number of heads", {{"ngroups", std::to_string(s.groups)}, {"heads", std::to_string(s.heads)}});
+    throw ConfigError("mamba2: ngroups does not divide the number of heads",
+                      {{"ngroups", std::to_string(s.groups)}, {"heads", std::to_string(s.heads)}});
+  auto require = [&](bool holds, const char* rule, const char* name) {
+    if (!holds) throw ConfigError(std::string("mamba2: ") + rule, {{"option", name}, {"given", std::to_string(c.option(name))}});
+  };
+  for (const char* name : {"bias", "conv_bias", "rmsnorm", "norm_before_gate", "norm_per_group", "D_has_hdim"})
+    require(c.option(name) == 0 || c.option(name) == 1, "a choice is 0 or 1", name);
+  require(c.option("dt_limit_min") >= 0, "dt_limit_min must be at least 0", "dt_limit_min");
+  require(c.option("dt_limit_max") > c.option("dt_limit_min"), "dt_limit_max must be above dt_limit_min", "dt_limit_max");
+  require(c.option("dt_min") > 0, "dt_min must be above 0", "dt_min");
+  require(c.option("dt_max") >= c.option("dt_min") && std::isfinite(c.option("dt_max")), "dt_max must be finite and at least dt_min",
+          "dt_max");
+  require(c.option("dt_init_floor") > 0 && std::isfinite(c.option("dt_init_floor")), "dt_init_floor must be above 0", "dt_init_floor");
+  require(c.option("A_init_min") > 0, "A_init_min must be above 0", "A_init_min");
+  require(c.option("A_init_max") >= c.option("A_init_min") && std::isfinite(c.option("A_init_max")),
+          "A_init_max must be finite and at least A_init_min", "A_init_max");
+  require(c.option("conv_init") >= 0 && std::isfinite(c.option("conv_init")), "conv_init must be at least 0", "conv_init");
   if (s.d_conv > 8) throw ConfigError("mamba2: d_conv over 8 is not supported", {{"d_conv", std::to_string(s.d_conv)}});
 }
 
 class Mamba2Mixer final : public Mixer {
  public:
   Mamba2Mixer(const ModelConfig& config, const std::string& prefix, ParameterSet& parameters)
-      : sizes_(sizes_of(config)), ssd_{.chunk_size = std::min<int64_t>(config.count("chunk_size"), kComputeChunk),
-                                       .dt_min = config.option("dt_limit_min"),
-                                       .dt_max = config.option("dt_limit_max")},
+      : sizes_(sizes_of(config)),
+        ssd_{.chunk_size = std::min<int64_t>(config.count("chunk_size"), kComputeChunk),
+             .dt_min = config.option("dt_limit_min"),
+             .dt_max = config.option("dt_limit_max")},
         norm_{.eps = config.norm_eps,
               .groups = config.flag("norm_per_group") ? sizes_.groups : 1,
               .norm_before_gate = config.flag("norm_before_gate")} {
@@ -88,7 +106,8 @@ class Mamba2Mixer final : public Mixer {
     auto small = [](Initializer init, bool decay = false) { return ParameterOptions{std::move(init), decay, true}; };
 
     in_proj_ = parameters.declare(prefix + "in_proj.weight", {s.projection(), s.d_model}, {.init = init_uniform(-in_bound, in_bound)});
-    conv_weight_ = parameters.declare(prefix + "conv1d.weight", {s.conv_channels(), 1, s.d_conv}, small(init_uniform(-conv_bound, conv_bound), true));
+    conv_weight_ =
+        parameters.declare(prefix + "conv1d.weight", {s.conv_channels(), 1, s.d_conv}, small(init_uniform(-conv_bound, conv_bound), true));
     if (config.flag("conv_bias"))
       conv_bias_ = parameters.declare(prefix + "conv1d.bias", {s.conv_channels()}, small(init_uniform(-conv_default, conv_default)));
     dt_bias_ = parameters.declare(prefix + "dt_bias", {s.heads}, small(init_dt_bias(config)));
@@ -109,8 +128,8 @@ class Mamba2Mixer final : public Mixer {
       const auto found = h0.find(name);
       return found == h0.end() ? Variable() : found->second;
     };
-    const Variable projected = linear(x, in_proj_->variable, optional(in_bias_));                  // [B, T, projection]
-    const auto parts = split(projected, {s.d_inner, s.conv_channels(), s.heads});                  // z, x B C, dt
+    const Variable projected = linear(x, in_proj_->variable, optional(in_bias_));  // [B, T, projection]
+    const auto parts = split(projected, {s.d_inner, s.conv_channels(), s.heads});  // z, x B C, dt
     const auto conv = causal_conv1d_silu(parts[1], conv_weight_->variable, optional(conv_bias_), carried("conv"));
     const auto xBC = split(conv.y, {s.d_inner, s.groups * s.d_state, s.groups * s.d_state});
     const Variable D_skip = D_->shape[0] == s.heads ? D_->variable : reshape(D_->variable, {s.heads, s.headdim});
@@ -120,7 +139,7 @@ class Mamba2Mixer final : public Mixer {
     h_T["conv"] = conv.window;
     h_T["ssm"] = scan.h_T;
     const Variable gated = gated_rmsnorm(reshape(scan.y, {B, T, s.d_inner}), parts[0], optional(norm_weight_), norm_);
-    return linear(gated, out_proj_->variable, optional(out_bias_));                                // [B, T, d_model]
+    return linear(gated, out_proj_->variable, optional(out_bias_));  // [B, T, d_model]
   }
 
   LayerState zero_state(int64_t rows, const Device& device, Dtype compute) const override {
@@ -146,7 +165,8 @@ class Mamba2Mixer final : public Mixer {
 
   // The inverse softplus of dt0 = max(exp(u), floor), u ~ U(ln dt_min, ln dt_max).
   static Initializer init_dt_bias(const ModelConfig& c) {
-    return [low = std::log(c.option("dt_min")), high = std::log(c.option("dt_max")), floor = c.option("dt_init_floor")](uint64_t key, uint64_t i) {
+    return [low = std::log(c.option("dt_min")), high = std::log(c.option("dt_max")), floor = c.option("dt_init_floor")](uint64_t key,
+                                                                                                                        uint64_t i) {
       const double dt = std::max(std::exp(low + (high - low) * philox_uniform(key, i)), floor);
       return dt + std::log(-std::expm1(-dt));
     };
@@ -166,9 +186,11 @@ class Mamba2Mixer final : public Mixer {
 
 std::vector<Sublayer> make_layer(const ModelConfig& config, int64_t layer, ParameterSet& parameters) {
   const std::string prefix = "backbone.layers." + std::to_string(layer) + ".";
-  Parameter* norm = parameters.declare(prefix + "norm.weight", {config.d_model}, {.init = init_constant(1), .decay = false, .full_precision = true});
+  Parameter* norm =
+      parameters.declare(prefix + "norm.weight", {config.d_model}, {.init = init_constant(1), .decay = false, .full_precision = true});
   std::vector<Sublayer> sublayers;
-  sublayers.push_back({"layers." + std::to_string(layer) + ".mixer", norm, std::make_unique<Mamba2Mixer>(config, prefix + "mixer.", parameters)});
+  sublayers.push_back(
+      {"layers." + std::to_string(layer) + ".mixer", norm, std::make_unique<Mamba2Mixer>(config, prefix + "mixer.", parameters)});
   return sublayers;
 }
 

@@ -20,14 +20,22 @@ void read_limits(ConfigReader& reader, const char* key, ModelConfig& config) {
   config.options["dt_limit_max"] = json_number(limits[1]);
 }
 
-// A limit of infinity is the default of both libraries and has no JSON form: it is left out.
+// No limits is the default of both libraries, and left out.
 void write_limits(Json& json, const char* key, const ModelConfig& config) {
-  if (std::isfinite(config.option("dt_limit_max"))) json[key] = {config.option("dt_limit_min"), config.option("dt_limit_max")};
+  const double low = config.option("dt_limit_min"), high = config.option("dt_limit_max");
+  if (low > 0 || std::isfinite(high)) json[key] = {json_from_number(low), json_from_number(high)};
+}
+
+bool is_text(const Json& json, const char* key, const char* text) {
+  const auto found = json.find(key);
+  return found != json.end() && *found == text;
 }
 
 // --- transformers ---------------------------------------------------------------------------------------------
 
-bool transformers_matches(const Json& json) { return json.value("model_type", "") == "mamba2"; }
+bool transformers_matches(const Json& json) {
+  return is_text(json, "model_type", "mamba2");
+}
 
 ModelConfig transformers_read(const Json& json, const std::string& file) {
   ConfigReader reader(json, file);
@@ -71,7 +79,8 @@ ModelConfig transformers_read(const Json& json, const std::string& file) {
 }
 
 bool transformers_expresses(const ModelConfig& c) {
-  return (!c.flag("norm_per_group") || c.count("ngroups") == 1) && c.flag("rmsnorm") && !c.flag("norm_before_gate") && !c.flag("D_has_hdim");
+  return (!c.flag("norm_per_group") || c.count("ngroups") == 1) && c.flag("rmsnorm") && !c.flag("norm_before_gate") &&
+         !c.flag("D_has_hdim");
 }
 
 Json transformers_write(const ModelConfig& c) {
@@ -110,12 +119,15 @@ Json transformers_write(const ModelConfig& c) {
   return json;
 }
 
-std::string transformers_name(const std::string& parameter) { return parameter; }  // longhand's own names are these
+std::string transformers_name(const std::string& parameter) {
+  return parameter;
+}  // longhand's own names are these
 
 // --- state-spaces ---------------------------------------------------------------------------------------------
 
 bool state_spaces_matches(const Json& json) {
-  return json.contains("ssm_cfg") && json.contains("d_model") && json["ssm_cfg"].is_object() && json["ssm_cfg"].value("layer", "Mamba1") == "Mamba2";
+  const auto block = json.find("ssm_cfg");
+  return json.contains("d_model") && block != json.end() && block->is_object() && is_text(*block, "layer", "Mamba2");
 }
 
 ModelConfig state_spaces_read(const Json& json, const std::string& file) {
@@ -152,7 +164,8 @@ ModelConfig state_spaces_read(const Json& json, const std::string& file) {
   read_limits(ssm, "dt_limit", c);
   const Json range = ssm.value("A_init_range");
   if (!range.is_null()) {
-    if (!range.is_array() || range.size() != 2 || !range[0].is_number() || !range[1].is_number()) ssm.refuse("A_init_range", "a list of two numbers");
+    if (!range.is_array() || range.size() != 2 || !range[0].is_number() || !range[1].is_number())
+      ssm.refuse("A_init_range", "a list of two numbers");
     c.options["A_init_min"] = range[0].get<double>();
     c.options["A_init_max"] = range[1].get<double>();
   }

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <filesystem>
+#include <limits>
 
 #include "autograd/gradcheck.h"
 #include "autograd/tape.h"
@@ -51,7 +52,8 @@ Tensor tokens_of(const Device& device, int64_t B, int64_t T, int64_t vocab) {
   return Tensor::from(device, {B, T}, ids);
 }
 
-std::vector<double> logits_of(const LanguageModel& model, const Tensor& tokens, const RecurrentState& h0 = {}, RecurrentState* h_T = nullptr) {
+std::vector<double> logits_of(const LanguageModel& model, const Tensor& tokens, const RecurrentState& h0 = {},
+                              RecurrentState* h_T = nullptr) {
   const NoGrad no_grad;
   auto out = model.forward(tokens, h0);
   if (h_T != nullptr) *h_T = out.state;
@@ -62,8 +64,7 @@ std::vector<double> logits_of(const LanguageModel& model, const Tensor& tokens, 
 std::vector<double> positions(const std::vector<double>& logits, int64_t B, int64_t T, int64_t begin, int64_t end) {
   const auto V = static_cast<int64_t>(logits.size()) / (B * T);
   std::vector<double> part;
-  for (int64_t b = 0; b < B; ++b)
-    part.insert(part.end(), logits.begin() + (b * T + begin) * V, logits.begin() + (b * T + end) * V);
+  for (int64_t b = 0; b < B; ++b) part.insert(part.end(), logits.begin() + (b * T + begin) * V, logits.begin() + (b * T + end) * V);
   return part;
 }
 
@@ -90,7 +91,8 @@ void compare_with_reference(const std::string& name, bool gradients) {
     int compared = 0;
     for (const Parameter& p : model->parameters().all()) {
       REQUIRE_MESSAGE(expected.contains("grad." + p.name), p.name);
-      expect_close(p.grad.to_vector<double>(), expected.at("grad." + p.name).to_vector<double>(), kGradientTolerance, 1e-30, "grad." + p.name);
+      expect_close(p.grad.to_vector<double>(), expected.at("grad." + p.name).to_vector<double>(), kGradientTolerance, 1e-30,
+                   "grad." + p.name);
       ++compared;
     }
     CHECK(compared == 20);
@@ -182,7 +184,8 @@ TEST("a sequence in pieces from the carried state gives the logits of the whole"
         expect_close(head, positions(whole, B, T, 0, s), 1e-5);
         expect_close(tail, positions(whole, B, T, s, T), 1e-5);
         for (const char* name : {"ssm", "conv"})
-          expect_close(end.get(1, name).value().to_vector<double>(), whole_state.get(1, name).value().to_vector<double>(), 1e-5, 1e-30, name);
+          expect_close(end.get(1, name).value().to_vector<double>(), whole_state.get(1, name).value().to_vector<double>(), 1e-5, 1e-30,
+                       name);
       }
     }
   }
@@ -194,7 +197,8 @@ TEST("a whole forward equals steps of one token") {
   const Tensor tokens = tokens_of(kCpu, 2, 11, 19);
   const auto whole = logits_of(model, tokens);
   RecurrentState state = model.zero_state(2);
-  for (int64_t t = 0; t < 11; ++t) expect_close(logits_of(model, tokens.slice(1, t, t + 1).clone(), state, &state), positions(whole, 2, 11, t, t + 1), 1e-5);
+  for (int64_t t = 0; t < 11; ++t)
+    expect_close(logits_of(model, tokens.slice(1, t, t + 1).clone(), state, &state), positions(whole, 2, 11, t, t + 1), 1e-5);
 }
 
 TEST("a later token never changes an earlier logit, and rows do not mix") {
@@ -220,12 +224,14 @@ TEST("gradients of the initial state, with gradients into the final state, agree
   std::vector<Tensor> h0;
   const RecurrentState zero = model.zero_state(B);
   for (std::size_t layer = 0; layer < 2; ++layer)
-    for (const char* name : {"ssm", "conv"}) h0.push_back(random_tensor(kCpu, Dtype::f64, zero.get(layer, name).shape(), 10 + h0.size(), 0.5));
+    for (const char* name : {"ssm", "conv"})
+      h0.push_back(random_tensor(kCpu, Dtype::f64, zero.get(layer, name).shape(), 10 + h0.size(), 0.5));
   // Loss and final state of every layer count, so gradients flow in at the end and out at the beginning.
   const auto f = [&](const std::vector<Variable>& in) {
     RecurrentState state({{{"ssm", in[0]}, {"conv", in[1]}}, {{"ssm", in[2]}, {"conv", in[3]}}});
     auto out = model.loss({tokens, targets, {}}, state);
-    return std::vector<Variable>{out.loss, out.state.get(0, "ssm"), out.state.get(0, "conv"), out.state.get(1, "ssm"), out.state.get(1, "conv")};
+    return std::vector<Variable>{out.loss, out.state.get(0, "ssm"), out.state.get(0, "conv"), out.state.get(1, "ssm"),
+                                 out.state.get(1, "conv")};
   };
   const auto result = gradcheck(f, h0);
   CHECK_MESSAGE(result.worst < 1e-7, result.where);
@@ -268,7 +274,9 @@ TEST("initialisation follows the published distributions") {
   LanguageModel model(c, kCpu, Dtype::f32);
   model.initialize(1);
   auto values = [&](const std::string& name) { return model.parameters().find(name)->master.to_vector<double>(); };
-  auto largest = [](const std::vector<double>& v) { return std::abs(*std::max_element(v.begin(), v.end(), [](double a, double b) { return std::abs(a) < std::abs(b); })); };
+  auto largest = [](const std::vector<double>& v) {
+    return std::abs(*std::max_element(v.begin(), v.end(), [](double a, double b) { return std::abs(a) < std::abs(b); }));
+  };
   auto std_of = [](const std::vector<double>& v) {
     double sum = 0;
     for (double x : v) sum += x * x;
@@ -293,7 +301,8 @@ TEST("initialisation follows the published distributions") {
 TEST("the tensors without weight decay are those of the reference") {
   const LanguageModel model = LanguageModel::plan(tiny());
   for (const Parameter& p : model.parameters().all()) {
-    const bool spared = p.name.ends_with("bias") || p.name.ends_with("A_log") || p.name.ends_with(".D") || p.name.find("norm") != std::string::npos;
+    const bool spared =
+        p.name.ends_with("bias") || p.name.ends_with("A_log") || p.name.ends_with(".D") || p.name.find("norm") != std::string::npos;
     CHECK_MESSAGE(p.options.decay != spared, p.name);
   }
 }
@@ -311,7 +320,8 @@ TEST("a saved model is the same model, in both libraries' layouts") {
     CHECK(read->config().vocab_size == 19);
     CHECK(read->config().padded_vocab() == 24);
     CHECK(read->config().options == model.config().options);
-    for (const Parameter& p : model.parameters().all()) CHECK(p.master.to_vector<float>() == read->parameters().find(p.name)->master.to_vector<float>());
+    for (const Parameter& p : model.parameters().all())
+      CHECK(p.master.to_vector<float>() == read->parameters().find(p.name)->master.to_vector<float>());
     const std::string config = read_text_file(scratch.file("config.json"));
     CHECK((config.find("ssm_cfg") != std::string::npos) == (groups == 2));
   }
@@ -349,11 +359,18 @@ TEST("folders that are not a whole model are refused with the name of what is wr
   const std::string config = read_text_file(scratch.file("config.json"));
   write_file_atomically(scratch.file("config.json"), "{\"model_type\": \"llama\"}");
   CHECK(refusal().find("llama") != std::string::npos);
-  write_file_atomically(scratch.file("config.json"), "{\"d_model\": 32, \"n_layer\": 2, \"vocab_size\": 19, \"ssm_cfg\": {\"layer\": \"Mamba2\", \"d_statte\": 16}}");
+  write_file_atomically(scratch.file("config.json"), "{\"model_type\": 7, \"d_model\": 32, \"ssm_cfg\": {\"layer\": \"Mamba3\"}}");
+  CHECK(refusal().find("Mamba3") != std::string::npos);
+  write_file_atomically(scratch.file("config.json"), "{\"d_model\": 32, \"ssm_cfg\": {\"layer\": 3}}");
+  CHECK(refusal().find(scratch.file("config.json")) != std::string::npos);
+  write_file_atomically(scratch.file("config.json"),
+                        "{\"d_model\": 32, \"n_layer\": 2, \"vocab_size\": 19, \"ssm_cfg\": {\"layer\": \"Mamba2\", \"d_statte\": 16}}");
   CHECK(refusal().find("d_statte") != std::string::npos);
   std::filesystem::remove(scratch.file("model.safetensors"));
   write_file_atomically(scratch.file("config.json"), config);
   CHECK(refusal().find("model.safetensors") != std::string::npos);
+  write_file_atomically(scratch.file("pytorch_model.bin"), "");
+  CHECK(refusal().find("pytorch_model.bin") != std::string::npos);
 }
 
 TEST("options outside what Mamba-2 can be are refused by name") {
@@ -367,4 +384,40 @@ TEST("options outside what Mamba-2 can be are refused by name") {
   refusal("d_state", 0);
   refusal("d_state", 1.5);
   refusal("d_stats", 16);
+  refusal("dt_min", 0);    // its logarithm would make dt_bias NaN
+  refusal("dt_min", 0.2);  // above dt_max
+  refusal("dt_init_floor", 0);
+  refusal("A_init_min", 0);
+  refusal("A_init_max", 0.5);  // below A_init_min
+  refusal("dt_limit_min", -1);
+  refusal("dt_limit_max", 0);
+  refusal("conv_init", -1);
+  refusal("rmsnorm", 2);
+  ModelConfig c = tiny();
+  c.norm_eps = 0;
+  CHECK_THROWS_AS(LanguageModel::plan(c), ConfigError);
+}
+
+TEST("limits of dt survive a file, the unlimited end too") {
+  for (const int groups : {1, 2}) {  // transformers' layout, state-spaces' layout
+    for (const double upper : {0.5, std::numeric_limits<double>::infinity()}) {
+      const ScratchFolder scratch;
+      ModelConfig c = tiny();
+      c.options["ngroups"] = groups;
+      c.options["dt_limit_min"] = 0.01;
+      c.options["dt_limit_max"] = upper;
+      LanguageModel model(c, kCpu, Dtype::f32);
+      model.initialize(9);
+      save_model(model, scratch.path());
+      CHECK(read_model_config(scratch.path()).options == model.config().options);
+    }
+  }
+}
+
+TEST("a state of another model is refused") {
+  LanguageModel model(tiny(), kCpu, Dtype::f32);
+  model.initialize(1);
+  RecurrentState state = model.zero_state(1);
+  state.layers()[1]["h"] = state.layers()[1].at("ssm");
+  CHECK_THROWS_AS(model.forward(tokens_of(kCpu, 1, 3, 19), state), ValueError);
 }

@@ -37,7 +37,8 @@ std::vector<T> taps_by_channel(const Tensor& weight) {
 template <class T>
 void convolve(const Tensor& x, const Tensor& window0, const Tensor& bias, const T* taps, int64_t C, int64_t W, int64_t b, int64_t t,
               int64_t begin, int64_t end, T* pre) {
-  for (int64_t c = begin; c < end; ++c) pre[c - begin] = bias.defined() ? bias.data<T>()[c] : T(0);
+  if (bias.defined()) std::copy(bias.data<T>() + begin, bias.data<T>() + end, pre);
+  else std::fill(pre, pre + (end - begin), T(0));
   for (int64_t j = 0; j < W; ++j) {
     const T* in = input<T>(x, window0, b, t - (W - 1) + j, W);
     if (in == nullptr) continue;

@@ -12,10 +12,10 @@ namespace longhand {
 /// One shape of one op. run(i, backward) computes the op on input set i (several sets, so that caches do not help), and when `backward` is
 /// true also the gradients of every input.
 struct BenchCase {
-  std::string shape;                                // "B32 T2048 H24 P64 N128"
+  std::string shape;  // "B32 T2048 H24 P64 N128"
   int input_sets = 1;
   std::function<void(int input_set, bool backward)> run;
-  double forward_bytes = 0, backward_bytes = 0;     // each input read once, each output written once
+  double forward_bytes = 0, backward_bytes = 0;  // each input read once, each output written once
   double forward_flops = 0, backward_flops = 0;
 };
 

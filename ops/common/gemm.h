@@ -9,7 +9,8 @@ namespace longhand {
 /// a        [m, k], or [k, m] when transpose_a   f64 | f32 on the CPU; f32 | bf16 on a GPU; rows contiguous, any row stride
 /// b        [k, n], or [n, k] when transpose_b   dtype of a
 /// c        [m, n]                               dtype of a, or f32
-/// sums     in f32 (f64 for f64); f32 operands are multiplied as f32, never as TF32; a bf16 C with beta != 0 may be rounded twice, the product
+/// sums     in f32 (f64 for f64); f32 operands are multiplied as f32, never as TF32; a bf16 C with beta != 0 may be rounded twice, the
+/// product
 ///          before the old C is added
 /// order    the same call gives the same bits on one machine, whatever the number of threads
 /// errors   ShapeError, DtypeError, DeviceError naming the tensors

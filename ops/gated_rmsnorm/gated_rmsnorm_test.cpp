@@ -4,8 +4,8 @@
 
 #include "core/error.h"
 #include "core/switches.h"
-#include "tests/support/parity.h"
 #include "ops/gated_rmsnorm/gated_rmsnorm_kernels.h"
+#include "tests/support/parity.h"
 
 using namespace longhand;
 using namespace longhand::test;

@@ -47,8 +47,9 @@ void expect_close(const std::vector<double>& actual, const std::vector<double>& 
     if (error > worst) worst = error, where = i;
   }
   if (actual.empty()) return;
-  const std::string message = fmt::format("{} index {} of {}: actual {:.9g}, expected {:.9g}, error {:.3g} of the largest ({:.3g}), allowed {:.3g}",
-                                          what, where, actual.size(), actual[where], expected[where], worst, scale, tolerance);
+  const std::string message =
+      fmt::format("{} index {} of {}: actual {:.9g}, expected {:.9g}, error {:.3g} of the largest ({:.3g}), allowed {:.3g}", what, where,
+                  actual.size(), actual[where], expected[where], worst, scale, tolerance);
   CHECK_MESSAGE(worst <= tolerance, message);
 }
 

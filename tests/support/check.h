@@ -9,10 +9,10 @@
 #define TEST(name) TEST_CASE(name)
 
 /// Ends the current test as skipped and says why; ctest and tests/run.sh count it as skipped.
-#define SKIP(reason)                             \
-  do {                                           \
-    ::longhand::test::print_skip(reason);        \
-    return;                                      \
+#define SKIP(reason)                      \
+  do {                                    \
+    ::longhand::test::print_skip(reason); \
+    return;                               \
   } while (false)
 
 namespace longhand::test {
