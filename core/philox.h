@@ -6,11 +6,7 @@
 #include <cmath>
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define LONGHAND_HOST_DEVICE __host__ __device__
-#else
-#define LONGHAND_HOST_DEVICE
-#endif
+#include "core/host_device.h"
 
 namespace longhand {
 

@@ -62,6 +62,9 @@ void add_tokenize(CLI::App& app, Action& action) {
   auto cache = std::make_shared<TokenCacheOptions>();
   command->add_option("--tokenizer", text->tokenizer, "A tokenizer.json, or the word bytes")->required()->type_name("FILE");
   command->add_flag("--jsonl", text->jsonl, "stdin holds {\"text\": ...} objects, one a line");
+  command->add_flag(
+      "--special,!--no-special", text->parse_special,
+      "Read <|endoftext|> and the like in the text as their ids (default), or as plain text (--no-special; training always does)");
   auto* out = command->add_option("--out", cache->out, "Write a token cache of the given shards instead")->type_name("CACHE");
   command->add_option("files", cache->files, "Shards, folders of shards (with --out)")->type_name("FILE")->needs(out);
   command->add_flag("--skip-bad-lines", cache->skip_bad_lines, "Leave out lines that are not documents, and count them (with --out)")

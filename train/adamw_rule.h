@@ -2,7 +2,7 @@
 #pragma once
 #include <cmath>
 
-#include "core/philox.h"
+#include "core/host_device.h"
 
 namespace longhand {
 

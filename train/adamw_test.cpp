@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "core/error.h"
+#include "core/philox.h"
 #include "tests/support/check.h"
 
 namespace longhand {

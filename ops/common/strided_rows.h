@@ -1,12 +1,7 @@
 // Rows of a strided view, for kernels: all axes but the last seen as rows that begin at two strides.
 #pragma once
+#include "core/host_device.h"
 #include "core/tensor.h"
-
-#ifdef __CUDACC__
-#define LONGHAND_HOST_DEVICE __host__ __device__
-#else
-#define LONGHAND_HOST_DEVICE
-#endif
 
 namespace longhand {
 
