@@ -14,7 +14,7 @@
 namespace longhand {
 namespace {
 
-constexpr double kRight = 20, kTop = 18, kBottom = 48;  // around the drawing, in SVG units; the left margin fits the labels
+constexpr double kRight = 32, kTop = 18, kBottom = 48;  // around the drawing, in SVG units; the left margin fits the labels
 
 double to_scale(Scale scale, double value) {
   if (scale == Scale::linear) return value;
