@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# From a fresh clone to the paper's effect in a few minutes on a laptop CPU: installs what is missing, builds, packs longhand's own sources into a
+# From a fresh clone to the paper's comparison in a few minutes on a laptop CPU: installs what is missing, builds, packs longhand's own sources into a
 # shard, trains a small Mamba-2 on short sequences, post-trains it with State Passing, reads both far beyond the training length, and writes
-# runs/quickstart-report.html.
+# runs/quickstart-report.html. A model this small, trained for a minute, still holds its perplexity there: the page shows the instruments, not the failure.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 started=$(date +%s)
