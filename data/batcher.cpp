@@ -255,10 +255,16 @@ class StreamsBatcher : public Batcher {
   // At most one document.
   bool fill_document(Row& row) {
     bool begins = false;
+    int64_t first_epoch = -1;
     while (!row.document) {
       begins = true;
       if (!pull(row)) return true;
-      if (row.document->tokens.size() < 2) row.document.reset();  // nothing to predict in an empty text
+      if (row.document->tokens.size() >= 2) break;
+      const int64_t epoch = row.document->at.epoch;
+      row.document.reset();  // nothing to predict in an empty text
+      if (first_epoch < 0) first_epoch = epoch;
+      if (epoch > first_epoch + 1)  // a whole epoch has gone by
+        throw FileError("data: an epoch holds no document with a text", {{"try", "give data with text"}});
     }
     take(row);
     --row.offset;

@@ -63,7 +63,7 @@ TEST("log axes put equal ratios at equal distances") {
   plot.series.push_back({.name = "a", .points = {{1, 0}, {16, 1}, {256, 0}}});
   const std::string svg = line_plot_svg(plot);
   const std::string area = svg.substr(svg.find("data-area=\"") + 11);
-  const double left = std::stod(area), right = 860 - 20;
+  const double left = std::stod(area), right = 860 - 32;
   CHECK(svg.find(fmt::format("L{:.1f} ", (left + right) / 2)) != std::string::npos);
   for (const char* label : {">1<", ">16<", ">256<"}) CHECK(svg.find(label) != std::string::npos);
 }

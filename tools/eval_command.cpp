@@ -149,6 +149,9 @@ void add_eval_ppl_options(CLI::App& command, EvalPplOptions& options) {
 }
 
 int run_eval_ppl(const EvalPplOptions& options) {
+  if (fs::path(options.out).extension() == ".json")
+    throw ConfigError("eval: --out is the CSV; its description goes to the same name with .json",
+                      {{"out", options.out}, {"try", "a name that ends in .csv"}});
   const ModelPlace place = find_model(options.model);
   const RunRecord record = read_run_record(place);
   const int64_t train_length = options.train_length > 0 ? options.train_length : record.train_length.value_or(0);
@@ -200,6 +203,8 @@ int run_eval_ppl(const EvalPplOptions& options) {
                                         {"seconds", seconds},
                                         {"date", utc_now()}};
   const bool to_stdout = options.out == "-";
+  if (to_stdout) fmt::print("{}", position_csv(loss));  // before any file: a full disk must not lose what was measured
+  print_summary(to_stdout ? stderr : stdout, loss, train_length);
   if (!options.out.empty() && !to_stdout) write_result(options.out, loss, description);
   if (const fs::path folder = fs::path(place.run_folder) / "eval";
       !place.run_folder.empty() && (options.out.empty() || to_stdout || !lies_in(options.out, folder))) {
@@ -207,8 +212,6 @@ int run_eval_ppl(const EvalPplOptions& options) {
     write_result(folder / fmt::format("ppl-{}-{}-{}{}.csv", data_name(options.data), name_of(choice), options.context, step), loss,
                  description);
   }
-  if (to_stdout) fmt::print("{}", position_csv(loss));
-  print_summary(to_stdout ? stderr : stdout, loss, train_length);
   return 0;
 }
 

@@ -102,12 +102,13 @@ void remove_if_nothing_happened(const RunFolder& folder) {
 
 int train(TrainingJob& job, const Device& device) {
   const Dtype dtype = parse_dtype(job.recipe.train.dtype);
+  if (!job.resume) write_file_atomically(job.folder.file("config.toml"), to_toml(job.recipe));  // first: a killed start can be resumed
   LanguageModel model(job.recipe.model, device, dtype);
   if (!job.resume || !job.folder.latest_step()) {
     model.initialize(static_cast<uint64_t>(job.recipe.seed));
     if (!job.recipe.init_from.empty()) load_weights(model, job.recipe.init_from);
   }
-  write_file_atomically(job.folder.file("config.toml"), to_toml(job.recipe));
+  if (job.resume) write_file_atomically(job.folder.file("config.toml"), to_toml(job.recipe));
   job.evaluate = make_validation(job.recipe, job.tokenizer);
   const TrainingOutcome outcome = run_training(job, model);
   if (outcome.signal != 0) return 128 + outcome.signal;

@@ -2,6 +2,7 @@
 #include "train/training_loop.h"
 
 #include <fmt/format.h>
+#include <exception>
 
 #include <chrono>
 #include <cmath>
@@ -108,8 +109,11 @@ class Loop {
   // Loads the checkpoint to go on from, and cuts the metrics back to it.
   Progress restore() {
     const auto step = job_.resume ? job_.folder.latest_step() : std::nullopt;
-    job_.folder.truncate_metrics(step.value_or(0));
-    if (!step) return {};
+    if (!step) {
+      if (job_.resume) line_.say("the run has no checkpoint yet: it begins again at step 1");
+      job_.folder.truncate_metrics(0);
+      return {};
+    }
     const std::string folder = job_.folder.checkpoint(*step), file = folder + "/training.json";
     Progress progress;
     try {
@@ -122,6 +126,7 @@ class Loop {
       throw FileError("train: training.json cannot be read", {{"file", file}, {"reason", error.what()}});
     }
     trainer_.load(folder, *step);
+    job_.folder.truncate_metrics(*step);  // only now that the run can go on from there
     return progress;
   }
 
@@ -192,10 +197,17 @@ class Loop {
     model_.device().synchronize();
     const int64_t step = done_.step + open_reports_;
     std::optional<double> val_loss;
-    if (job_.evaluate && !interrupted && (last || due(recipe_.train.val_every, step)))
-      not_counted([&] { val_loss = job_.evaluate(model_); });
+    std::exception_ptr failed;  // the steps are kept even if the validation cannot be done
+    if (job_.evaluate && !interrupted && (last || due(recipe_.train.val_every, step))) {
+      try {
+        not_counted([&] { val_loss = job_.evaluate(model_); });
+      } catch (...) {
+        failed = std::current_exception();
+      }
+    }
     while (open_reports_ > 0) take_report(open_reports_ == 1 ? val_loss : std::nullopt);
-    if (last || due(recipe_.train.checkpoint_every, step)) not_counted([&] { save(); });
+    if (last || failed || due(recipe_.train.checkpoint_every, step)) not_counted([&] { save(); });
+    if (failed) std::rethrow_exception(failed);
   }
 
   double elapsed_s() const { return start_.elapsed_s + now_s() - begin_s_; }  // of the whole run

@@ -386,6 +386,22 @@ TEST("training: validation is recorded where it is due") {
   CHECK(read_text_file(job.folder.file("metrics.jsonl")).find("\"val_loss\":4.5") != std::string::npos);
 }
 
+TEST("training: a validation that fails ends the run, but keeps the steps") {
+  const ScratchFolder scratch;
+  write_shard(scratch.file("shard.jsonl"));
+  const Recipe recipe = tiny_recipe({"train.val_every=4", "train.checkpoint_every=0", "data.files=" + scratch.file("shard.jsonl")});
+  const auto model = tiny_model(recipe);
+  const TrainingJob job{.recipe = recipe,
+                        .folder = RunFolder::create(scratch.path(), "val"),
+                        .tokenizer = open_tokenizer("bytes"),
+                        .resume = false,
+                        .evaluate = [](const LanguageModel&) -> double { throw FileError("the validation shard is gone"); },
+                        .messages = nullptr,
+                        .on_step = {}};
+  CHECK_THROWS_WITH_AS(run_training(job, *model), doctest::Contains("the validation shard is gone"), FileError);
+  CHECK(job.folder.latest_step() == 4);
+}
+
 TEST("training: on a CPU a step's rate counts the time of that step, also of the last and of those beside a pause") {
   const ScratchFolder scratch;
   write_shard(scratch.file("shard.jsonl"));

@@ -24,8 +24,8 @@ void require_linear_args(const Variable& x, const Variable& weight, const Variab
   if (b.rank() != 1 || b.dim(0) != w.dim(0))
     throw ShapeError("linear: bias does not match the rows of weight",
                      {{"bias", b.describe()}, {"weight", w.describe()}, {"expected", "bias [out]"}});
-  if (b.dtype() != w.dtype() && b.dtype() != Dtype::f32)
-    throw DtypeError("linear: bias must have weight's dtype or f32", {{"bias", b.describe()}, {"weight", w.describe()}});
+  if (b.dtype() != w.dtype() && !(b.dtype() == Dtype::f32 && w.dtype() == Dtype::bf16))
+    throw DtypeError("linear: bias must have weight's dtype, or f32 beside bf16", {{"bias", b.describe()}, {"weight", w.describe()}});
 }
 
 Tensor row_vector(const Tensor& t) {
