@@ -76,11 +76,13 @@ void fill_parameters(LanguageModel& model, const std::string& folder, const Chec
 }
 
 const CheckpointLayout& layout_for(const ModelConfig& config) {
-  for (const CheckpointLayout& layout : model_family(config.family).layouts)
-    if (layout.expresses(config)) return layout;
-  throw ConfigError(
-      "model: no library's checkpoint layout can express this configuration",
-      {{"family", config.family}, {"try", "norm_eps 1e-5, or for transformers: rmsnorm 1, norm_before_gate 0, D_has_hdim 0"}});
+  std::vector<ErrorRow> rows{{"family", config.family}};
+  for (const CheckpointLayout& layout : model_family(config.family).layouts) {
+    const std::string obstacle = layout.obstacle(config);
+    if (obstacle.empty()) return layout;
+    rows.emplace_back(layout.name, obstacle);
+  }
+  throw ConfigError("model: no library's checkpoint layout can express this configuration", std::move(rows));
 }
 
 bool same_configuration(const ModelConfig& a, const ModelConfig& b) {

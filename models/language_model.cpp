@@ -1,8 +1,6 @@
 // See language_model.h.
 #include "models/language_model.h"
 
-#include <cmath>
-
 #include "autograd/tape.h"
 #include "core/error.h"
 #include "core/op_scope.h"
@@ -19,8 +17,7 @@ LanguageModel::LanguageModel(ModelConfig config) : config_(std::move(config)), f
   embedding_ = parameters_.declare(family_->embedding_name, {vocab, d}, {.init = init_normal(0.02)});
   for (int64_t i = 0; i < config_.n_layer; ++i) layers_.push_back(family_->make_layer(config_, i, parameters_));
   final_norm_ = parameters_.declare(family_->final_norm_name, {d}, {.init = init_constant(1), .decay = false, .full_precision = true});
-  const double bound = 1 / std::sqrt(static_cast<double>(d));
-  head_ = config_.tie_embeddings ? embedding_ : parameters_.declare(family_->head_name, {vocab, d}, {.init = init_uniform(-bound, bound)});
+  head_ = config_.tie_embeddings ? embedding_ : parameters_.declare(family_->head_name, {vocab, d}, {.init = family_->head_init(config_)});
 }
 
 LanguageModel::LanguageModel(ModelConfig config, const Device& device, Dtype compute_dtype, Dtype master_dtype)

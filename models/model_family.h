@@ -1,5 +1,6 @@
 // ModelFamily: what a model folder offers. The table of families is generated from the add_model lines of the build.
 #pragma once
+#include <map>
 #include <memory>
 #include <nlohmann/json_fwd.hpp>
 #include <span>
@@ -37,26 +38,35 @@ struct Sublayer {
   std::unique_ptr<Mixer> mixer;
 };
 
-/// How one library writes a family's models: the keys of its config.json and the names of its tensors.
+/// How one library writes a family's models: the keys of its config.json, the file of its weights and the names of its tensors.
 struct CheckpointLayout {
-  const char* name;  // "transformers"
+  const char* name;                                   // "hf" (transformers), "state-spaces", "fla": what `longhand convert --to` takes
+  enum class Weights { safetensors, torch } weights;  // the file that the library opens: model.safetensors or pytorch_model.bin
+  bool lists_tied_head;                               // whether a tied head is stored as a second name of the embedding
+
   bool (*matches)(const nlohmann::ordered_json& config);
   /// errors  ConfigError naming `file` and the key
   ModelConfig (*read)(const nlohmann::ordered_json& config, const std::string& file);
-  bool (*expresses)(const ModelConfig&);  // whether this library computes this model
+  std::string (*obstacle)(const ModelConfig&);  // why this library computes something else; empty when it computes this model
   nlohmann::ordered_json (*write)(const ModelConfig&);
   std::string (*tensor_name)(const std::string& parameter);  // longhand's name -> the library's
+  /// Brings tensors of older files of this library to today's names and shapes; null when there is nothing to bring.
+  /// errors  FileError naming `file` and the tensor
+  void (*modernize)(std::map<std::string, Tensor>& tensors, const ModelConfig&, const std::string& file);
 };
 
 struct ModelFamily {
   const char* name;
   std::span<const ModelOption> options;
+  /// What a model of this family has where nothing else is said: norm_eps, pad_vocab_size_multiple, tie_embeddings.
+  void (*defaults)(ModelConfig&);
   void (*check)(const ModelConfig&);  // throws ConfigError for combinations that do not fit together
 
   // Names of the parameters that every family has.
   const char* embedding_name;
   const char* final_norm_name;
   const char* head_name;
+  Initializer (*head_init)(const ModelConfig&);  // of an untied head
 
   std::vector<Sublayer> (*make_layer)(const ModelConfig&, int64_t layer, ParameterSet&);
 

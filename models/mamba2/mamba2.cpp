@@ -57,6 +57,12 @@ Sizes sizes_of(const ModelConfig& c) {
   return {c.d_model, d_inner, d_inner / c.count("headdim"), c.count("headdim"), c.count("ngroups"), c.count("d_state"), c.count("d_conv")};
 }
 
+void defaults(ModelConfig& c) {
+  c.norm_eps = 1e-5;
+  c.pad_vocab_size_multiple = 16;
+  c.tie_embeddings = true;
+}
+
 void check(const ModelConfig& c) {
   for (const char* name : {"d_state", "d_conv", "expand", "headdim", "ngroups", "chunk_size"}) {
     const double value = c.option(name);
@@ -184,6 +190,11 @@ class Mamba2Mixer final : public Mixer {
   Parameter *in_bias_ = nullptr, *out_bias_ = nullptr;
 };
 
+Initializer init_head(const ModelConfig& c) {
+  const double bound = 1 / std::sqrt(static_cast<double>(c.d_model));
+  return init_uniform(-bound, bound);
+}
+
 std::vector<Sublayer> make_layer(const ModelConfig& config, int64_t layer, ParameterSet& parameters) {
   const std::string prefix = "backbone.layers." + std::to_string(layer) + ".";
   Parameter* norm =
@@ -199,10 +210,12 @@ std::vector<Sublayer> make_layer(const ModelConfig& config, int64_t layer, Param
 extern const ModelFamily kFamily;
 const ModelFamily kFamily{.name = "mamba2",
                           .options = kOptions,
+                          .defaults = defaults,
                           .check = check,
                           .embedding_name = "backbone.embeddings.weight",
                           .final_norm_name = "backbone.norm_f.weight",
                           .head_name = "lm_head.weight",
+                          .head_init = init_head,
                           .make_layer = make_layer,
                           .layouts = kLayouts};
 

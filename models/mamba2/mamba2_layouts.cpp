@@ -78,9 +78,12 @@ ModelConfig transformers_read(const Json& json, const std::string& file) {
   return c;
 }
 
-bool transformers_expresses(const ModelConfig& c) {
-  return (!c.flag("norm_per_group") || c.count("ngroups") == 1) && c.flag("rmsnorm") && !c.flag("norm_before_gate") &&
-         !c.flag("D_has_hdim");
+std::string transformers_obstacle(const ModelConfig& c) {
+  if (c.flag("norm_per_group") && c.count("ngroups") > 1) return "transformers takes the gated norm over all of d_inner, not per group";
+  if (!c.flag("rmsnorm")) return "transformers always has the gated norm (rmsnorm)";
+  if (c.flag("norm_before_gate")) return "transformers gates before the norm, never after (norm_before_gate)";
+  if (c.flag("D_has_hdim")) return "transformers has one D per head, not per channel (D_has_hdim)";
+  return "";
 }
 
 Json transformers_write(const ModelConfig& c) {
@@ -173,8 +176,10 @@ ModelConfig state_spaces_read(const Json& json, const std::string& file) {
   return c;
 }
 
-bool state_spaces_expresses(const ModelConfig& c) {
-  return c.norm_eps == 1e-5 && (c.flag("norm_per_group") || c.count("ngroups") == 1);
+std::string state_spaces_obstacle(const ModelConfig& c) {
+  if (c.norm_eps != 1e-5) return "state-spaces has no key for norm_eps, which is always 1e-5";
+  if (!c.flag("norm_per_group") && c.count("ngroups") > 1) return "state-spaces takes the gated norm per group, not over all of d_inner";
+  return "";
 }
 
 Json state_spaces_write(const ModelConfig& c) {
@@ -214,9 +219,12 @@ std::string state_spaces_name(const std::string& parameter) {
   return parameter == "backbone.embeddings.weight" ? "backbone.embedding.weight" : parameter;
 }
 
+using Weights = CheckpointLayout::Weights;
 constexpr CheckpointLayout kTable[] = {
-    {"transformers", transformers_matches, transformers_read, transformers_expresses, transformers_write, transformers_name},
-    {"state-spaces", state_spaces_matches, state_spaces_read, state_spaces_expresses, state_spaces_write, state_spaces_name},
+    {"hf", Weights::safetensors, false, transformers_matches, transformers_read, transformers_obstacle, transformers_write,
+     transformers_name, nullptr},
+    {"state-spaces", Weights::torch, true, state_spaces_matches, state_spaces_read, state_spaces_obstacle, state_spaces_write,
+     state_spaces_name, nullptr},
 };
 
 }  // namespace
