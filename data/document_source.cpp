@@ -9,8 +9,11 @@
 #include <exception>
 #include <filesystem>
 #include <map>
+#include <mutex>
 #include <optional>
+#include <system_error>
 #include <thread>
+#include <utility>
 
 #include "core/error.h"
 #include "data/shuffle.h"
@@ -225,11 +228,19 @@ struct DocumentSource::State {
   State(SourceOptions o, std::shared_ptr<const Tokenizer> t, DocumentPosition start)
       : options(std::move(o)), tokenizer(std::move(t)), parts(open_parts(options.files, tokenizer.get())), walker(parts, options, start) {
     if (options.threads <= 0) return;
-    threads.emplace_back([this] { read_ahead(); });
-    for (int i = 0; i < options.threads; ++i) threads.emplace_back([this] { tokenise_jobs(); });
+    try {
+      threads.emplace_back([this] { read_ahead(); });
+      for (int i = 0; i < options.threads; ++i) threads.emplace_back([this] { tokenise_jobs(); });
+    } catch (const std::system_error& problem) {
+      shut_down();
+      throw ConfigError("data: the system starts no more threads",
+                        {{"threads", std::to_string(options.threads)}, {"reason", problem.what()}, {"try", "a smaller number of threads"}});
+    }
   }
 
-  ~State() {
+  ~State() { shut_down(); }
+
+  void shut_down() {
     {
       const std::lock_guard lock(mutex);
       stop = true;
@@ -283,6 +294,8 @@ struct DocumentSource::State {
         slot->job.error = std::current_exception();
       }
       const std::lock_guard lock(mutex);
+      const auto bytes = static_cast<int64_t>(slot->job.result.tokens.size() * sizeof(int32_t));
+      bytes_ahead += bytes - std::exchange(slot->job.bytes, bytes);  // the text is gone, its ids are there
       slot->done = true;
       ready.notify_one();
     }

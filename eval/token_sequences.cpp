@@ -64,16 +64,18 @@ bool DocumentSequences::next_document(std::vector<int32_t>& tokens) {
 }
 
 bool DocumentSequences::next_packed(std::vector<int32_t>& tokens) {
-  const auto size = static_cast<std::size_t>(options_.context) + 1;
-  for (TokenDocument document; packed_.size() < size;) {
+  const auto context = static_cast<std::size_t>(options_.context);
+  for (TokenDocument document; packed_.size() - packed_from_ < context + 1;) {
     if (!source_.next(document)) return false;
     ++documents_;
     tokens_seen_ += static_cast<int64_t>(document.tokens.size());
+    packed_.erase(packed_.begin(), packed_.begin() + static_cast<std::ptrdiff_t>(packed_from_));
+    packed_from_ = 0;
     packed_.insert(packed_.end(), document.tokens.begin(), document.tokens.end());
   }
-  const auto begin = packed_.begin();
-  tokens.assign(begin, begin + options_.context + 1);
-  packed_.erase(begin, begin + options_.context);  // the last target is the next sequence's first input
+  const auto begin = packed_.begin() + static_cast<std::ptrdiff_t>(packed_from_);
+  tokens.assign(begin, begin + static_cast<std::ptrdiff_t>(context + 1));
+  packed_from_ += context;  // the last target is the next sequence's first input
   return true;
 }
 

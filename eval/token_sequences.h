@@ -59,7 +59,8 @@ class DocumentSequences {
   DocumentSource source_;
   bool chosen_known_ = false;
   std::set<std::pair<int64_t, int64_t>> chosen_;  // part and line of the documents that longest_first takes
-  std::vector<int32_t> packed_;                   // tokens not handed out yet
+  std::vector<int32_t> packed_;                   // tokens of the documents read last
+  std::size_t packed_from_ = 0;                   // the first of them that is not handed out yet
   int64_t sequences_ = 0, documents_ = 0, longest_ = 0, tokens_seen_ = 0;
   DocumentPosition longest_at_;
 };

@@ -18,6 +18,9 @@ struct StateStatistics {
   double count = 0, mean = 0, std = 0, norm = 0, max_abs = 0;
 };
 
+/// Whether a state tensor is a convolution's window ("conv", "conv_q" ...) rather than the recurrence's own state ("ssm").
+inline bool is_conv_window(const std::string& name) { return name.starts_with("conv"); }
+
 class RecurrentState {
  public:
   RecurrentState() = default;  // absent: the model starts from zeros

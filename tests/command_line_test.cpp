@@ -7,6 +7,7 @@
 #include <regex>
 
 #include "core/device.h"
+#include "core/files.h"
 #include "tests/support/command_help.h"
 
 namespace longhand::test {
@@ -317,6 +318,14 @@ TEST("command line: train, inspect, eval ppl and report, from a folder of texts 
       shop.run({"train", "tiny.toml", "--device", "cpu", "--name", "post", "--init-from", "runs/tiny", "--set", "train.steps=1"});
   CHECK(from.code == 0);
   CHECK(metrics_of(shop.file("runs/post")).size() == 1);
+  const std::string record = shop.file("runs/post/checkpoints/step-1/training.json");
+  std::string text = read_text_file(record);
+  text.replace(text.find("\"tokenizer_fingerprint\": \"") + 26, 1, "another-");
+  write_text(record, text);
+  const ProcessResult other_ids =
+      shop.run({"train", "tiny.toml", "--device", "cpu", "--name", "other", "--init-from", "runs/post", "--set", "train.steps=1"});
+  CHECK(other_ids.code == 1);
+  CHECK(holds(other_ids.err, "trained with another tokenizer"));
 
   const ProcessResult inspected = shop.run({"inspect", "runs/tiny"});
   CHECK(inspected.code == 0);

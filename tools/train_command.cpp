@@ -10,6 +10,7 @@
 #include "data/dataset.h"
 #include "data/tokenizer.h"
 #include "eval/perplexity.h"
+#include "eval/run_folder.h"
 #include "models/checkpoint.h"
 #include "train/recipe.h"
 #include "train/run_folder.h"
@@ -100,8 +101,19 @@ void remove_if_nothing_happened(const RunFolder& folder) {
   if (!folder.latest_step() && (!fs::exists(metrics) || fs::file_size(metrics) == 0)) fs::remove_all(folder.path());
 }
 
+// The ids of a model mean the tokens it was trained with; a model of another library says nothing about them.
+void require_same_tokenizer(const Recipe& recipe, const Tokenizer& tokenizer) {
+  const auto trained_with = read_run_record(find_model(recipe.init_from)).fingerprint;
+  if (trained_with && *trained_with != tokenizer.fingerprint())
+    throw ConfigError("train: the model to start from was trained with another tokenizer",
+                      {{"init_from", recipe.init_from},
+                       {"trained with", *trained_with},
+                       {"data.tokenizer", recipe.data.tokenizer + ", " + tokenizer.fingerprint()}});
+}
+
 int train(TrainingJob& job, const Device& device) {
   const Dtype dtype = parse_dtype(job.recipe.train.dtype);
+  if (!job.recipe.init_from.empty() && !job.resume) require_same_tokenizer(job.recipe, *job.tokenizer);
   if (!job.resume) write_file_atomically(job.folder.file("config.toml"), to_toml(job.recipe));  // first: a killed start can be resumed
   LanguageModel model(job.recipe.model, device, dtype);
   if (!job.resume || !job.folder.latest_step()) {

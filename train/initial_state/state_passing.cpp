@@ -96,7 +96,7 @@ class StatePassing final : public InitialState {
 
   RecurrentState covered(RecurrentState state) const {
     if (!all_)
-      for (LayerState& layer : state.layers()) layer.erase("conv");
+      for (LayerState& layer : state.layers()) std::erase_if(layer, [](const auto& entry) { return is_conv_window(entry.first); });
     return state;
   }
 
