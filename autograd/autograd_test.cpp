@@ -7,6 +7,7 @@
 #include "autograd/gradcheck.h"
 #include "autograd/parameters.h"
 #include "autograd/tape.h"
+#include "core/allocator.h"
 #include "core/error.h"
 #include "core/files.h"
 #include "core/op_scope.h"
@@ -143,6 +144,23 @@ TEST("parameters add into one flat buffer, and accumulation starts anew after cl
   run();
   CHECK(a->grad.to_vector<double>() == std::vector<double>(3, 4.0));
   CHECK_THROWS_AS(set.declare("c", {1}, {}), ValueError);
+}
+
+TEST("gradients take memory from the first backward on, not before") {
+  ParameterSet set;
+  Parameter* a = set.declare("a", {1000}, {.init = init_constant(2)});
+  set.allocate(kCpu, Dtype::f64, Dtype::f64);
+  set.initialize(1);
+  const int64_t before = kCpu.allocator().use().live_bytes;
+  set.clear_grads();
+  square(a->variable);
+  CHECK_FALSE(a->grad.defined());
+  CHECK(kCpu.allocator().use().live_bytes == before);
+  ParameterSet moved = std::move(set);
+  backward({square(a->variable)}, {Tensor::full(kCpu, Dtype::f64, {1000}, 1.0)});
+  CHECK(a->grad.to_vector<double>() == std::vector<double>(1000, 4.0));
+  CHECK(kCpu.allocator().use().live_bytes >= before + 8000);
+  CHECK(moved.flat_grad().same_storage(a->grad));
 }
 
 TEST("initial values depend on seed and name only") {

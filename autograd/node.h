@@ -23,7 +23,9 @@ struct GradEdge {
   std::string name;
   Tensor grad;  // the sum so far; for a parameter, its place in the flat buffer
   bool is_parameter = false;
-  bool started = false;  // grad holds a value
+  bool started = false;             // grad holds a value
+  std::function<Tensor()> sink;     // of a parameter whose place is made at its first gradient
+  const Tensor& parameter_place();  // grad of a parameter, made where it was not yet
 
   // A place inside a larger gradient (split, reshape): gives undefined when it has been taken.
   std::function<Tensor()> place;

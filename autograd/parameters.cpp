@@ -16,6 +16,10 @@ Initializer init_normal(double standard_deviation) {
   return [standard_deviation](uint64_t key, uint64_t index) { return standard_deviation * static_cast<double>(philox_normal(key, index)); };
 }
 
+ParameterSet::~ParameterSet() {
+  if (grad_ != nullptr) grad_->parameters.clear();  // a variable may outlive its set
+}
+
 Parameter* ParameterSet::declare(std::string name, Shape shape, ParameterOptions options) {
   if (master_.defined()) throw ValueError("parameters: declared after allocate()", {{"name", name}});
   if (find(name) != nullptr) throw ValueError("parameters: a name declared twice", {{"name", name}});
@@ -51,7 +55,7 @@ void ParameterSet::allocate(const Device& device, Dtype master_dtype, Dtype comp
   }
   compute_dtype_ = compute_dtype;
   master_ = Tensor::zeros(device, master_dtype, {total});
-  grad_ = Tensor::zeros(device, master_dtype, {total});
+  grad_ = std::make_shared<FlatGrad>(FlatGrad{{}, master_, {}});
   if (compute_dtype != master_dtype) compute_ = Tensor::zeros(device, compute_dtype, {total});
   int64_t at = 0;
   for (const bool decay : {true, false}) {
@@ -59,12 +63,32 @@ void ParameterSet::allocate(const Device& device, Dtype master_dtype, Dtype comp
       if (p.options.decay != decay) continue;
       auto place = [&](const Tensor& flat) { return flat.slice(0, at, at + p.shape.numel()).reshape(p.shape); };
       p.master = place(master_);
-      p.grad = place(grad_);
+      grad_->parameters.push_back(&p);
       const bool copied = compute_.defined() && !p.options.full_precision;
-      p.variable = Variable::parameter(copied ? place(compute_) : p.master, p.grad, p.name);
+      const auto sink = [grad = grad_, begin = at, shape = p.shape] {
+        grad->make();
+        return grad->flat.slice(0, begin, begin + shape.numel()).reshape(shape);
+      };
+      p.variable = Variable::parameter(copied ? place(compute_) : p.master, sink, p.name);
       at += rounded(p.shape.numel());
     }
   }
+}
+
+void ParameterSet::FlatGrad::make() {
+  if (flat.defined()) return;
+  flat = Tensor::zeros(master.device(), master.dtype(), master.shape());
+  for (Parameter* p : parameters) p->grad = flat.slice(0, p->master.offset(), p->master.offset() + p->shape.numel()).reshape(p->shape);
+}
+
+void ParameterSet::allocate_grads() const {
+  if (grad_ == nullptr) throw ValueError("parameters: gradients asked for before allocate()");
+  grad_->make();
+}
+
+const Tensor& ParameterSet::flat_grad() const {
+  allocate_grads();
+  return grad_->flat;
 }
 
 void ParameterSet::initialize(uint64_t seed) {
@@ -95,6 +119,7 @@ void ParameterSet::clear_grads() {
 }
 
 void ParameterSet::complete_grads() {
+  allocate_grads();
   for (Parameter& p : parameters_)
     if (!p.variable.grad().defined()) fill(p.grad, 0);
 }

@@ -2,11 +2,13 @@
 // pass over contiguous memory.
 //
 //   master   f32 (f64 for gradient checks): what the optimizer changes and checkpoints hold
-//   grad     like master: the sum of gradients; every parameter's Variable adds into its own slice
+//   grad     like master: the sum of gradients; every parameter's Variable adds into its own slice. Made when it is first needed: a
+//            model that is only run holds none
 //   compute  only when the compute type is bf16: the copy that products read; the others read the master itself
 #pragma once
 #include <deque>
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -31,18 +33,23 @@ struct Parameter {
   std::string name;
   Shape shape;
   ParameterOptions options;
-  Tensor master, grad;  // views of the flat buffers, after allocate()
-  Variable variable;    // what ops take: the compute copy where there is one, else the master
+  Tensor master;      // a view of the flat buffer, after allocate()
+  Tensor grad;        // likewise, after allocate_grads() or the first backward; undefined before
+  Variable variable;  // what ops take: the compute copy where there is one, else the master
 };
 
 class ParameterSet {
  public:
+  ParameterSet() = default;
+  ParameterSet(ParameterSet&&) = default;
+  ParameterSet& operator=(ParameterSet&&) = default;
+  ~ParameterSet();
+
   /// Announces a parameter; the pointer stays valid. Names are unique.
   Parameter* declare(std::string name, Shape shape, ParameterOptions options);
 
-  /// Lays out the flat buffers: decayed parameters first, then the others; each begins at a multiple of 64 elements, gaps are zero.
-  /// master_dtype  f32, or f64 for gradient checks
-  /// compute_dtype bf16, or equal to master_dtype
+  /// Lays out the flat buffers, all but the gradients: decayed parameters first, then the others; each begins at a multiple of 64 elements,
+  /// gaps are zero. master_dtype  f32, or f64 for gradient checks compute_dtype bf16, or equal to master_dtype
   void allocate(const Device& device, Dtype master_dtype, Dtype compute_dtype);
 
   /// Every parameter from its initializer, keyed by (seed, name): the same values on any device and in any order of declaration.
@@ -50,6 +57,10 @@ class ParameterSet {
 
   /// Writes the compute copies from the masters; after loading or changing masters other than through the optimizer.
   void refresh_compute();
+
+  /// Makes the gradients' buffer, if it is not there: an optimizer does so at once, so that a lack of memory shows before the first step;
+  /// otherwise the first backward does. Zeros at first.
+  void allocate_grads() const;
 
   /// Forgets the gradients: the next contribution to each parameter overwrites.
   void clear_grads();
@@ -63,15 +74,23 @@ class ParameterSet {
   int64_t count() const;                                 // elements of all parameters, without gaps
 
   const Tensor& flat_master() const { return master_; }    // [n]
-  const Tensor& flat_grad() const { return grad_; }        // [n]
+  const Tensor& flat_grad() const;                         // [n]; made by this call where it was not yet
   const Tensor& flat_compute() const { return compute_; }  // [n] bf16; undefined when the compute type is the master's
   int64_t decayed_elements() const { return decayed_; }    // flat elements [0, decayed) take weight decay
   const Device& device() const { return master_.device(); }
   Dtype compute_dtype() const { return compute_dtype_; }
 
  private:
+  // Shared with the parameters' variables, which ask for it when a gradient arrives; a set may move, its parameters stay where they are.
+  struct FlatGrad {
+    Tensor flat;
+    Tensor master;  // whose layout the gradients have
+    std::vector<Parameter*> parameters;
+    void make();
+  };
   std::deque<Parameter> parameters_;
-  Tensor master_, grad_, compute_;
+  Tensor master_, compute_;
+  std::shared_ptr<FlatGrad> grad_;
   int64_t decayed_ = 0;
   Dtype compute_dtype_ = Dtype::f32;
 };

@@ -70,6 +70,18 @@ Variable Variable::parameter(Tensor value, Tensor grad_sink, std::string name) {
   return v;
 }
 
+Variable Variable::parameter(Tensor value, std::function<Tensor()> grad_sink, std::string name) {
+  Variable v = leaf(std::move(value), std::move(name));
+  v.state_->edge->sink = std::move(grad_sink);
+  v.state_->edge->is_parameter = true;
+  return v;
+}
+
+const Tensor& GradEdge::parameter_place() {
+  if (!grad.defined()) grad = sink();
+  return grad;
+}
+
 const Tensor& Variable::value() const {
   static const Tensor undefined;
   return state_ ? state_->value : undefined;
@@ -177,7 +189,7 @@ Accumulation BackwardCall::accumulate(int input) {
     const double beta = edge.started ? 1.0 : 0.0;
     edge.started = true;
     if (switches().check) node_.summed_in_place.push_back(input);
-    return {edge.grad, beta};
+    return {edge.parameter_place(), beta};
   }
   const Dtype dtype = edge.dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32;
   const Tensor fresh = Tensor::empty(edge.device, dtype, edge.shape);
@@ -200,7 +212,7 @@ void Node::deliver(int input, const Tensor& grad, bool owned) {
   if (switches().check) require_finite(grad, op, layer, "gradient of input " + std::to_string(input));
   if (edge.producer == nullptr) {
     if (edge.is_parameter) {
-      edge.started ? add_scaled(edge.grad, grad) : copy(edge.grad, grad);
+      edge.started ? add_scaled(edge.parameter_place(), grad) : copy(edge.parameter_place(), grad);
     } else if (edge.started) {
       edge.grad = edge.grad.clone();
       add_scaled(edge.grad, grad);

@@ -1,5 +1,6 @@
 // Variable: a Tensor in a recorded computation. A handle: copies are the same variable. Values are never changed by the tape.
 #pragma once
+#include <functional>
 #include <memory>
 #include <string>
 
@@ -17,6 +18,8 @@ class Variable {
 
   /// A leaf whose gradient is summed into `grad_sink` (f32, or f64 for f64 values), a view of a flat buffer; see ParameterSet.
   static Variable parameter(Tensor value, Tensor grad_sink, std::string name);
+  /// The same where that view is made only when the first gradient arrives, so that a model that is only run holds no gradients.
+  static Variable parameter(Tensor value, std::function<Tensor()> grad_sink, std::string name);
 
   bool defined() const { return state_ != nullptr; }
   explicit operator bool() const { return defined(); }

@@ -6,6 +6,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <filesystem>
@@ -44,6 +45,16 @@ MappedFile::MappedFile(const std::string& path) : path_(path) {
   if (mapped == MAP_FAILED) throw FileError("file: cannot map into memory", {{"file", path}, {"reason", system_reason()}});
   data_ = std::shared_ptr<const std::byte>(static_cast<const std::byte*>(mapped),
                                            [size = size_](const std::byte* p) { ::munmap(const_cast<std::byte*>(p), size); });
+}
+
+void MappedFile::release_pages(const std::byte* begin, std::size_t bytes) const {
+  static const auto page = static_cast<std::uintptr_t>(::sysconf(_SC_PAGESIZE));
+  const auto address = [](const std::byte* p) { return reinterpret_cast<std::uintptr_t>(p); };
+  const std::uintptr_t file_begin = address(data_.get()), file_end = file_begin + size_;
+  const std::uintptr_t first = (std::max(address(begin), file_begin) + page - 1) / page * page;
+  const std::uintptr_t last = std::min(address(begin) + bytes, file_end) / page * page;
+  if (size_ == 0 || first >= last) return;
+  ::madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);  // advice: what the system makes of it changes no result
 }
 
 std::string read_text_file(const std::string& path, std::size_t limit_bytes) {
@@ -105,6 +116,28 @@ void write_file_atomically(const std::string& path, const std::function<void(Out
 
 void write_file_atomically(const std::string& path, std::string_view content) {
   write_file_atomically(path, [&](OutputFile& out) { out.write(content); });
+}
+
+void write_folder_atomically(const std::string& path, const std::function<void(const std::string& folder)>& fill) {
+  namespace fs = std::filesystem;
+  fs::path target = fs::absolute(path).lexically_normal();
+  if (!target.has_filename()) target = target.parent_path();  // "folder/"
+  if (fs::exists(target) && !(fs::is_directory(target) && fs::is_empty(target)))
+    throw FileError("file: the folder to write is there already, and not empty", {{"folder", path}, {"try", "another name"}});
+  fs::create_directories(target.parent_path());
+  const std::string unfinished = target.string() + ".unfinished-" + std::to_string(::getpid());
+  fs::remove_all(unfinished);
+  fs::create_directory(unfinished);
+  try {
+    fill(unfinished);
+    sync_folder(unfinished);
+    fs::rename(unfinished, target);
+  } catch (...) {
+    std::error_code ignored;
+    fs::remove_all(unfinished, ignored);
+    throw;
+  }
+  sync_folder(target.parent_path().string());
 }
 
 }  // namespace longhand

@@ -19,6 +19,10 @@ class MappedFile {
   std::span<const std::byte> bytes() const { return {data_.get(), size_}; }
   std::size_t size() const { return size_; }
 
+  /// Takes the whole pages between `begin` and `begin` + `bytes` out of this process's memory, as far as they belong to this file; they
+  /// are read again when touched. So a file larger than the memory can be walked through once.
+  void release_pages(const std::byte* begin, std::size_t bytes) const;
+
  private:
   std::string path_;
   std::shared_ptr<const std::byte> data_;
@@ -35,6 +39,10 @@ std::string read_text_file(const std::string& path, std::size_t limit_bytes = st
 class OutputFile;
 void write_file_atomically(const std::string& path, const std::function<void(OutputFile&)>& write);
 void write_file_atomically(const std::string& path, std::string_view content);
+
+/// Makes a folder that appears whole or not at all: `fill` writes into a new folder beside `path`, which is synced and renamed.
+/// errors  FileError when `path` is there and is anything but an empty folder; if `fill` throws, nothing is left behind
+void write_folder_atomically(const std::string& path, const std::function<void(const std::string& folder)>& fill);
 
 /// A file being written; every failed write throws (a full disk is never silent).
 class OutputFile {

@@ -4,19 +4,17 @@
 #include <algorithm>
 #include <cstring>
 #include <nlohmann/json.hpp>
-#include <set>
 
 #include "core/error.h"
-#include "core/files.h"
+#include "core/plain_text.h"
+#include "core/strict_json.h"
 
 namespace longhand {
 namespace {
 
 using Json = nlohmann::json;
 constexpr std::size_t kLargestHeader = 100'000'000;
-constexpr std::size_t kLongestName = 4096;
 constexpr std::size_t kMostTensors = 1'000'000;
-constexpr int kDeepestNesting = 8;
 constexpr uint64_t kLargestInteger = uint64_t{1} << 48;
 
 struct DtypeName {
@@ -38,6 +36,8 @@ class Reader {
 
   NamedTensors read() {
     const auto bytes = file_.bytes();
+    if (is_git_lfs_pointer({reinterpret_cast<const char*>(bytes.data()), bytes.size()}))
+      refuse("a Git LFS pointer instead of the file itself", {{"try", "git lfs pull in the folder of the repository"}});
     if (bytes.size() < 8) refuse("shorter than the 8 bytes of the header's length");
     uint64_t header_bytes = 0;
     std::memcpy(&header_bytes, bytes.data(), 8);
@@ -47,12 +47,14 @@ class Reader {
       refuse("the header is longer than the file",
              {{"length", std::to_string(header_bytes)}, {"file bytes", std::to_string(bytes.size())}});
     const char* text = reinterpret_cast<const char*>(bytes.data()) + 8;
-    const Json header = parse(text, text + header_bytes);
+    const Json header = parse_strict_json({text, header_bytes}, "safetensors: the header", file_.path());
+    if (header.size() > kMostTensors) refuse("more tensors than the limit of 1,000,000");
     data_ = bytes.data() + 8 + header_bytes;
     data_bytes_ = bytes.size() - 8 - header_bytes;
 
     NamedTensors result;
     result.path = file_.path();
+    result.files = {file_};
     std::vector<std::pair<uint64_t, uint64_t>> spans;
     for (const auto& [name, entry] : header.items()) {
       if (name == "__metadata__") {
@@ -84,35 +86,6 @@ class Reader {
     throw FileError("safetensors: " + rule, std::move(rows));
   }
 
-  // Strict JSON: one object, no key twice on a level (nlohmann keeps the last silently, so keys are watched while parsing).
-  Json parse(const char* begin, const char* end) const {
-    // Two things that nlohmann lets pass: a NUL ends its input early, and a byte order mark is skipped.
-    if (std::find(begin, end, '\0') != end) refuse("a NUL byte in the header");
-    const char* first = std::find_if(begin, end, [](char c) { return c != ' ' && c != '\t' && c != '\n' && c != '\r'; });
-    if (first == end || (*first != '{' && *first != '[')) refuse("the header does not begin with {");
-    std::vector<std::set<std::string>> keys;
-    std::string duplicate;
-    bool deep = false;
-    const auto watch = [&](int depth, Json::parse_event_t event, Json& parsed) {
-      if (event == Json::parse_event_t::object_start) keys.emplace_back();
-      if (event == Json::parse_event_t::object_end) keys.pop_back();
-      if (event == Json::parse_event_t::key && !keys.back().insert(parsed.get<std::string>()).second) duplicate = parsed.get<std::string>();
-      deep = deep || depth > kDeepestNesting;
-      return true;
-    };
-    Json header;
-    try {
-      header = Json::parse(begin, end, watch);
-    } catch (const Json::exception& problem) {
-      refuse("the header is not valid JSON", {{"reason", problem.what()}});
-    }
-    if (deep) refuse("the header is nested deeper than 8 levels");
-    if (!duplicate.empty()) refuse("a key of the header stands twice", {{"key", duplicate}});
-    if (!header.is_object()) refuse("the header is not a JSON object");
-    if (header.size() > kMostTensors) refuse("more tensors than the limit of 1,000,000");
-    return header;
-  }
-
   uint64_t whole_number(const std::string& name, const Json& value) const {
     if (!value.is_number_unsigned()) refuse("a size or offset is not a non-negative integer", {{"tensor", name}, {"value", value.dump()}});
     const auto n = value.get<uint64_t>();
@@ -121,9 +94,7 @@ class Reader {
   }
 
   Tensor tensor(const std::string& name, const Json& entry, std::vector<std::pair<uint64_t, uint64_t>>& spans) const {
-    if (name.size() > kLongestName) refuse("a tensor name is too long", {{"bytes", std::to_string(name.size())}});
-    if (std::any_of(name.begin(), name.end(), [](unsigned char c) { return c < 0x20 || c == 0x7f; }))
-      refuse("a control character in a tensor name", {{"tensor", Json(name).dump()}});
+    if (!is_tensor_name(name)) refuse("a tensor name is empty, too long, or has a control character", {{"tensor", printable(name)}});
     if (!entry.is_object() || entry.size() != 3 || !entry.contains("dtype") || !entry.contains("shape") || !entry.contains("data_offsets"))
       refuse("a tensor needs exactly dtype, shape and data_offsets", {{"tensor", name}});
     const Json &dtype_name = entry["dtype"], &sizes = entry["shape"], &offsets = entry["data_offsets"];
@@ -133,7 +104,7 @@ class Reader {
     for (const auto& row : kDtypes)
       if (dtype_name.get<std::string>() == row.name) known = &row;
     if (known == nullptr)
-      refuse("an element type that longhand does not read", {{"tensor", name}, {"dtype", dtype_name.get<std::string>()}});
+      refuse("an element type that longhand does not read", {{"tensor", name}, {"dtype", printable(dtype_name.get<std::string>())}});
     if (sizes.size() > static_cast<std::size_t>(Shape::kMaxRank))
       refuse("more axes than a tensor can have", {{"tensor", name}, {"shape", sizes.dump()}});
 
@@ -171,27 +142,30 @@ class Reader {
 
 }  // namespace
 
-const Tensor& NamedTensors::at(const std::string& name) const {
-  const auto found = tensors.find(name);
-  if (found == tensors.end()) throw FileError("safetensors: a tensor is missing", {{"file", path}, {"tensor", name}});
-  return found->second;
-}
-
 NamedTensors read_safetensors(const std::string& path) {
   return Reader(path).read();
 }
 
 void write_safetensors(const std::string& path, const std::map<std::string, Tensor>& tensors,
-                       const std::map<std::string, std::string>& metadata) {
-  std::vector<std::pair<std::string, Tensor>> order(tensors.begin(), tensors.end());
-  std::stable_sort(order.begin(), order.end(),
-                   [](const auto& a, const auto& b) { return size_of(a.second.dtype()) > size_of(b.second.dtype()); });
+                       const std::map<std::string, std::string>& metadata, const TensorFileOptions& options) {
+  struct Row {
+    std::string name;
+    Tensor tensor;
+    Dtype dtype;
+  };
+  std::vector<Row> order;
+  for (const auto& [name, tensor] : tensors) {
+    if (!is_tensor_name(name) || !is_utf8(name) || name == "__metadata__")
+      throw FileError("safetensors: no name for a tensor", {{"file", path}, {"tensor", printable(name)}});
+    order.push_back({name, tensor, stored_dtype(tensor, options)});
+  }
+  std::stable_sort(order.begin(), order.end(), [](const Row& a, const Row& b) { return size_of(a.dtype) > size_of(b.dtype); });
   nlohmann::ordered_json header = nlohmann::ordered_json::object();
   if (!metadata.empty()) header["__metadata__"] = metadata;
   int64_t at = 0;
-  for (const auto& [name, tensor] : order) {
-    const int64_t bytes = tensor.numel() * size_of(tensor.dtype());
-    header[name] = {{"dtype", file_name_of(tensor.dtype())},
+  for (const auto& [name, tensor, dtype] : order) {
+    const int64_t bytes = tensor.numel() * size_of(dtype);
+    header[name] = {{"dtype", file_name_of(dtype)},
                     {"shape", std::vector<int64_t>(tensor.shape().begin(), tensor.shape().end())},
                     {"data_offsets", {at, at + bytes}}};
     at += bytes;
@@ -202,9 +176,10 @@ void write_safetensors(const std::string& path, const std::map<std::string, Tens
     const uint64_t length = text.size();
     out.write(&length, 8);
     out.write(text);
-    for (const auto& [name, tensor] : order) {
-      const Tensor host = tensor.to(Device::cpu()).contiguous();
-      out.write(host.raw(), static_cast<std::size_t>(host.numel() * size_of(host.dtype())));
+    for (const auto& [name, tensor, dtype] : order) {
+      const Tensor stored = to_stored(name, tensor, options);
+      out.write(stored.raw(), static_cast<std::size_t>(stored.numel() * size_of(dtype)));
+      if (options.on_written) options.on_written(tensor);
     }
   });
 }

@@ -1,4 +1,5 @@
 // Views, copies and conversions of tensors.
+#include <bit>
 #include <cmath>
 #include <numeric>
 
@@ -98,6 +99,31 @@ TEST("the first NaN is found") {
   const Tensor t = Tensor::from(kCpu, {3}, std::vector<float>{1, NAN, INFINITY});
   CHECK(first_non_finite(t) == 1);
   CHECK(first_non_finite(counting({3})) == -1);
+  for (const Dtype dtype : {Dtype::f64, Dtype::f32, Dtype::f16, Dtype::bf16}) {
+    const Tensor large = Tensor::full(kCpu, dtype, {400'003}, -60'000);
+    CHECK(first_non_finite(large) == -1);
+    for (const int64_t at : {400'002, 300'000, 16'384, 16'383}) {
+      fill(large.slice(0, at, at + 1), -INFINITY);
+      CHECK(first_non_finite(large) == at);
+    }
+  }
+}
+
+TEST("tensors of f16 are widened as single numbers are, every value") {
+  std::vector<f16> all(65536);
+  for (uint32_t bits = 0; bits < all.size(); ++bits) all[bits].bits = static_cast<uint16_t>(bits);
+  const auto widened = Tensor::from(kCpu, {65536}, all).to_vector<float>();
+  for (uint32_t bits = 0; bits < all.size(); ++bits)
+    if (std::bit_cast<uint32_t>(widened[bits]) != std::bit_cast<uint32_t>(static_cast<float>(all[bits]))) FAIL_CHECK(bits);
+}
+
+TEST("large tensors are converted like small ones") {
+  const Tensor large = counting({300, 1001});
+  for (const Dtype dtype : {Dtype::f64, Dtype::f16, Dtype::bf16}) {
+    const Tensor converted = large.to(dtype);
+    for (const int64_t row : {0, 123, 299})
+      CHECK(converted.slice(0, row, row + 1).to_vector<float>() == large.slice(0, row, row + 1).clone().to(dtype).to_vector<float>());
+  }
 }
 
 TEST("CUDA tensors copy, convert and fill like CPU tensors") {

@@ -247,16 +247,22 @@ void BpeTokenizer::merge_long_word(std::vector<int32_t>& symbols) const {
 std::string BpeTokenizer::decode(std::span<const int32_t> ids) const {
   std::string bytes;
   for (std::size_t i = 0; i < ids.size(); ++i) {
-    const auto id = static_cast<std::size_t>(ids[i]);
-    if (ids[i] < 0 || id >= bytes_.size() || definition_.tokens[id].empty())
+    const auto piece = bytes_of(ids[i]);
+    if (!piece)
       throw ValueError("tokenizer " + definition_.name + ": an id stands for no token",
                        {{"id", std::to_string(ids[i])},
                         {"position", std::to_string(i)},
                         {"expected", "an id of the vocabulary, below " + std::to_string(vocab_size())},
                         {"try", "a model's vocab_size may be padded: sample among the first " + std::to_string(vocab_size()) + " only"}});
-    bytes += bytes_[id];
+    bytes += *piece;
   }
   return replace_invalid_utf8(bytes);
+}
+
+std::optional<std::string_view> BpeTokenizer::bytes_of(int32_t id) const {
+  const auto i = static_cast<std::size_t>(id);
+  if (id < 0 || i >= bytes_.size() || definition_.tokens[i].empty()) return std::nullopt;
+  return bytes_[i];
 }
 
 int32_t BpeTokenizer::end_of_text() const {

@@ -60,6 +60,7 @@ class BpeTokenizer : public Tokenizer {
 
   void encode(std::string_view utf8, std::vector<int32_t>& out) const override;
   std::string decode(std::span<const int32_t> ids) const override;
+  std::optional<std::string_view> bytes_of(int32_t id) const override;
   int32_t vocab_size() const override { return static_cast<int32_t>(definition_.tokens.size()); }
   int32_t end_of_text() const override;
   std::string name() const override { return definition_.name; }

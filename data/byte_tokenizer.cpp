@@ -1,6 +1,8 @@
 // Bytes as tokens; see byte_tokenizer.h.
 #include "data/byte_tokenizer.h"
 
+#include <array>
+
 #include "core/error.h"
 #include "data/unicode.h"
 
@@ -20,13 +22,24 @@ void ByteTokenizer::encode(std::string_view utf8, std::vector<int32_t>& out) con
 std::string ByteTokenizer::decode(std::span<const int32_t> ids) const {
   std::string bytes;
   for (std::size_t i = 0; i < ids.size(); ++i) {
-    if (ids[i] < 0 || ids[i] >= vocab_size())
+    const auto piece = bytes_of(ids[i]);
+    if (!piece)
       throw ValueError("tokenizer bytes: an id stands for no token",
                        {{"id", std::to_string(ids[i])}, {"position", std::to_string(i)}, {"expected", "ids 0 to 256"}});
-    if (ids[i] < end_of_text()) bytes.push_back(static_cast<char>(ids[i]));
-    else if (!options_.skip_special) bytes += kEndOfText;
+    bytes += *piece;
   }
   return replace_invalid_utf8(bytes);
+}
+
+std::optional<std::string_view> ByteTokenizer::bytes_of(int32_t id) const {
+  static const std::array<char, 256> bytes = [] {
+    std::array<char, 256> all{};
+    for (int i = 0; i < 256; ++i) all[static_cast<std::size_t>(i)] = static_cast<char>(i);
+    return all;
+  }();
+  if (id < 0 || id >= vocab_size()) return std::nullopt;
+  if (id == end_of_text()) return options_.skip_special ? std::string_view() : kEndOfText;
+  return std::string_view(&bytes[static_cast<std::size_t>(id)], 1);
 }
 
 }  // namespace longhand

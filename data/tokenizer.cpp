@@ -9,6 +9,11 @@ namespace longhand {
 
 Tokenizer::~Tokenizer() = default;
 
+std::string vocabulary_fingerprint(const std::string& fingerprint) {
+  constexpr std::string_view kSpecial = "+special";  // what the tokenizers append with TokenizerOptions::parse_special
+  return fingerprint.substr(0, fingerprint.size() - (fingerprint.ends_with(kSpecial) ? kSpecial.size() : 0));
+}
+
 std::unique_ptr<Tokenizer> open_tokenizer(const std::string& name_or_path, TokenizerOptions options) {
   if (name_or_path == "bytes") return std::make_unique<ByteTokenizer>(options);
   return std::make_unique<BpeTokenizer>(read_tokenizer_json(name_or_path), options);

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -32,6 +33,10 @@ class Tokenizer {
   /// errors   ValueError naming the position if an id stands for no token
   virtual std::string decode(std::span<const int32_t> ids) const = 0;
 
+  /// The bytes that `id` adds to a decoded text, as they are: one character may lie across several tokens. Nothing where the id stands for
+  /// no token (outside the vocabulary, or a gap in it). The view lives as long as the tokenizer.
+  virtual std::optional<std::string_view> bytes_of(int32_t id) const = 0;
+
   /// Largest id + 1; a model's vocab_size may be padded beyond it.
   virtual int32_t vocab_size() const = 0;
   /// The id that closes a document. errors   ValueError if the tokenizer has none
@@ -41,6 +46,9 @@ class Tokenizer {
   /// Equal for two tokenizers exactly when they encode every text alike by the same definition: the key of a token cache.
   virtual std::string fingerprint() const = 0;
 };
+
+/// Equal for two tokenizers when their ids mean the same: the fingerprint without whether special tokens are parsed in texts.
+std::string vocabulary_fingerprint(const std::string& fingerprint);
 
 /// Opens "bytes" (byte values as ids, no file needed) or a byte-level BPE `tokenizer.json`.
 /// errors   FileError naming the part of the file that is missing, malformed or of a kind not supported

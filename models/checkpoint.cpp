@@ -1,6 +1,8 @@
 // See checkpoint.h.
 #include "models/checkpoint.h"
 
+#include <algorithm>
+#include <cstring>
 #include <filesystem>
 #include <set>
 
@@ -13,6 +15,8 @@ namespace longhand {
 namespace {
 
 namespace fs = std::filesystem;
+constexpr std::size_t kProblemsShown = 8;
+constexpr int64_t kBlock = int64_t{1} << 22;  // elements that are checked, converted and let go of at a time
 
 struct FoundConfig {
   ModelConfig config;
@@ -35,54 +39,115 @@ FoundConfig find_config(const std::string& folder) {
                     {{"file", file}, {"model_type", shown("model_type")}, {"ssm_cfg", shown("ssm_cfg")}});
 }
 
-// Puts the tensors of a folder into the model's masters.
-void fill_parameters(LanguageModel& model, const std::string& folder, const CheckpointLayout& layout) {
-  const std::string file = folder + "/model.safetensors";
-  if (!fs::exists(file)) {
-    std::string others;
-    for (const char* name : {"pytorch_model.bin", "model.safetensors.index.json"})
-      if (fs::exists(folder + "/" + name)) others += (others.empty() ? "" : ", ") + std::string(name);
-    throw FileError("model: no weights that longhand can read", {{"folder", folder},
-                                                                 {"expected", "model.safetensors"},
-                                                                 {"found", others.empty() ? "no weights" : others},
-                                                                 {"try", "one safetensors file with the weights under the same names"}});
+// Calls f(begin, end) for every block of `n` elements.
+template <class F>
+void for_each_block(int64_t n, F&& f) {
+  for (int64_t begin = 0; begin < n; begin += kBlock) f(begin, std::min(n, begin + kBlock));
+}
+
+Tensor flat(const Tensor& tensor) {
+  return tensor.contiguous().reshape({tensor.numel()});
+}
+
+bool same_values(const Tensor& a, const Tensor& b) {
+  if (!(a.shape() == b.shape())) return false;
+  if (a.raw() == b.raw() && a.dtype() == b.dtype()) return true;
+  const Tensor left = flat(a), right = flat(b);
+  bool same = true;
+  for_each_block(a.numel(), [&](int64_t begin, int64_t end) {
+    const Tensor x = left.slice(0, begin, end), y = right.slice(0, begin, end);
+    if (!same || (x.dtype() == y.dtype() && std::memcmp(x.raw(), y.raw(), static_cast<std::size_t>(x.numel() * size_of(x.dtype()))) == 0))
+      return;
+    same = x.to_vector<double>() == y.to_vector<double>();
+  });
+  return same;
+}
+
+// The problems of a folder, collected: a wrong configuration shows in many tensors, and the list says which mistake it is.
+class Problems {
+ public:
+  void add(const char* kind, std::string what) {
+    if (rows_.size() < kProblemsShown) rows_.push_back({kind, std::move(what)});
+    ++count_;
   }
-  const NamedTensors stored = read_safetensors(file);
+  void throw_if_any(const std::string& file) const {
+    if (count_ == 0) return;
+    std::vector<ErrorRow> rows{{"file", file}};
+    rows.insert(rows.end(), rows_.begin(), rows_.end());
+    if (count_ > rows_.size()) rows.push_back({"and", std::to_string(count_ - rows_.size()) + " more"});
+    throw FileError("model: the weights are not those of the configuration", std::move(rows));
+  }
+
+ private:
+  std::vector<ErrorRow> rows_;
+  std::size_t count_ = 0;
+};
+
+void require_tensors(const StoredModel& model) {
+  const auto& stored = model.weights.stored.tensors;
+  const LanguageModel plan = LanguageModel::plan(model.config);
+  Problems problems;
   std::set<std::string> used;
-  for (Parameter& p : model.parameters().all()) {
-    const std::string name = layout.tensor_name(p.name);
-    const Tensor& tensor = stored.at(name);
+  for (const Parameter& p : plan.parameters().all()) {
+    const std::string name = model.layout->tensor_name(p.name);
     used.insert(name);
-    if (!(tensor.shape() == p.shape))
-      throw FileError("model: a tensor has another shape than the configuration says",
-                      {{"file", file}, {"tensor", name}, {"found", tensor.shape().str()}, {"expected", p.shape.str()}});
-    if (!is_floating(tensor.dtype()))
-      throw FileError("model: a weight is not floating point", {{"file", file}, {"tensor", name}, {"found", tensor.describe()}});
-    if (const int64_t index = first_non_finite(tensor); index >= 0)
-      throw FileError("model: a weight is NaN or infinite", {{"file", file}, {"tensor", name}, {"index", std::to_string(index)}});
-    copy(p.master, tensor.to(p.master.dtype()));
+    const auto found = stored.find(name);
+    if (found == stored.end()) problems.add("missing", name + " " + p.shape.str());
+    else if (!(found->second.shape() == p.shape))
+      problems.add("shape", name + " " + found->second.shape().str() + ", expected " + p.shape.str());
+    else if (!is_floating(found->second.dtype()))
+      problems.add("type", name + " " + name_of(found->second.dtype()) + ", expected a floating type");
   }
-  const ModelFamily& family = model_family(model.config().family);
-  if (const std::string head = layout.tensor_name(family.head_name); model.config().tie_embeddings && stored.contains(head)) {
+  const ModelFamily& family = model_family(model.config.family);
+  const std::string head = model.layout->tensor_name(family.head_name), embedding = model.layout->tensor_name(family.embedding_name);
+  if (const auto second = stored.find(head); model.config.tie_embeddings && second != stored.end()) {
     used.insert(head);  // a second name for the embedding
-    const Tensor& embedding = stored.at(layout.tensor_name(family.embedding_name));
-    if (!(stored.at(head).shape() == embedding.shape()) || stored.at(head).to_vector<double>() != embedding.to_vector<double>())
-      throw FileError("model: the head is tied to the embedding, but the file has two different tensors",
-                      {{"file", file}, {"tensor", head}});
+    if (const auto first = stored.find(embedding); first != stored.end() && !same_values(first->second, second->second))
+      problems.add("tied", head + " is another tensor than " + embedding + ", but the configuration ties them");
   }
-  for (const auto& [name, tensor] : stored.tensors)
-    if (!used.contains(name)) throw FileError("model: a tensor that the configuration does not expect", {{"file", file}, {"tensor", name}});
+  for (const auto& [name, tensor] : stored)
+    if (!used.contains(name)) problems.add("unknown", name + " " + tensor.shape().str());
+  problems.throw_if_any(model.weights.stored.path);
+}
+
+[[noreturn]] void refuse_non_finite(const StoredModel& model, const std::string& name, int64_t index) {
+  throw FileError("model: a weight is NaN or infinite",
+                  {{"file", model.weights.stored.path}, {"tensor", name}, {"index", std::to_string(index) + " (row-major)"}});
+}
+
+void fill_parameters(LanguageModel& model, const StoredModel& stored) {
+  for (Parameter& p : model.parameters().all()) {
+    const Tensor from = flat(stored.tensor(p.name)), to = p.master.reshape({p.shape.numel()});
+    for_each_block(p.shape.numel(), [&](int64_t begin, int64_t end) {
+      const Tensor block = from.slice(0, begin, end);
+      if (const int64_t index = first_non_finite(block); index >= 0)
+        refuse_non_finite(stored, stored.layout->tensor_name(p.name), begin + index);
+      copy(to.slice(0, begin, end), block);
+      stored.weights.stored.release_pages(block);
+    });
+  }
   model.parameters().refresh_compute();
 }
 
-const CheckpointLayout& layout_for(const ModelConfig& config) {
-  std::vector<ErrorRow> rows{{"family", config.family}};
-  for (const CheckpointLayout& layout : model_family(config.family).layouts) {
-    const std::string obstacle = layout.obstacle(config);
-    if (obstacle.empty()) return layout;
-    rows.emplace_back(layout.name, obstacle);
-  }
-  throw ConfigError("model: no library's checkpoint layout can express this configuration", std::move(rows));
+// Tensors by longhand's names, written under the layout's.
+void write_model(const ModelConfig& config, const std::map<std::string, Tensor>& tensors, const std::string& folder,
+                 const SaveOptions& options, std::function<void(const Tensor&)> on_written) {
+  const CheckpointLayout& layout = find_layout(config, options.layout);
+  const ModelFamily& family = model_family(config.family);
+  const std::string file = weights_file_of(layout);
+  for (const std::string& other : weight_file_names())
+    if (other != file && fs::exists(folder + "/" + other))
+      throw FileError("model: the folder has other weights, which a reader might take for these",
+                      {{"folder", folder}, {"found", other}, {"to write", file}, {"try", "an empty folder"}});
+  std::map<std::string, Tensor> named;
+  for (const auto& [name, tensor] : tensors) named[layout.tensor_name(name)] = tensor;
+  if (config.tie_embeddings && layout.lists_tied_head) named[layout.tensor_name(family.head_name)] = tensors.at(family.embedding_name);
+  const std::string config_text = python_json_text(layout.write(config));
+  fs::create_directories(folder);
+  const TensorFileOptions write{.stored_as = options.dtype, .on_written = std::move(on_written)};
+  if (layout.weights == CheckpointLayout::Weights::torch) write_torch_file(folder + "/" + file, named, write);
+  else write_safetensors(folder + "/" + file, named, {{"format", "pt"}}, write);
+  write_file_atomically(folder + "/config.json", config_text);
 }
 
 bool same_configuration(const ModelConfig& a, const ModelConfig& b) {
@@ -96,38 +161,79 @@ ModelConfig read_model_config(const std::string& folder) {
   return find_config(folder).config;
 }
 
+StoredModel open_model(const std::string& folder, Checksums checksums) {
+  FoundConfig found = find_config(folder);
+  StoredModel model{folder, std::move(found.config), found.layout, read_weight_files(folder, checksums)};
+  if (model.layout->modernize != nullptr) model.layout->modernize(model.weights.stored.tensors, model.config, model.weights.stored.path);
+  require_tensors(model);
+  return model;
+}
+
 std::unique_ptr<LanguageModel> load_model(const std::string& folder, const Device& device, Dtype compute_dtype, Dtype master_dtype) {
-  const FoundConfig found = find_config(folder);
-  auto model = std::make_unique<LanguageModel>(found.config, device, compute_dtype, master_dtype);
-  fill_parameters(*model, folder, *found.layout);
+  const StoredModel stored = open_model(folder);
+  auto model = std::make_unique<LanguageModel>(stored.config, device, compute_dtype, master_dtype);
+  fill_parameters(*model, stored);
   return model;
 }
 
 void load_weights(LanguageModel& model, const std::string& folder) {
-  const FoundConfig found = find_config(folder);
-  if (!same_configuration(found.config, model.config()))
-    throw ConfigError(
-        "model: the folder holds a model of another configuration",
-        {{"folder", folder},
-         {"found", found.config.family + ", d_model " + std::to_string(found.config.d_model) + ", n_layer " +
-                       std::to_string(found.config.n_layer) + ", vocabulary " + std::to_string(found.config.padded_vocab())},
-         {"expected", model.config().family + ", d_model " + std::to_string(model.config().d_model) + ", n_layer " +
-                          std::to_string(model.config().n_layer) + ", vocabulary " + std::to_string(model.config().padded_vocab())}});
-  fill_parameters(model, folder, *found.layout);
+  const ModelConfig found = read_model_config(folder);
+  if (!same_configuration(found, model.config())) {
+    const auto shown = [](const ModelConfig& c) {
+      return c.family + ", d_model " + std::to_string(c.d_model) + ", n_layer " + std::to_string(c.n_layer) + ", vocabulary " +
+             std::to_string(c.padded_vocab());
+    };
+    throw ConfigError("model: the folder holds a model of another configuration",
+                      {{"folder", folder}, {"found", shown(found)}, {"expected", shown(model.config())}});
+  }
+  fill_parameters(model, open_model(folder));
 }
 
-void save_model(const LanguageModel& model, const std::string& folder) {
-  const ModelConfig& config = model.config();
-  const CheckpointLayout& layout = layout_for(config);
-  fs::create_directories(folder);
+void save_model(const LanguageModel& model, const std::string& folder, const SaveOptions& options) {
   std::map<std::string, Tensor> tensors;
-  for (const Parameter& p : model.parameters().all()) tensors[layout.tensor_name(p.name)] = p.master;
-  write_safetensors(folder + "/model.safetensors", tensors, {{"format", "pt"}});
-  write_file_atomically(folder + "/config.json", python_json_text(layout.write(config)));
+  for (const Parameter& p : model.parameters().all()) tensors[p.name] = p.master;
+  write_model(model.config(), tensors, folder, options, {});
+}
+
+void convert_model(const StoredModel& model, const std::string& folder, const SaveOptions& options) {
+  find_layout(model.config, options.layout);  // refused before anything is read
+  std::map<std::string, Tensor> tensors;
+  const LanguageModel plan = LanguageModel::plan(model.config);
+  for (const Parameter& p : plan.parameters().all()) {
+    const Tensor& tensor = model.tensor(p.name);
+    if (const int64_t index = first_non_finite(tensor); index >= 0) refuse_non_finite(model, model.layout->tensor_name(p.name), index);
+    model.weights.stored.release_pages(tensor);
+    tensors[p.name] = tensor;
+  }
+  write_model(model.config, tensors, folder, options, [&](const Tensor& written) { model.weights.stored.release_pages(written); });
+}
+
+const CheckpointLayout& find_layout(const ModelConfig& config, const std::string& wanted) {
+  std::vector<ErrorRow> rows{{"family", config.family}};
+  if (!wanted.empty()) rows.push_back({"asked", wanted});
+  for (const CheckpointLayout& layout : model_family(config.family).layouts) {
+    const std::string obstacle = layout.obstacle(config);
+    if (obstacle.empty() && (wanted.empty() || wanted == layout.name)) return layout;
+    rows.push_back({layout.name, obstacle.empty() ? "can hold it" : obstacle});
+  }
+  throw ConfigError(
+      wanted.empty() ? "model: no library's checkpoint layout can express this configuration" : "model: this layout cannot hold this model",
+      std::move(rows));
 }
 
 std::string checkpoint_layout(const ModelConfig& config) {
-  return layout_for(config).name;
+  return find_layout(config).name;
+}
+
+std::vector<std::string> layout_names() {
+  std::set<std::string> names;
+  for (const ModelFamily* family : model_families())
+    for (const CheckpointLayout& layout : family->layouts) names.insert(layout.name);
+  return {names.begin(), names.end()};
+}
+
+const char* weights_file_of(const CheckpointLayout& layout) {
+  return layout.weights == CheckpointLayout::Weights::torch ? "pytorch_model.bin" : "model.safetensors";
 }
 
 }  // namespace longhand

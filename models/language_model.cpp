@@ -14,7 +14,7 @@ namespace longhand {
 LanguageModel::LanguageModel(ModelConfig config) : config_(std::move(config)), family_(&model_family(config_.family)) {
   config_.complete();
   const int64_t vocab = config_.padded_vocab(), d = config_.d_model;
-  embedding_ = parameters_.declare(family_->embedding_name, {vocab, d}, {.init = init_normal(0.02)});
+  embedding_ = parameters_.declare(family_->embedding_name, {vocab, d}, {.init = family_->embedding_init(config_)});
   for (int64_t i = 0; i < config_.n_layer; ++i) layers_.push_back(family_->make_layer(config_, i, parameters_));
   final_norm_ = parameters_.declare(family_->final_norm_name, {d}, {.init = init_constant(1), .decay = false, .full_precision = true});
   head_ = config_.tie_embeddings ? embedding_ : parameters_.declare(family_->head_name, {vocab, d}, {.init = family_->head_init(config_)});

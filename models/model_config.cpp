@@ -1,6 +1,8 @@
 // See model_config.h.
 #include "models/model_config.h"
 
+#include <cmath>
+
 #include "core/error.h"
 #include "core/nearest.h"
 #include "models/model_family.h"
@@ -33,7 +35,30 @@ void ModelConfig::complete() {
           pad_vocab_size_multiple);
   if (!(norm_eps > 0 && norm_eps < 1))
     throw ConfigError("model: norm_eps must be between 0 and 1", {{"family", family}, {"given", std::to_string(norm_eps)}});
-  known.check(*this);
+  known.settle(*this);
+}
+
+ModelConfig default_config(const std::string& family) {
+  ModelConfig config;
+  config.family = family;
+  model_family(family).defaults(config);
+  return config;
+}
+
+void require_option(const ModelConfig& config, bool holds, const char* rule, const char* name) {
+  if (!holds) throw ConfigError(config.family + ": " + rule, {{"option", name}, {"given", std::to_string(config.option(name))}});
+}
+
+void require_sizes(const ModelConfig& config, std::initializer_list<const char*> names) {
+  for (const char* name : names) {
+    const double value = config.option(name);
+    require_option(config, value >= 1 && value <= 65536 && value == std::floor(value), "a size must be a whole number between 1 and 65536",
+                   name);
+  }
+}
+
+void require_choices(const ModelConfig& config, std::initializer_list<const char*> names) {
+  for (const char* name : names) require_option(config, config.option(name) == 0 || config.option(name) == 1, "a choice is 0 or 1", name);
 }
 
 }  // namespace longhand

@@ -2,6 +2,7 @@
 // table with their defaults, so that recipes, config files and `inspect` share one list.
 #pragma once
 #include <cstdint>
+#include <initializer_list>
 #include <map>
 #include <span>
 #include <string>
@@ -30,9 +31,21 @@ struct ModelConfig {
   int64_t count(const std::string& name) const { return static_cast<int64_t>(option(name)); }
   bool flag(const std::string& name) const { return option(name) != 0; }
 
-  /// Fills in defaults and checks every value.
+  /// Fills in defaults and derived values, and checks every value.
   /// errors  ConfigError naming the option, its value and what it may be; an unknown option with the nearest known one
   void complete();
 };
+
+/// The configuration of a family where nothing else is said; the sizes are still those of ModelConfig.
+/// errors  ConfigError naming the known families
+ModelConfig default_config(const std::string& family);
+
+// What families check their options with. errors  ConfigError "<family>: <rule>" naming option and value
+
+void require_option(const ModelConfig& config, bool holds, const char* rule, const char* name);
+/// Whole numbers from 1 to 65536.
+void require_sizes(const ModelConfig& config, std::initializer_list<const char*> names);
+/// 0 or 1.
+void require_choices(const ModelConfig& config, std::initializer_list<const char*> names);
 
 }  // namespace longhand

@@ -31,6 +31,17 @@ class Mixer {
   virtual double forward_flops_per_token() const = 0;
 };
 
+/// Tensor `name` of a layer's state, or undefined when it is absent.
+inline Variable state_tensor(const LayerState& state, const char* name) {
+  const auto found = state.find(name);
+  return found == state.end() ? Variable() : found->second;
+}
+
+/// The variable of a parameter that a configuration may leave out, or undefined.
+inline Variable optional_variable(const Parameter* parameter) {
+  return parameter != nullptr ? parameter->variable : Variable();
+}
+
 /// residual <- residual + mixer(norm(residual))
 struct Sublayer {
   std::string scope;  // for messages and traces: "layers.3.mixer"
@@ -60,12 +71,14 @@ struct ModelFamily {
   std::span<const ModelOption> options;
   /// What a model of this family has where nothing else is said: norm_eps, pad_vocab_size_multiple, tie_embeddings.
   void (*defaults)(ModelConfig&);
-  void (*check)(const ModelConfig&);  // throws ConfigError for combinations that do not fit together
+  /// Puts the number in the place of a 0 that stands for "derived", and throws ConfigError for combinations that do not fit together.
+  void (*settle)(ModelConfig&);
 
   // Names of the parameters that every family has.
   const char* embedding_name;
   const char* final_norm_name;
   const char* head_name;
+  Initializer (*embedding_init)(const ModelConfig&);
   Initializer (*head_init)(const ModelConfig&);  // of an untied head
 
   std::vector<Sublayer> (*make_layer)(const ModelConfig&, int64_t layer, ParameterSet&);

@@ -67,6 +67,45 @@ RecurrentState RecurrentState::select_rows(const std::vector<int64_t>& rows) con
   });
 }
 
+RecurrentState RecurrentState::concatenate(const std::vector<RecurrentState>& parts) {
+  if (parts.empty()) throw ValueError("state: there is nothing to join");
+  const RecurrentState& first = parts.front();
+  int64_t rows = 0;
+  for (const RecurrentState& part : parts) {
+    rows += part.rows();
+    bool fits = part.layers().size() == first.layers().size();
+    for (std::size_t i = 0; fits && i < first.layers().size(); ++i) {
+      fits = part.layers()[i].size() == first.layers()[i].size();
+      for (const auto& [name, variable] : first.layers()[i]) {
+        const Variable other = part.get(i, name);
+        Shape expected = variable.shape();
+        if (other) expected[0] = other.shape()[0];
+        if (!other || other.shape() != expected || other.value().dtype() != variable.value().dtype())
+          throw ShapeError("state: only states of the same layers can be joined", {{"tensor", "layers." + std::to_string(i) + "." + name},
+                                                                                   {"first", variable.value().describe()},
+                                                                                   {"other", other ? other.value().describe() : "absent"}});
+      }
+    }
+    if (!fits) throw ShapeError("state: only states of the same layers can be joined", {{"layers", std::to_string(part.layers().size())}});
+  }
+  std::vector<LayerState> layers(first.layers().size());
+  for (std::size_t i = 0; i < layers.size(); ++i) {
+    for (const auto& [name, variable] : first.layers()[i]) {
+      Shape shape = variable.shape();
+      shape[0] = rows;
+      const Tensor joined = Tensor::empty(variable.value().device(), variable.value().dtype(), shape);
+      int64_t begin = 0;
+      for (const RecurrentState& part : parts) {
+        const Tensor rows_of_part = part.get(i, name).value();
+        copy(joined.slice(0, begin, begin + rows_of_part.dim(0)), rows_of_part);
+        begin += rows_of_part.dim(0);
+      }
+      layers[i][name] = Variable(joined);
+    }
+  }
+  return RecurrentState(std::move(layers));
+}
+
 RecurrentState RecurrentState::reset_rows(const std::vector<uint8_t>& reset) const {
   if (!absent() && static_cast<int64_t>(reset.size()) != rows())
     throw ShapeError("state: one reset flag per row is needed",

@@ -19,7 +19,9 @@ struct StateStatistics {
 };
 
 /// Whether a state tensor is a convolution's window ("conv", "conv_q" ...) rather than the recurrence's own state ("ssm").
-inline bool is_conv_window(const std::string& name) { return name.starts_with("conv"); }
+inline bool is_conv_window(const std::string& name) {
+  return name.starts_with("conv");
+}
 
 class RecurrentState {
  public:
@@ -38,6 +40,9 @@ class RecurrentState {
   RecurrentState clone() const;                                        // detached copy in new memory
   RecurrentState to(const Device& device) const;                       // detached
   RecurrentState select_rows(const std::vector<int64_t>& rows) const;  // row i of the result is row rows[i]; detached copy
+  /// The rows of all parts, one part after the other; detached copies.
+  /// errors   ShapeError when the parts do not have the same tensors with the same shapes beyond the rows; ValueError without parts
+  static RecurrentState concatenate(const std::vector<RecurrentState>& parts);
   RecurrentState reset_rows(const std::vector<uint8_t>& reset) const;  // rows with reset[b] != 0 become zero; detached copy
 
   /// Statistics of tensor `name` in one layer; per_head gives one entry per head (axis 1 of a tensor of

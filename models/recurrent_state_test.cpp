@@ -28,6 +28,27 @@ TEST("rows can be selected and reset") {
   CHECK_THROWS_AS(state.reset_rows({1}), ShapeError);
 }
 
+TEST("states can be joined row after row, if they have the same tensors") {
+  const RecurrentState state = example();
+  const RecurrentState joined = RecurrentState::concatenate({state.select_rows({1}), state, state.select_rows({0})});
+  CHECK(joined.rows() == 4);
+  const auto expected = state.select_rows({1, 0, 1, 0});
+  for (std::size_t layer = 0; layer < 2; ++layer)
+    for (const auto& [name, variable] : expected.layers()[layer])
+      CHECK(joined.get(layer, name).value().to_vector<float>() == variable.value().to_vector<float>());
+  CHECK(joined.layers()[1].size() == 1);
+  CHECK_THROWS_AS(RecurrentState::concatenate({}), ValueError);
+  const Device cpu = Device::cpu();
+  const Tensor ssm = Tensor::zeros(cpu, Dtype::f32, {1, 2, 1, 2}), conv = Tensor::zeros(cpu, Dtype::f32, {1, 3, 4});
+  const auto joins = [&](std::vector<LayerState> layers) { RecurrentState::concatenate({state, RecurrentState(std::move(layers))}); };
+  CHECK_NOTHROW(joins({{{"ssm", ssm}, {"conv", conv}}, {{"ssm", ssm}}}));
+  CHECK_THROWS_AS(joins({{{"ssm", ssm}, {"conv", conv}}}), ShapeError);
+  CHECK_THROWS_AS(joins({{{"ssm", ssm}, {"conv", conv}}, {{"conv", conv}}}), ShapeError);
+  CHECK_THROWS_AS(joins({{{"ssm", ssm}, {"conv", conv}}, {{"ssm", ssm}, {"conv", conv}}}), ShapeError);
+  CHECK_THROWS_AS(joins({{{"ssm", ssm}, {"conv", ssm}}, {{"ssm", ssm}}}), ShapeError);
+  CHECK_THROWS_AS(joins({{{"ssm", Tensor::zeros(cpu, Dtype::f64, {1, 2, 1, 2})}, {"conv", conv}}, {{"ssm", ssm}}}), ShapeError);
+}
+
 TEST("statistics are per head over rows and elements") {
   const auto heads = example().statistics(0, "ssm", true);
   REQUIRE(heads.size() == 2);

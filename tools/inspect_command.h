@@ -6,7 +6,7 @@
 namespace longhand {
 
 struct InspectOptions {
-  std::string target;                  // a model or run folder, a .safetensors file, a recipe, or the word "switches"
+  std::string target;                  // a model or run folder, a file of tensors, an index, a recipe, or the word "switches"
   std::vector<std::string> overrides;  // "key=value", for a recipe
   bool all_parameters = false;         // one line per tensor instead of one per kind
 };

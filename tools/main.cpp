@@ -14,9 +14,13 @@
 #include "core/error.h"
 #include "core/switches.h"
 #include "tools/bench_command.h"
+#include "tools/convert_command.h"
 #include "tools/data_commands.h"
 #include "tools/eval_command.h"
+#include "tools/generate_command.h"
+#include "tools/init_command.h"
 #include "tools/inspect_command.h"
+#include "tools/logits_command.h"
 #include "tools/option_checks.h"
 #include "tools/report_command.h"
 #include "tools/tokenize_command.h"
@@ -54,6 +58,20 @@ void add_eval(CLI::App& app, Action& action) {
   auto options = std::make_shared<EvalPplOptions>();
   add_eval_ppl_options(*ppl, *options);
   ppl->callback([=, &action] { action = [=] { return run_eval_ppl(*options); }; });
+}
+
+void add_generate(CLI::App& app, Action& action) {
+  auto* command = app.add_subcommand("generate", "Continue texts, from a prompt or from a saved state");
+  auto options = std::make_shared<GenerateCommand>();
+  add_generate_options(*command, *options);
+  command->callback([=, &action] { action = [=] { return run_generate(*options); }; });
+}
+
+void add_logits(CLI::App& app, Action& action) {
+  auto* command = app.add_subcommand("logits", "Logits, loss, gradients and final states for given tokens, as a safetensors file");
+  auto options = std::make_shared<LogitsCommand>();
+  add_logits_options(*command, *options);
+  command->callback([=, &action] { action = [=] { return run_logits(*options); }; });
 }
 
 void add_tokenize(CLI::App& app, Action& action) {
@@ -116,11 +134,27 @@ void add_data(CLI::App& app, Action& action) {
   pack->callback([=, &action] { action = [=] { return run_data_pack(*packed); }; });
 }
 
+void add_convert(CLI::App& app, Action& action) {
+  auto* command = app.add_subcommand("convert", "A model folder in the layout of another library, bit for bit");
+  auto options = std::make_shared<ConvertCommand>();
+  add_convert_options(*command, *options);
+  command->callback([=, &action] { action = [=] { return run_convert(*options); }; });
+}
+
+void add_init(CLI::App& app, Action& action) {
+  auto* command = app.add_subcommand("init", "A model folder with the fresh weights of a recipe");
+  auto options = std::make_shared<InitCommand>();
+  add_init_options(*command, *options);
+  command->callback([=, &action] { action = [=] { return run_init(*options); }; });
+}
+
 void add_inspect(CLI::App& app, Action& action) {
   auto* command =
       app.add_subcommand("inspect", "Configuration, parameters, FLOPs and bytes per token, state sizes; or the environment switches");
   auto options = std::make_shared<InspectOptions>();
-  command->add_option("target", options->target, "A model or run folder, a .safetensors file, a recipe, or the word switches")
+  command
+      ->add_option("target", options->target,
+                   "A model or run folder, a tensor file or index (.safetensors, .bin, .pt, .index.json), a recipe, or the word switches")
       ->required()
       ->type_name("DIR|FILE");
   command->add_option("--set", options->overrides, "Change one key of the recipe, for example --set model.d_model=1024; may be repeated")
@@ -201,8 +235,12 @@ int run(int argc, char** argv) {
   Action action;
   add_train(app, action);
   add_eval(app, action);
+  add_generate(app, action);
+  add_logits(app, action);
   add_tokenize(app, action);
   add_data(app, action);
+  add_convert(app, action);
+  add_init(app, action);
   add_inspect(app, action);
   add_bench(app, action);
   add_report(app, action);

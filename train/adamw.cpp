@@ -16,6 +16,7 @@ AdamW::AdamW(ParameterSet& parameters, AdamWOptions options) : parameters_(param
     throw DtypeError("adamw: masters on a GPU are f32", {{"master", master.describe()}});
   for (const std::string& name : options_.no_decay)
     if (parameters.find(name) == nullptr) throw ValueError("adamw: no decay asked for a parameter that is not there", {{"name", name}});
+  parameters.allocate_grads();
   const int64_t n = master.numel();
   first_ = Tensor::zeros(device, master.dtype(), {n});
   second_ = Tensor::zeros(device, master.dtype(), {n});

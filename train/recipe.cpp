@@ -22,11 +22,13 @@ namespace longhand {
 namespace {
 
 namespace fs = std::filesystem;
+constexpr std::size_t kLargestFile = 1 << 20;
 using Files = std::vector<std::string>;
 using Field = std::variant<bool*, int64_t*, double*, std::string*, Files*>;
 
 constexpr double kAny = std::numeric_limits<double>::infinity();
 constexpr int64_t kVocabOfTokenizer = 0;
+constexpr const char *kExtends = "extends", *kFamilyKey = "model.family";
 
 struct Key {
   const char* name;
@@ -100,7 +102,7 @@ std::vector<std::string> choices_of(const Key& key) {
   std::vector<std::string> known;
   if (key.name == std::string_view("initial_state")) {
     for (const InitialStateStrategy& strategy : initial_state_strategies()) known.emplace_back(strategy.name);
-  } else if (key.name == std::string_view("model.family")) {
+  } else if (key.name == std::string_view(kFamilyKey)) {
     for (const ModelFamily* family : model_families()) known.emplace_back(family->name);
   } else if (key.choices != nullptr) {
     const std::string list = key.choices;
@@ -132,7 +134,7 @@ const ModelOption* find_option(const Recipe& recipe, const std::string& key) {
 }
 
 std::vector<std::string> known_keys(const Recipe& recipe) {
-  std::vector<std::string> names;
+  std::vector<std::string> names{kExtends};
   for (const Key& key : kKeys) names.emplace_back(key.name);
   for (const ModelOption& option : model_family(recipe.model.family).options) names.push_back(std::string("model.") + option.name);
   return names;
@@ -281,8 +283,13 @@ void assign(Recipe& recipe, const Given& given) {
 
 // --- reading ----------------------------------------------------------------------------------------------------
 
-std::string place(const std::string& origin, const toml::source_region& source) {
-  return fmt::format("{}:{}:{}", origin, source.begin.line, source.begin.column);
+// A file, and what to say behind its name in messages: which file extends it.
+struct Origin {
+  std::string file, remark;
+};
+
+std::string place(const Origin& origin, const toml::source_region& source) {
+  return fmt::format("{}:{}:{}{}", origin.file, source.begin.line, source.begin.column, origin.remark);
 }
 
 Value value_of(const toml::node& node, const std::string& key, const std::string& where) {
@@ -302,7 +309,7 @@ Value value_of(const toml::node& node, const std::string& key, const std::string
   throw ConfigError("recipe: a date or time, which no key takes", {{"where", where}, {"key", key}});
 }
 
-toml::table parse_toml(const std::string& text, const std::string& origin) {
+toml::table parse_toml(const std::string& text, const Origin& origin) {
   try {
     return toml::parse(text);
   } catch (const toml::parse_error& error) {
@@ -311,7 +318,7 @@ toml::table parse_toml(const std::string& text, const std::string& origin) {
   }
 }
 
-void collect(const toml::table& table, const std::string& prefix, const std::string& origin, std::vector<Given>& out) {
+void collect(const toml::table& table, const std::string& prefix, const Origin& origin, std::vector<Given>& out) {
   for (const auto& [name, node] : table) {
     const std::string key = prefix + std::string(name.str());
     const std::string where = place(origin, name.source());
@@ -329,6 +336,28 @@ void collect(const toml::table& table, const std::string& prefix, const std::str
   }
 }
 
+// The keys of a recipe: first those of the recipes that it extends, so that its own, being later, win.
+void collect_extended(const std::string& text, const Origin& origin, std::vector<fs::path>& chain, std::vector<Given>& out) {
+  toml::table table = parse_toml(text, origin);
+  if (const toml::node* extends = table.get(kExtends)) {
+    const std::string where = place(origin, extends->source());
+    const auto name = extends->value_exact<std::string>();
+    if (!name) throw ConfigError("recipe: a value of the wrong type", {{"where", where}, {"key", kExtends}, {"expected", "text"}});
+    const fs::path path = (fs::path(origin.file).parent_path() / *name).lexically_normal();
+    if (!fs::is_regular_file(path))
+      throw ConfigError("recipe: the recipe to extend is not there",
+                        {{"where", where}, {"looked for", path.string()}, {"try", "a path relative to " + origin.file}});
+    const fs::path real = fs::canonical(path);
+    if (std::find(chain.begin(), chain.end(), real) != chain.end())
+      throw ConfigError("recipe: recipes extend each other in a circle", {{"where", where}, {"extends", path.string()}});
+    chain.push_back(real);
+    collect_extended(read_text_file(path.string(), kLargestFile), {path.string(), ", which " + origin.file + " extends"}, chain, out);
+    std::erase_if(out, [](const Given& given) { return given.key == "name"; });  // each recipe has its own
+    table.erase(kExtends);
+  }
+  collect(table, "", origin, out);
+}
+
 // "a.b=value": texts may stand without quotes, everything else is written as in TOML.
 Given parse_setting(const std::string& setting, Recipe& recipe) {
   const std::string where = "--set " + setting;
@@ -336,6 +365,7 @@ Given parse_setting(const std::string& setting, Recipe& recipe) {
   if (equals == std::string::npos || equals == 0)
     throw ConfigError("recipe: a setting is not key=value", {{"where", where}, {"try", "--set train.steps=100"}});
   const std::string key = setting.substr(0, equals), text = setting.substr(equals + 1);
+  if (key == kExtends) throw ConfigError("recipe: only a file can extend a recipe", {{"where", where}});
   const Key* known = find_key(key);
   const bool is_text = known != nullptr && known->field(recipe).index() >= 3;  // text, or a list of texts
   if (is_text && (text.empty() || (text.front() != '"' && text.front() != '\'' && text.front() != '['))) return {key, where, text};
@@ -369,26 +399,23 @@ void require_consistent(const Recipe& r, const std::string& origin) {
 
 Recipe parse_recipe(const std::string& text, const std::string& origin, const std::vector<std::string>& settings) {
   std::vector<Given> all;
-  collect(parse_toml(text, origin), "", origin, all);
-  std::sort(all.begin(), all.end(),
-            [](const Given& a, const Given& b) { return a.key == "model.family" && b.key != "model.family"; });  // options need it
+  std::vector<fs::path> chain{fs::weakly_canonical(origin)};
+  collect_extended(text, {origin, ""}, chain, all);
   Recipe recipe;
-  for (const std::string& setting : settings) {
-    Given given = parse_setting(setting, recipe);
-    all.insert(given.key == "model.family" ? all.begin() + (!all.empty() && all[0].key == "model.family" ? 1 : 0) : all.end(),
-               std::move(given));
-  }
-  for (const Given& given : all) {
-    assign(recipe, given);
-    recipe.given.insert(given.key);
-  }
+  for (const std::string& setting : settings) all.push_back(parse_setting(setting, recipe));
+  std::stable_partition(all.begin(), all.end(), [](const Given& given) { return given.key == kFamilyKey; });  // options need it
+  const auto after_family = std::find_if(all.begin(), all.end(), [](const Given& given) { return given.key != kFamilyKey; });
+  for (auto given = all.begin(); given != after_family; ++given) assign(recipe, *given);
+  model_family(recipe.model.family).defaults(recipe.model);
+  for (auto given = after_family; given != all.end(); ++given) assign(recipe, *given);
+  for (const Given& given : all) recipe.given.insert(given.key);
   if (recipe.name.empty()) recipe.name = fs::path(origin).stem().string();
   require_consistent(recipe, origin);
   return recipe;
 }
 
 Recipe read_recipe(const std::string& path, const std::vector<std::string>& settings) {
-  return parse_recipe(read_text_file(path, std::size_t{1} << 20), path, settings);
+  return parse_recipe(read_text_file(path, kLargestFile), path, settings);
 }
 
 // --- the model --------------------------------------------------------------------------------------------------
@@ -409,6 +436,13 @@ void resolve_model(Recipe& recipe, int64_t tokenizer_vocab) {
     found.model = read_model_config(recipe.init_from);
     found.model.complete();
     if (recipe.model.vocab_size == kVocabOfTokenizer) recipe.model.vocab_size = found.model.vocab_size;
+    if (found.model.family != recipe.model.family)  // then no other model key means anything
+      for (const std::string& key : recipe.given)
+        if (section_of(key) == "model")
+          throw ConfigError("recipe: a model key for a model of another family", {{"key", key},
+                                                                                  {"family", recipe.model.family},
+                                                                                  {recipe.init_from, found.model.family},
+                                                                                  {"try", "leave the model's keys out"}});
     for (const RecipeDifference& difference : recipe_differences(found, recipe))
       if (recipe.given.contains(difference.key))
         throw ConfigError(
@@ -449,24 +483,43 @@ struct KeyText {
   bool allowed_on_resume;
 };
 
-// Every key of a recipe in the order of the table, the family's options behind the model's common keys.
-std::vector<KeyText> all_keys(const Recipe& original) {
+std::vector<KeyText> option_keys(const ModelConfig& model) {
+  std::vector<KeyText> out;
+  for (const ModelOption& option : model_family(model.family).options) {
+    const auto set = model.options.find(option.name);
+    out.push_back({std::string("model.") + option.name, written(set == model.options.end() ? option.default_value : set->second),
+                   option.meaning, false});
+  }
+  return out;
+}
+
+// Every key of a recipe in the order of the table, `options` behind the model's common keys.
+std::vector<KeyText> all_keys(const Recipe& original, const std::vector<KeyText>& options) {
   Recipe recipe = original;
   std::vector<KeyText> out;
-  auto add_options = [&] {
-    for (const ModelOption& option : model_family(recipe.model.family).options) {
-      const auto set = recipe.model.options.find(option.name);
-      out.push_back({std::string("model.") + option.name, written(set == recipe.model.options.end() ? option.default_value : set->second),
-                     option.meaning, false});
-    }
-  };
   std::string section;
   for (const Key& key : kKeys) {
-    if (section == "model" && section_of(key.name) != "model") add_options();
+    if (section == "model" && section_of(key.name) != "model") out.insert(out.end(), options.begin(), options.end());
     section = section_of(key.name);
     out.push_back({key.name, written(key.field(recipe)), key.meaning, key.allowed_on_resume});
   }
   return out;
+}
+
+std::vector<KeyText> all_keys(const Recipe& recipe) {
+  return all_keys(recipe, option_keys(recipe.model));
+}
+
+// "8 (mamba1), 16 (mamba2)", or the value alone where every family has the same.
+std::string default_by_family(const Key& key) {
+  std::vector<std::string> values, named;
+  for (const ModelFamily* family : model_families()) {
+    Recipe recipe;
+    family->defaults(recipe.model);
+    values.push_back(written(key.field(recipe)));
+    named.push_back(values.back() + " (" + family->name + ")");
+  }
+  return std::count(values.begin(), values.end(), values[0]) == std::ssize(values) ? values[0] : joined(named, ", ");
 }
 
 }  // namespace
@@ -487,9 +540,16 @@ std::string to_toml(const Recipe& recipe) {
 }
 
 std::vector<RecipeKeyHelp> recipe_keys() {
-  std::vector<RecipeKeyHelp> out;
+  std::vector<RecipeKeyHelp> out{
+      {kExtends, "text", "\"\"", "recipe whose keys, all but its name, come before these; a path relative to this file"}};
+  std::vector<KeyText> options;
+  for (const ModelFamily* family : model_families())
+    for (KeyText row : option_keys(default_config(family->name))) {
+      row.meaning = std::string(family->name) + ": " + row.meaning;
+      options.push_back(std::move(row));
+    }
   Recipe defaults;
-  for (const KeyText& row : all_keys(defaults)) {
+  for (const KeyText& row : all_keys(defaults, options)) {
     const Key* key = find_key(row.key);
     std::string type = key == nullptr ? "number" : type_name(key->field(defaults)), meaning = row.meaning;
     if (key != nullptr)
@@ -497,7 +557,7 @@ std::vector<RecipeKeyHelp> recipe_keys() {
     if (row.key == "initial_state")
       for (const InitialStateStrategy& strategy : initial_state_strategies())
         meaning += fmt::format("; {}: {}", strategy.name, strategy.meaning);
-    out.push_back({row.key, type, row.value, meaning});
+    out.push_back({row.key, type, key != nullptr && section_of(row.key) == "model" ? default_by_family(*key) : row.value, meaning});
   }
   return out;
 }
@@ -506,7 +566,7 @@ std::vector<RecipeDifference> recipe_differences(const Recipe& before, const Rec
   const auto left = all_keys(before), right = all_keys(after);
   std::vector<RecipeDifference> out;
   if (before.model.family != after.model.family)
-    return {{"model.family", toml_text(before.model.family), toml_text(after.model.family), false}};
+    return {{kFamilyKey, toml_text(before.model.family), toml_text(after.model.family), false}};
   for (std::size_t i = 0; i < left.size(); ++i)
     if (left[i].value != right[i].value) out.push_back({left[i].key, left[i].value, right[i].value, left[i].allowed_on_resume});
   return out;

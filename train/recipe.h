@@ -55,8 +55,10 @@ struct Recipe {
 };
 
 /// Reads a recipe and applies settings "a.b=value" in order. A value is written as in TOML; strings need no quotes, and a single file needs
-/// no list. The model is not completed yet: see resolve_model(). errors  ConfigError naming file, line and column: not TOML, an unknown key
-/// (with the nearest known one), a wrong type, a value out of range
+/// no list. A file that says extends = "other.toml" (relative to itself) starts from the keys of that one, all but its name. Model keys
+/// that nobody gives are those of the family. The model is not completed yet: see resolve_model(). errors  ConfigError naming file, line
+/// and column: not TOML, an unknown key (with the nearest known one), a wrong type, a value out of
+///         range, files that extend each other
 Recipe read_recipe(const std::string& path, const std::vector<std::string>& settings = {});
 
 /// The same from text; `origin` names it in messages.
@@ -74,7 +76,7 @@ ModelConfig recipe_model_config(const std::string& path, const std::vector<std::
 /// The recipe with every key, its value and its meaning, as TOML; reading it back gives the same recipe.
 std::string to_toml(const Recipe& recipe);
 
-/// One row of the table of keys, for help texts.
+/// One row of the table of keys, for help texts; the options of every family come behind the model's common keys.
 struct RecipeKeyHelp {
   std::string key, type, default_value, meaning;
 };

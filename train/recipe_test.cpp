@@ -1,9 +1,14 @@
 // Recipes: defaults, settings, and what each mistake says.
 #include "train/recipe.h"
 
+#include <algorithm>
 #include <cmath>
+#include <fstream>
+#include <sstream>
 
 #include "core/error.h"
+#include "models/checkpoint.h"
+#include "models/language_model.h"
 #include "tests/support/check.h"
 
 namespace longhand {
@@ -23,6 +28,13 @@ batch_size = 8
 [optimizer]
 lr = 6e-4
 )";
+
+std::ptrdiff_t lines_with(const std::string& text, const std::string& part) {
+  std::istringstream lines(text);
+  std::ptrdiff_t found = 0;
+  for (std::string line; std::getline(lines, line);) found += line.find(part) != std::string::npos ? 1 : 0;
+  return found;
+}
 
 TEST("recipe: values, defaults and settings") {
   const Recipe r = parse_recipe(kSmall, "small.toml",
@@ -50,7 +62,7 @@ TEST("recipe: written in full and read back, nothing changes") {
   resolve_model(r, 257);
   const Recipe again = parse_recipe(to_toml(r), "config.toml");
   CHECK(recipe_differences(r, again).empty());
-  CHECK(again.given.size() == recipe_keys().size());
+  CHECK(std::ssize(again.given) == lines_with(to_toml(r), "  # "));  // every key has a line
   CHECK(again.model.vocab_size == 257);
   CHECK(std::isinf(again.model.option("dt_limit_max")));
   CHECK(to_toml(again) == to_toml(r));
@@ -94,7 +106,7 @@ TEST("recipe: wrong types, ranges and choices are refused") {
   expect_refused("[data]\nfiles = [1, 2]\n", {"a list that holds", "data.files"});
   expect_refused("[data]\narrangement = \"pakced\"\n", {"unknown choice", "known    packed, streams", "nearest  packed"});
   expect_refused("initial_state = \"state_passing\"\n", {"unknown choice", "nearest  state-passing"});
-  expect_refused("[model]\nfamily = \"mamba9\"\n", {"unknown choice", "nearest  mamba2"});
+  expect_refused("[model]\nfamily = \"mamba22\"\n", {"unknown choice", "nearest  mamba2"});
   expect_refused("[model]\nd_state = \"x\"\n", {"wrong type", "model.d_state"});
   expect_refused("[train]\nbatch_size = 6\ngrad_accumulation = 4\n", {"micro-batches"});
   expect_refused("[optimizer]\nlr = 1e-6\n", {"larger than the peak", "optimizer.min_lr"});
@@ -111,6 +123,118 @@ TEST("recipe: the vocabulary is the tokenizer's unless it is given") {
   CHECK(r.model.padded_vocab() == 304);
   Recipe fixed = parse_recipe(kSmall, "small.toml", {"model.vocab_size=256"});
   CHECK_THROWS_WITH_AS(resolve_model(fixed, 257), doctest::Contains("the tokenizer has more tokens"), ConfigError);
+}
+
+TEST("recipe: model keys that nobody gives are those of the family, wherever the family stands") {
+  for (const ModelFamily* family : model_families()) {
+    const std::string name = family->name;
+    ModelConfig expected;
+    family->defaults(expected);
+    for (const std::string& text :
+         {"[model]\nfamily = \"" + name + "\"\nd_model = 64\n", "[model]\nd_model = 64\nfamily = \"" + name + "\"\n"}) {
+      const Recipe r = parse_recipe(text, "r.toml");
+      CHECK(r.model.family == name);
+      CHECK(r.model.norm_eps == expected.norm_eps);
+      CHECK(r.model.pad_vocab_size_multiple == expected.pad_vocab_size_multiple);
+      CHECK(r.model.tie_embeddings == expected.tie_embeddings);
+      CHECK(r.model.d_model == 64);
+      CHECK(recipe_differences(r, parse_recipe(to_toml(r), "config.toml")).empty());
+    }
+    const Recipe given =
+        parse_recipe("[model]\nnorm_eps = 0.25\npad_vocab_size_multiple = 3\nfamily = \"mamba2\"\n", "r.toml",
+                     {"model.tie_embeddings=" + std::string(expected.tie_embeddings ? "false" : "true"), "model.family=" + name});
+    CHECK(given.model.family == name);
+    CHECK(given.model.norm_eps == 0.25);
+    CHECK(given.model.pad_vocab_size_multiple == 3);
+    CHECK(given.model.tie_embeddings != expected.tie_embeddings);
+  }
+}
+
+void write(const std::string& path, const std::string& text) {
+  std::ofstream(path) << text;
+}
+
+TEST("recipe: a recipe that extends another starts from its keys, all but the name") {
+  const test::ScratchFolder scratch;
+  write(scratch.file("base.toml"), "name = \"base\"\nseed = 3\n[model]\nd_model = 64\nd_state = 16\n[train]\nsteps = 20\nlength = 128\n");
+  write(scratch.file("middle.toml"), "extends = \"base.toml\"\n[train]\nlength = 64\n[optimizer]\nlr = 1e-4\n");
+  write(scratch.file("size.toml"), "extends = \"./middle.toml\"\n[model]\nd_model = 32\n[train]\nsteps = 5\n");
+  const Recipe r = read_recipe(scratch.file("size.toml"), {"train.length=32"});
+  CHECK(r.name == "size");
+  CHECK(r.seed == 3);
+  CHECK(r.model.d_model == 32);
+  CHECK(r.model.option("d_state") == 16);
+  CHECK(r.train.steps == 5);
+  CHECK(r.train.length == 32);
+  CHECK(r.optimizer.lr == 1e-4);
+  CHECK(r.given.contains("seed"));
+  CHECK(to_toml(r).find("extends") == std::string::npos);
+  CHECK(recipe_differences(r, parse_recipe(to_toml(r), "config.toml")).empty());
+}
+
+TEST("recipe: mistakes in recipes that extend others name both files") {
+  const test::ScratchFolder scratch;
+  auto refusal = [&](const std::string& file, const std::vector<std::string>& settings = {}) {
+    try {
+      (void)read_recipe(scratch.file(file), settings);
+    } catch (const ConfigError& error) {
+      return std::string(error.what());
+    }
+    return std::string();
+  };
+  auto expect_parts = [](const std::string& message, const std::vector<std::string>& parts) {
+    for (const std::string& part : parts) CHECK_MESSAGE(message.find(part) != std::string::npos, message, "\nlacks: ", part);
+  };
+  write(scratch.file("gone.toml"), "seed = 1\nextends = \"nowhere.toml\"\n");
+  expect_parts(refusal("gone.toml"), {"not there", "gone.toml:2:", scratch.file("nowhere.toml")});
+  write(scratch.file("a.toml"), "extends = \"b.toml\"\n");
+  write(scratch.file("b.toml"), "extends = \"a.toml\"\n");
+  expect_parts(refusal("a.toml"), {"circle", "b.toml:1:", "a.toml"});
+  write(scratch.file("self.toml"), "extends = \"self.toml\"\n");
+  expect_parts(refusal("self.toml"), {"circle", "self.toml:1:"});
+  write(scratch.file("number.toml"), "extends = 3\n");
+  expect_parts(refusal("number.toml"), {"wrong type", "extends"});
+  write(scratch.file("bad.toml"), "[train]\nstpes = 3\n");
+  write(scratch.file("user.toml"), "extends = \"bad.toml\"\n");
+  expect_parts(refusal("user.toml"), {"unknown key", scratch.file("bad.toml") + ":2:1", scratch.file("user.toml"), "train.steps"});
+  write(scratch.file("mamba.toml"), "[model]\nfamily = \"mamba2\"\nheaddim = 32\n");
+  write(scratch.file("other.toml"), "extends = \"mamba.toml\"\n[model]\nfamily = \"mamba1\"\n");  // headdim is of mamba2
+  expect_parts(refusal("other.toml"), {"model.headdim", "mamba.toml:3:1", "other.toml"});
+  expect_parts(refusal("mamba.toml", {"extends=a.toml"}), {"only a file can extend"});
+}
+
+TEST("recipe: the help lists the options of every family") {
+  const auto rows = recipe_keys();
+  for (const ModelFamily* family : model_families())
+    for (const ModelOption& option : family->options)
+      CHECK(std::any_of(rows.begin(), rows.end(), [&](const RecipeKeyHelp& row) {
+        return row.key == std::string("model.") + option.name && row.meaning == std::string(family->name) + ": " + option.meaning;
+      }));
+  for (const RecipeKeyHelp& row : rows)
+    if (row.key == "model.pad_vocab_size_multiple") CHECK(row.default_value.find("16 (mamba2)") != std::string::npos);
+}
+
+TEST("recipe: a model to start from of another family leaves no model key without a word") {
+  const test::ScratchFolder scratch;
+  ModelConfig config = default_config("mamba1");
+  config.d_model = 16;
+  config.n_layer = 1;
+  config.vocab_size = 300;
+  LanguageModel model(config, Device::cpu(), Dtype::f32);
+  model.initialize(1);
+  save_model(model, scratch.path());
+  const std::string from = "init_from = \"" + scratch.path() + "\"\n";
+  Recipe plain = parse_recipe(from, "post.toml");
+  resolve_model(plain, 257);
+  CHECK(plain.model.family == "mamba1");
+  CHECK(plain.model.d_model == 16);
+  for (const std::string keys : {"[model]\nd_model = 16\n", "[model]\nfamily = \"mamba2\"\n", "[model]\nd_state = 16\n"}) {
+    Recipe r = parse_recipe(from + keys, "post.toml");
+    CHECK_THROWS_WITH_AS(resolve_model(r, 257), doctest::Contains("another family"), ConfigError);
+  }
+  Recipe same = parse_recipe(from + "[model]\nd_model = 16\nfamily = \"mamba1\"\n", "post.toml");
+  resolve_model(same, 257);
+  CHECK(same.model.vocab_size == 300);
 }
 
 TEST("recipe: a folder to start from must hold a model") {

@@ -12,13 +12,14 @@
 #include "core/error.h"
 #include "core/philox.h"
 #include "models/mamba2/mamba2_layouts.h"
+#include "models/mamba_initializers.h"
 #include "models/model_family.h"
 #include "ops/causal_conv1d/causal_conv1d.h"
 #include "ops/gated_rmsnorm/gated_rmsnorm.h"
 #include "ops/linear/linear.h"
 #include "ops/ssd/ssd.h"
 
-namespace longhand::mamba2 {
+namespace longhand::models::mamba2 {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
@@ -63,35 +64,25 @@ void defaults(ModelConfig& c) {
   c.tie_embeddings = true;
 }
 
-void check(const ModelConfig& c) {
-  for (const char* name : {"d_state", "d_conv", "expand", "headdim", "ngroups", "chunk_size"}) {
-    const double value = c.option(name);
-    if (!(value >= 1 && value <= 65536 && value == std::floor(value)))
-      throw ConfigError("mamba2: a size must be a whole number between 1 and 65536", {{"option", name}, {"given", std::to_string(value)}});
-  }
+void settle(ModelConfig& c) {
+  if (c.option("ngroups") == 1) c.options["norm_per_group"] = 1;  // one group is all of d_inner
+  require_sizes(c, {"d_state", "d_conv", "expand", "headdim", "ngroups", "chunk_size"});
+  require_choices(c, {"bias", "conv_bias", "rmsnorm", "norm_before_gate", "norm_per_group", "D_has_hdim"});
   const Sizes s = sizes_of(c);
+  require_option(c, s.d_conv <= 8, "d_conv over 8 is not supported", "d_conv");
   if (s.d_inner % s.headdim != 0)
     throw ConfigError("mamba2: headdim does not divide d_inner",
                       {{"headdim", std::to_string(s.headdim)}, {"d_inner", std::to_string(s.d_inner)}});
   if (s.heads % s.groups != 0)
     throw ConfigError("mamba2: ngroups does not divide the number of heads",
                       {{"ngroups", std::to_string(s.groups)}, {"heads", std::to_string(s.heads)}});
-  auto require = [&](bool holds, const char* rule, const char* name) {
-    if (!holds) throw ConfigError(std::string("mamba2: ") + rule, {{"option", name}, {"given", std::to_string(c.option(name))}});
-  };
-  for (const char* name : {"bias", "conv_bias", "rmsnorm", "norm_before_gate", "norm_per_group", "D_has_hdim"})
-    require(c.option(name) == 0 || c.option(name) == 1, "a choice is 0 or 1", name);
-  require(c.option("dt_limit_min") >= 0, "dt_limit_min must be at least 0", "dt_limit_min");
-  require(c.option("dt_limit_max") > c.option("dt_limit_min"), "dt_limit_max must be above dt_limit_min", "dt_limit_max");
-  require(c.option("dt_min") > 0, "dt_min must be above 0", "dt_min");
-  require(c.option("dt_max") >= c.option("dt_min") && std::isfinite(c.option("dt_max")), "dt_max must be finite and at least dt_min",
-          "dt_max");
-  require(c.option("dt_init_floor") > 0 && std::isfinite(c.option("dt_init_floor")), "dt_init_floor must be above 0", "dt_init_floor");
-  require(c.option("A_init_min") > 0, "A_init_min must be above 0", "A_init_min");
-  require(c.option("A_init_max") >= c.option("A_init_min") && std::isfinite(c.option("A_init_max")),
-          "A_init_max must be finite and at least A_init_min", "A_init_max");
-  require(c.option("conv_init") >= 0 && std::isfinite(c.option("conv_init")), "conv_init must be at least 0", "conv_init");
-  if (s.d_conv > 8) throw ConfigError("mamba2: d_conv over 8 is not supported", {{"d_conv", std::to_string(s.d_conv)}});
+  require_option(c, c.option("dt_limit_min") >= 0, "dt_limit_min must be at least 0", "dt_limit_min");
+  require_option(c, c.option("dt_limit_max") > c.option("dt_limit_min"), "dt_limit_max must be above dt_limit_min", "dt_limit_max");
+  require_dt_options(c);
+  require_option(c, c.option("A_init_min") > 0, "A_init_min must be above 0", "A_init_min");
+  require_option(c, c.option("A_init_max") >= c.option("A_init_min") && std::isfinite(c.option("A_init_max")),
+                 "A_init_max must be finite and at least A_init_min", "A_init_max");
+  require_option(c, c.option("conv_init") >= 0 && std::isfinite(c.option("conv_init")), "conv_init must be at least 0", "conv_init");
 }
 
 class Mamba2Mixer final : public Mixer {
@@ -105,22 +96,19 @@ class Mamba2Mixer final : public Mixer {
               .groups = config.flag("norm_per_group") ? sizes_.groups : 1,
               .norm_before_gate = config.flag("norm_before_gate")} {
     const Sizes& s = sizes_;
-    const double in_bound = 1 / std::sqrt(static_cast<double>(s.d_model));
-    const double out_bound = 1 / std::sqrt(static_cast<double>(s.d_inner)) / std::sqrt(static_cast<double>(config.n_layer));
-    const double conv_default = 1 / std::sqrt(static_cast<double>(s.d_conv));
-    const double conv_bound = config.option("conv_init") > 0 ? config.option("conv_init") : conv_default;
+    const double conv_init = config.option("conv_init"), residual_scale = 1 / std::sqrt(static_cast<double>(config.n_layer));
     auto small = [](Initializer init, bool decay = false) { return ParameterOptions{std::move(init), decay, true}; };
 
-    in_proj_ = parameters.declare(prefix + "in_proj.weight", {s.projection(), s.d_model}, {.init = init_uniform(-in_bound, in_bound)});
-    conv_weight_ =
-        parameters.declare(prefix + "conv1d.weight", {s.conv_channels(), 1, s.d_conv}, small(init_uniform(-conv_bound, conv_bound), true));
+    in_proj_ = parameters.declare(prefix + "in_proj.weight", {s.projection(), s.d_model}, {.init = init_fan_in(s.d_model)});
+    conv_weight_ = parameters.declare(prefix + "conv1d.weight", {s.conv_channels(), 1, s.d_conv},
+                                      small(conv_init > 0 ? init_uniform(-conv_init, conv_init) : init_fan_in(s.d_conv), true));
     if (config.flag("conv_bias"))
-      conv_bias_ = parameters.declare(prefix + "conv1d.bias", {s.conv_channels()}, small(init_uniform(-conv_default, conv_default)));
+      conv_bias_ = parameters.declare(prefix + "conv1d.bias", {s.conv_channels()}, small(init_fan_in(s.d_conv)));
     dt_bias_ = parameters.declare(prefix + "dt_bias", {s.heads}, small(init_dt_bias(config)));
     A_log_ = parameters.declare(prefix + "A_log", {s.heads}, small(init_A_log(config)));
     D_ = parameters.declare(prefix + "D", config.flag("D_has_hdim") ? Shape{s.d_inner} : Shape{s.heads}, small(init_constant(1)));
     if (config.flag("rmsnorm")) norm_weight_ = parameters.declare(prefix + "norm.weight", {s.d_inner}, small(init_constant(1)));
-    out_proj_ = parameters.declare(prefix + "out_proj.weight", {s.d_model, s.d_inner}, {.init = init_uniform(-out_bound, out_bound)});
+    out_proj_ = parameters.declare(prefix + "out_proj.weight", {s.d_model, s.d_inner}, {.init = init_fan_in(s.d_inner, residual_scale)});
     if (config.flag("bias")) {
       in_bias_ = parameters.declare(prefix + "in_proj.bias", {s.projection()}, small(init_constant(0)));
       out_bias_ = parameters.declare(prefix + "out_proj.bias", {s.d_model}, small(init_constant(0)));
@@ -130,22 +118,18 @@ class Mamba2Mixer final : public Mixer {
   Variable forward(const Variable& x, const LayerState& h0, LayerState& h_T) const override {
     const Sizes& s = sizes_;
     const int64_t B = x.value().dim(0), T = x.value().dim(1);
-    auto carried = [&](const char* name) {
-      const auto found = h0.find(name);
-      return found == h0.end() ? Variable() : found->second;
-    };
-    const Variable projected = linear(x, in_proj_->variable, optional(in_bias_));  // [B, T, projection]
-    const auto parts = split(projected, {s.d_inner, s.conv_channels(), s.heads});  // z, x B C, dt
-    const auto conv = causal_conv1d_silu(parts[1], conv_weight_->variable, optional(conv_bias_), carried("conv"));
+    const Variable projected = linear(x, in_proj_->variable, optional_variable(in_bias_));  // [B, T, projection]
+    const auto parts = split(projected, {s.d_inner, s.conv_channels(), s.heads});           // z, x B C, dt
+    const auto conv = causal_conv1d_silu(parts[1], conv_weight_->variable, optional_variable(conv_bias_), state_tensor(h0, "conv"));
     const auto xBC = split(conv.y, {s.d_inner, s.groups * s.d_state, s.groups * s.d_state});
     const Variable D_skip = D_->shape[0] == s.heads ? D_->variable : reshape(D_->variable, {s.heads, s.headdim});
     const auto scan = ssd(reshape(xBC[0], {B, T, s.heads, s.headdim}), parts[2], A_log_->variable,  //
                           reshape(xBC[1], {B, T, s.groups, s.d_state}), reshape(xBC[2], {B, T, s.groups, s.d_state}), D_skip,
-                          dt_bias_->variable, carried("ssm"), ssd_);
+                          dt_bias_->variable, state_tensor(h0, "ssm"), ssd_);
     h_T["conv"] = conv.window;
     h_T["ssm"] = scan.h_T;
-    const Variable gated = gated_rmsnorm(reshape(scan.y, {B, T, s.d_inner}), parts[0], optional(norm_weight_), norm_);
-    return linear(gated, out_proj_->variable, optional(out_bias_));  // [B, T, d_model]
+    const Variable gated = gated_rmsnorm(reshape(scan.y, {B, T, s.d_inner}), parts[0], optional_variable(norm_weight_), norm_);
+    return linear(gated, out_proj_->variable, optional_variable(out_bias_));  // [B, T, d_model]
   }
 
   LayerState zero_state(int64_t rows, const Device& device, Dtype compute) const override {
@@ -167,16 +151,6 @@ class Mamba2Mixer final : public Mixer {
   static constexpr int64_t kComputeChunk = 64;
   static constexpr double kFlopsChunk = 256;
 
-  static Variable optional(const Parameter* parameter) { return parameter ? parameter->variable : Variable(); }
-
-  // The inverse softplus of dt0 = max(exp(u), floor), u ~ U(ln dt_min, ln dt_max).
-  static Initializer init_dt_bias(const ModelConfig& c) {
-    return [low = std::log(c.option("dt_min")), high = std::log(c.option("dt_max")), floor = c.option("dt_init_floor")](uint64_t key,
-                                                                                                                        uint64_t i) {
-      const double dt = std::max(std::exp(low + (high - low) * philox_uniform(key, i)), floor);
-      return dt + std::log(-std::expm1(-dt));
-    };
-  }
   static Initializer init_A_log(const ModelConfig& c) {
     return [low = c.option("A_init_min"), high = c.option("A_init_max")](uint64_t key, uint64_t i) {
       return std::log(low + (high - low) * philox_uniform(key, i));
@@ -189,11 +163,6 @@ class Mamba2Mixer final : public Mixer {
   Parameter *in_proj_, *conv_weight_, *conv_bias_ = nullptr, *dt_bias_, *A_log_, *D_, *norm_weight_ = nullptr, *out_proj_;
   Parameter *in_bias_ = nullptr, *out_bias_ = nullptr;
 };
-
-Initializer init_head(const ModelConfig& c) {
-  const double bound = 1 / std::sqrt(static_cast<double>(c.d_model));
-  return init_uniform(-bound, bound);
-}
 
 std::vector<Sublayer> make_layer(const ModelConfig& config, int64_t layer, ParameterSet& parameters) {
   const std::string prefix = "backbone.layers." + std::to_string(layer) + ".";
@@ -211,12 +180,13 @@ extern const ModelFamily kFamily;
 const ModelFamily kFamily{.name = "mamba2",
                           .options = kOptions,
                           .defaults = defaults,
-                          .check = check,
+                          .settle = settle,
                           .embedding_name = "backbone.embeddings.weight",
                           .final_norm_name = "backbone.norm_f.weight",
                           .head_name = "lm_head.weight",
-                          .head_init = init_head,
+                          .embedding_init = init_mamba_embedding,
+                          .head_init = init_mamba_head,
                           .make_layer = make_layer,
                           .layouts = kLayouts};
 
-}  // namespace longhand::mamba2
+}  // namespace longhand::models::mamba2

@@ -4,9 +4,9 @@
 #include <cmath>
 
 #include "core/error.h"
-#include "models/config_json.h"
+#include "models/layout_keys.h"
 
-namespace longhand::mamba2 {
+namespace longhand::models::mamba2 {
 namespace {
 
 using Json = nlohmann::ordered_json;
@@ -26,12 +26,10 @@ void write_limits(Json& json, const char* key, const ModelConfig& config) {
   if (low > 0 || std::isfinite(high)) json[key] = {json_from_number(low), json_from_number(high)};
 }
 
-bool is_text(const Json& json, const char* key, const char* text) {
-  const auto found = json.find(key);
-  return found != json.end() && *found == text;
-}
-
 // --- transformers ---------------------------------------------------------------------------------------------
+
+// Options that transformers has no key for.
+constexpr auto kOwnOptions = {"norm_per_group", "A_init_min", "A_init_max", "conv_init"};
 
 bool transformers_matches(const Json& json) {
   return is_text(json, "model_type", "mamba2");
@@ -43,8 +41,6 @@ ModelConfig transformers_read(const Json& json, const std::string& file) {
   c.family = "mamba2";
   c.d_model = reader.integer("hidden_size", 4096);
   c.n_layer = reader.integer("num_hidden_layers", 64);
-  c.vocab_size = reader.integer("vocab_size", 32768);
-  c.pad_vocab_size_multiple = 1;
   c.tie_embeddings = reader.boolean("tie_word_embeddings", false);
   c.norm_eps = reader.number("layer_norm_epsilon", 1e-5);
   const int64_t heads = reader.integer("num_heads", 128), headdim = reader.integer("head_dim", 64), expand = reader.integer("expand", 2);
@@ -63,18 +59,8 @@ ModelConfig transformers_read(const Json& json, const std::string& file) {
                {"norm_per_group", 0.0}};
   read_limits(reader, "time_step_limit", c);
   reader.require("rms_norm", true);
-  const std::string activation = reader.text("hidden_act", "silu");
-  if (activation != "silu" && activation != "swish") reader.refuse("hidden_act", "silu");
-
-  // What transformers has no key for, when longhand wrote the file.
-  const Json own = reader.value("longhand");
-  if (own.is_object()) {
-    ConfigReader extra(own, file);
-    c.vocab_size = extra.integer("vocab_size", c.vocab_size);
-    c.pad_vocab_size_multiple = extra.integer("pad_vocab_size_multiple", 1);
-    if (c.padded_vocab() != reader.integer("vocab_size", 0)) reader.refuse("vocab_size", "the padded size of longhand.vocab_size");
-    for (const char* name : {"norm_per_group", "A_init_min", "A_init_max", "conv_init"}) c.options[name] = extra.number(name, 0);
-  }
+  require_silu(reader, "silu");
+  read_padded_vocab(reader, file, 32768, c, kOwnOptions);
   return c;
 }
 
@@ -113,12 +99,7 @@ Json transformers_write(const ModelConfig& c) {
             {"eos_token_id", 0},
             {"pad_token_id", 0}};
   write_limits(json, "time_step_limit", c);
-  json["longhand"] = {{"vocab_size", c.vocab_size},
-                      {"pad_vocab_size_multiple", c.pad_vocab_size_multiple},
-                      {"norm_per_group", c.option("norm_per_group")},
-                      {"A_init_min", c.option("A_init_min")},
-                      {"A_init_max", c.option("A_init_max")},
-                      {"conv_init", c.option("conv_init")}};
+  json["longhand"] = own_keys(c, kOwnOptions);
   return json;
 }
 
@@ -134,23 +115,10 @@ bool state_spaces_matches(const Json& json) {
 }
 
 ModelConfig state_spaces_read(const Json& json, const std::string& file) {
-  ConfigReader reader(json, file);
   ModelConfig c;
   c.family = "mamba2";
-  c.d_model = reader.integer("d_model", 2560);
-  c.n_layer = reader.integer("n_layer", 64);
-  c.vocab_size = reader.integer("vocab_size", 50277);
-  c.pad_vocab_size_multiple = reader.integer("pad_vocab_size_multiple", 8);
-  c.tie_embeddings = reader.boolean("tie_embeddings", true);
-  reader.require("d_intermediate", 0);
-  reader.require("attn_layer_idx", Json::array());
-  reader.require("rms_norm", true);
-  reader.ignore("residual_in_fp32");  // longhand's residual is always f32
-  reader.ignore("fused_add_norm");    // no effect on the result
-  reader.ignore("attn_cfg");
-  const Json block = reader.value("ssm_cfg");
-  reader.refuse_unknown();
-
+  read_state_spaces_skeleton(json, file, c);
+  const Json& block = json.at("ssm_cfg");
   ConfigReader ssm(block, file + " (ssm_cfg)");
   ssm.ignore("layer");
   ssm.ignore("use_mem_eff_path");
@@ -177,9 +145,8 @@ ModelConfig state_spaces_read(const Json& json, const std::string& file) {
 }
 
 std::string state_spaces_obstacle(const ModelConfig& c) {
-  if (c.norm_eps != 1e-5) return "state-spaces has no key for norm_eps, which is always 1e-5";
   if (!c.flag("norm_per_group") && c.count("ngroups") > 1) return "state-spaces takes the gated norm per group, not over all of d_inner";
-  return "";
+  return state_spaces_skeleton_obstacle(c);
 }
 
 Json state_spaces_write(const ModelConfig& c) {
@@ -231,4 +198,4 @@ constexpr CheckpointLayout kTable[] = {
 
 const std::span<const CheckpointLayout> kLayouts = kTable;
 
-}  // namespace longhand::mamba2
+}  // namespace longhand::models::mamba2

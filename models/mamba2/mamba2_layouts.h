@@ -2,6 +2,6 @@
 #pragma once
 #include "models/model_family.h"
 
-namespace longhand::mamba2 {
+namespace longhand::models::mamba2 {
 extern const std::span<const CheckpointLayout> kLayouts;
 }

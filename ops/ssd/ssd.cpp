@@ -65,19 +65,13 @@ void require_ssd_args(const SsdInputs& in, const SsdOptions& options) {
         {{"dt_min", std::to_string(options.dt_min)}, {"dt_max", std::to_string(options.dt_max)}, {"expected", "0 <= dt_min <= dt_max"}});
 }
 
-Tensor packed(const Tensor& t) {
-  return !t.defined() || packed_behind_tokens(t) ? t : t.contiguous();
-}
 Tensor whole(const Tensor& t) {
   return t.defined() ? t.contiguous() : t;
 }
 
 /// The place for an activation's gradient: the tape's own where the kernels can write into it, else a new one.
 Tensor place_for(const BackwardCall& call, int input) {
-  if (!call.needs(input)) return {};
-  Tensor place = call.buffer(input);
-  if (packed_behind_tokens(place)) return place;
-  return Tensor::empty(place.device(), place.dtype(), place.shape());
+  return call.needs(input) ? writable_packed_tokens(call.buffer(input)) : Tensor();
 }
 
 Tensor fresh_like(const BackwardCall& call, int input, const Tensor& value) {
@@ -91,11 +85,11 @@ SsdOutput ssd(const Variable& x, const Variable& dt, const Variable& A_log, cons
   const OpScope op("ssd", {&x.value(), &dt.value(), &B_t.value()});
   const SsdInputs given{x.value(), dt.value(), A_log.value(), B_t.value(), C_t.value(), D_skip.value(), dt_bias.value(), h0.value()};
   require_ssd_args(given, options);
-  const SsdInputs in{packed(given.x),   packed(given.dt),    whole(given.A_log),   packed(given.B_t),
-                     packed(given.C_t), whole(given.D_skip), whole(given.dt_bias), whole(given.h0)};
+  const SsdInputs in{with_packed_tokens(given.x),   with_packed_tokens(given.dt), whole(given.A_log),   with_packed_tokens(given.B_t),
+                     with_packed_tokens(given.C_t), whole(given.D_skip),          whole(given.dt_bias), whole(given.h0)};
   auto [y, h_T] = on_device(in.x.device(), &ssd_fwd_cpu, LONGHAND_CUDA_IMPL(ssd_fwd_cuda))(in, options);
   auto outputs = record("ssd", {y, h_T}, {x, dt, A_log, B_t, C_t, D_skip, dt_bias, h0}, [in, options](BackwardCall& call) {
-    const Tensor grad_y = packed(call.grad(0));
+    const Tensor grad_y = with_packed_tokens(call.grad(0));
     const Tensor grad_h_T = whole(call.grad(1));
     const SsdGradients out{place_for(call, 0),
                            place_for(call, 1),

@@ -16,8 +16,8 @@
 #include <algorithm>
 
 #include "core/error.h"
+#include "ops/common/tile_product.cuh"
 #include "ops/ssd/ssd_cuda.cuh"
-#include "ops/ssd/ssd_tiles.cuh"
 
 namespace longhand {
 namespace {

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <vector>
 
-#include "ops/ssd/small_product.h"
+#include "ops/common/small_product.h"
 #include "ops/ssd/ssd.h"
 #include "ops/ssd/ssd_layout.h"
 

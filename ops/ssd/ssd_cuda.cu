@@ -18,8 +18,8 @@
 // agrees  with the CPU reference to kSsdToleranceF32, kSsdToleranceBf16 (ssd.h); bf16 rounds y, M, rho dt X and the state in C S'
 // order   fixed, no atomics. How many segments there are depends on the GPU's size
 #include "core/error.h"
+#include "ops/common/tile_product.cuh"
 #include "ops/ssd/ssd_cuda.cuh"
-#include "ops/ssd/ssd_tiles.cuh"
 
 namespace longhand {
 namespace {

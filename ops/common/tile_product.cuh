@@ -2,7 +2,7 @@
 // A warp's accumulator of a 16 x 8n tile is acc[n][4]; with g = lane / 4 and q = lane % 4, acc[j][0..1] are (row g, columns 8j + 2q, 8j +
 // 2q + 1) and acc[j][2..3] the same columns of row g + 8, for both dtypes, so that everything around the products is written once.
 #pragma once
-#include "ops/ssd/ssd_mma.cuh"
+#include "ops/common/matrix_instructions.cuh"
 
 namespace longhand {
 
@@ -81,6 +81,26 @@ struct Left<Bf16> {
     r[2] = scale_pair(r[2], low, low);
     r[3] = scale_pair(r[3], high, high);
   }
+  /// a[m, k] *= weight[m * stride + k]; stride even, weight aligned to 8 bytes
+  __device__ __forceinline__ void scale_elements(const float* weight, int stride) {
+    const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+#pragma unroll
+    for (int x = 0; x < 4; ++x) {
+      const float2 w = *reinterpret_cast<const float2*>(weight + (g + (x & 1) * 8) * stride + 2 * q + (x & 2) * 4);
+      r[x] = scale_pair(r[x], w.x, w.y);
+    }
+  }
+  /// Only rows [8 * half, 8 * half + 8) stay; likewise for the summed index.
+  __device__ __forceinline__ void keep_rows(int half) {
+#pragma unroll
+    for (int x = 0; x < 4; ++x)
+      if ((x & 1) != half) r[x] = 0;
+  }
+  __device__ __forceinline__ void keep_sum_index(int half) {
+#pragma unroll
+    for (int x = 0; x < 4; ++x)
+      if (x / 2 != half) r[x] = 0;
+  }
 };
 
 template <>
@@ -118,6 +138,19 @@ struct Left<float> {
 #pragma unroll
     for (int k = 0; k < 16; ++k) v[0][k] *= low, v[1][k] *= high;
   }
+  __device__ __forceinline__ void scale_elements(const float* weight, int stride) {
+    const int g = threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int k = 0; k < 16; ++k) v[0][k] *= weight[g * stride + k], v[1][k] *= weight[(g + 8) * stride + k];
+  }
+  __device__ __forceinline__ void keep_rows(int half) {
+#pragma unroll
+    for (int k = 0; k < 16; ++k) v[1 - half][k] = 0;
+  }
+  __device__ __forceinline__ void keep_sum_index(int half) {
+#pragma unroll
+    for (int k = 0; k < 8; ++k) v[0][8 * (1 - half) + k] = 0, v[1][8 * (1 - half) + k] = 0;
+  }
 };
 
 /// acc [16, 16 * pairs] += left [16, 16] * b [16, ..]; only the pairs of 8-column tiles [begin, end).
@@ -148,6 +181,54 @@ __device__ __forceinline__ void multiply(float (&acc)[2 * pairs][4], const Left<
     for (int k = 0; k < 16; ++k) {
       const float b0 = stored == Stored::as_is ? b[k * stride + n] : b[n * stride + k];
       const float b1 = stored == Stored::as_is ? b[k * stride + n + 1] : b[(n + 1) * stride + k];
+      acc[tile][0] += left.v[0][k] * b0;
+      acc[tile][1] += left.v[0][k] * b1;
+      acc[tile][2] += left.v[1][k] * b0;
+      acc[tile][3] += left.v[1][k] * b1;
+    }
+  }
+}
+
+/// The same with every element of the right operand times its weight, f32, stored like it; bf16 rounds the product once.
+template <Stored stored, int pairs>
+__device__ __forceinline__ void multiply_weighted(float (&acc)[2 * pairs][4], const Left<Bf16>& left, const Bf16* b, int stride,
+                                                  const float* weight, int weight_stride, int begin = 0, int end = pairs) {
+  const int lane = threadIdx.x % 32, matrix = lane / 8, row = lane % 8, second_k = (matrix & 1) * 8, second_n = (matrix & 2) * 4;
+  const int g = lane / 4, q = lane % 4;
+#pragma unroll
+  for (int pair = 0; pair < pairs; ++pair) {
+    if (pair < begin || pair >= end) continue;
+    uint32_t r[4];
+    if constexpr (stored == Stored::as_is) load_matrices_transposed(r, b + (row + second_k) * stride + 16 * pair + second_n);
+    else load_matrices(r, b + (16 * pair + row + second_n) * stride + second_k);
+#pragma unroll
+    for (int x = 0; x < 4; ++x) {
+      const int n = 16 * pair + g + (x & 2) * 4, k = 2 * q + (x & 1) * 8;
+      if constexpr (stored == Stored::as_is) {
+        r[x] = scale_pair(r[x], weight[k * weight_stride + n], weight[(k + 1) * weight_stride + n]);
+      } else {
+        const float2 w = *reinterpret_cast<const float2*>(weight + n * weight_stride + k);
+        r[x] = scale_pair(r[x], w.x, w.y);
+      }
+    }
+    multiply_bf16(acc[2 * pair], left.r, r[0], r[1]);
+    multiply_bf16(acc[2 * pair + 1], left.r, r[2], r[3]);
+  }
+}
+
+template <Stored stored, int pairs>
+__device__ __forceinline__ void multiply_weighted(float (&acc)[2 * pairs][4], const Left<float>& left, const float* b, int stride,
+                                                  const float* weight, int weight_stride, int begin = 0, int end = pairs) {
+  const int q = threadIdx.x % 4;
+  const auto at = [](int k, int n, int row_stride) { return stored == Stored::as_is ? k * row_stride + n : n * row_stride + k; };
+#pragma unroll
+  for (int tile = 0; tile < 2 * pairs; ++tile) {
+    if (tile / 2 < begin || tile / 2 >= end) continue;
+    const int n = 8 * tile + 2 * q;
+#pragma unroll
+    for (int k = 0; k < 16; ++k) {
+      const float b0 = b[at(k, n, stride)] * weight[at(k, n, weight_stride)],
+                  b1 = b[at(k, n + 1, stride)] * weight[at(k, n + 1, weight_stride)];
       acc[tile][0] += left.v[0][k] * b0;
       acc[tile][1] += left.v[0][k] * b1;
       acc[tile][2] += left.v[1][k] * b0;

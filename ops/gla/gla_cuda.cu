@@ -1,0 +1,576 @@
+// GLA on CUDA: what every chunk gives by itself, and the walks over the chunks with the state in registers.
+//
+// gla_prepare_kernel: decayed queries and keys, scores and decay of every chunk
+// moves   q, k, gate in; decayed q, k and 64 scores a token out: 5 Dk + 64 elements per token and head
+// flops   per chunk and head 3 exponentials per gate; the scores by squares of 8, 16 and 32 tokens (28 x 64 x Dk products on tensor cores)
+//         and the triangles of 8 tokens left on the diagonal (8 x 36 x Dk products, running decays in f32)
+// floor   B 32, T 2048, H 4, Dk 128, bf16: 370 MB / 3.0 TB/s = 0.12 ms on an H100 SXM
+// split   one block of 8 warps per (row, chunk, head), 64 columns of Dk at a time; warp w has score rows 16 * (w % 4), half w / 4 of the
+//         columns summed over, and leaf w
+// needs   Dk <= 256, padded to 64, 128 or 256
+// agrees  bf16 rounds each decayed operand once, and the scores
+// order   fixed: the two halves of the columns are added in order
+//
+// gla_walk_kernel<outputs>: o and h_T (forward), grad v and grad h0 (backward, from the last chunk)
+// moves   prepared q and k, scores, v in, o out: 2 Dk + 64 + 2 Dv elements per token and head; the parts of Dv read q, k and scores
+//         again, from L2 when they run together
+// flops   per chunk and head the scores' product with v (64 * 64 * Dv, half of it needed), state and update (2 * 64 Dk Dv each)
+// floor   B 32, T 2048, H 4, Dk 128, Dv 256, bf16: 440 MB / 3.0 TB/s = 0.15 ms; with the preparation 0.27 ms
+// split   one block per (row, head, 64 columns of Dv, segment), one warp per 16 of the columns; the turned state [Dv, Dk] stays in f32
+//         registers and feeds its product from there. With too few rows and heads for the GPU the sequence is cut into segments: their end
+//         states from a zero state first, a scan over segments, then the outputs of all segments at once
+// needs   16-byte copies of v where base, strides and widths are multiples of 16 bytes, single elements otherwise
+// agrees  with the CPU reference to kGlaToleranceF32, kGlaToleranceBf16 (gla_kernels.h); bf16 rounds o, and the state in its product
+// order   fixed, no atomics. How many segments there are depends on the GPU's size
+// Exponentials are ex2.approx, reciprocals rcp.approx (cuda_math.cuh).
+#include "core/error.h"
+#include "ops/gla/gla_cuda.cuh"
+
+namespace longhand {
+namespace {
+
+// --- prepare ----------------------------------------------------------------------------------------------------
+
+template <class T>
+struct PrepareArgs {
+  TokenRows<const T> q, k, gate;
+  T *decayed_q, *decayed_k, *scores;
+  float* decay;
+  GateArgs gates;
+  float scale;
+  int64_t tokens, H, chunks;
+  int Dk, D;
+};
+
+template <class T>
+constexpr int kSliceTile = kChunk* tile_stride<T>(kSlice);  // elements of a tile of 64 tokens and 64 columns
+
+template <class T>
+constexpr int kPrepareBytes = (2 * kDecayFloats + kLeafSumFloats) * 4 + 3 * kSliceTile<T>* static_cast<int>(sizeof(T));
+
+/// Four neighbouring elements of shared memory in f32.
+template <class T>
+__device__ __forceinline__ void read_four(const T* from, float (&to)[4]) {
+  const Pack<T, 4> four = load_pack<4>(from);
+#pragma unroll
+  for (int e = 0; e < 4; ++e) to[e] = widen(four.at[e]);
+}
+
+/// The 64 x 64 part of a tile to global memory, each element times its weight and a factor; weights lie kDecayStride apart.
+template <class T>
+__device__ __forceinline__ void store_weighted(T* to, int64_t row_stride, const T* tile, const float* weight, float factor) {
+  constexpr int unit = 16 / static_cast<int>(sizeof(T)), units = kSlice / unit;
+  for (int i = static_cast<int>(threadIdx.x); i < kChunk * units; i += kSliceThreads) {
+    const int row = i / units, column = i % units * unit;
+    const Pack<T, unit> given = load_pack<unit>(tile + row * tile_stride<T>(kSlice) + column);
+    const Pack<float, unit> w = load_pack<unit>(weight + row * kDecayStride + column);
+    float product[unit];
+#pragma unroll
+    for (int e = 0; e < unit; ++e) product[e] = factor * widen(given.at[e]) * w.at[e];
+    store_pack(to + row * row_stride + column, round_to<T>(product));
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kSliceThreads, sizeof(T) == 2 ? 3 : 2) gla_prepare_kernel(const PrepareArgs<T> a) {
+  constexpr int stride = tile_stride<T>(kSlice);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, quad = lane % 4, row_tile = warp % 4, half = warp / 4;
+  const int column = own_column(), rows = own_rows();
+  const int64_t unit = blockIdx.x, h = unit % a.H, chunk = unit / a.H % a.chunks, b = unit / a.H / a.chunks, t0 = chunk * kChunk;
+  const int valid = static_cast<int>(a.tokens - t0 < kChunk ? a.tokens - t0 : kChunk);
+
+  float* floats = reinterpret_cast<float*>(shared_memory());
+  const SliceDecays decays{floats, floats + kDecayFloats, floats + 2 * kDecayFloats};
+  T* q_tile = reinterpret_cast<T*>(floats + 2 * kDecayFloats + kLeafSumFloats);
+  T* k_tile = q_tile + kSliceTile<T>;
+  T* gate_tile = k_tile + kSliceTile<T>;
+
+  float scores[8][4];  // rows 16 * row_tile + g and + 8, all 64 columns; only the squares of this row tile are filled
+  clear(scores);
+  float leaf_scores[kLeafTokens] = {};  // leaf `warp`: tokens i against token j = lane % 8, columns 4 * (lane / 8) of every 16
+
+  for (int slice = 0; slice < a.D / kSlice; ++slice) {
+    const int width = a.Dk - kSlice * slice < kSlice ? a.Dk - kSlice * slice : kSlice;
+    const auto load = [&](T* tile, const TokenRows<const T>& from) {
+      load_tile(tile, kChunk, kSlice, from.data + b * from.batch + t0 * from.token + h * a.Dk + kSlice * slice, from.token, valid, width,
+                from.vectors);
+    };
+    __syncthreads();  // the tiles of the slice before have been read
+    load(q_tile, a.q);
+    load(k_tile, a.k);
+    load(gate_tile, a.gate);
+    copies_arrived();
+    __syncthreads();
+    for (int i = 0; i < 16; ++i) {  // the decay of every token in from_begin, its logarithm in to_end
+      const int row = rows + i;
+      const float log2 = row < valid && column < width ? log2_gate(widen(gate_tile[row * stride + column]), a.gates) : 0.0f;
+      decays.from_begin[row * kDecayStride + column] = exp2_approx(log2);
+      decays.to_end[row * kDecayStride + column] = log2;
+    }
+    __syncthreads();
+
+    const int j = lane % kLeafTokens, leaf_row = kLeafTokens * warp;
+#pragma unroll
+    for (int c = 4 * (lane / kLeafTokens); c < kSlice; c += 16) {  // keys decay as the queries go by
+      float key[4];
+      read_four(k_tile + (leaf_row + j) * stride + c, key);
+#pragma unroll
+      for (int i = 0; i < kLeafTokens; ++i) {
+        float decay[4], query[4];
+        read_four(decays.from_begin + (leaf_row + i) * kDecayStride + c, decay);
+        read_four(q_tile + (leaf_row + i) * stride + c, query);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          if (i > j) key[e] *= decay[e];
+          leaf_scores[i] += query[e] * key[e];
+        }
+      }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const int leaf = rows / kLeafTokens + k;
+      float log2_gates[kLeafTokens];
+#pragma unroll
+      for (int i = 0; i < kLeafTokens; ++i) log2_gates[i] = decays.to_end[(leaf * kLeafTokens + i) * kDecayStride + column];
+      leaf_decays(decays, leaf, column, log2_gates);
+    }
+    __syncthreads();
+
+#pragma unroll 1
+    for (int square = kLeafTokens; square < kChunk; square *= 2) {  // queries of odd blocks against keys of the block before
+      const int block = 16 * row_tile / square;
+      if (square == kLeafTokens || block % 2 == 1) {
+        const int begin = square == kLeafTokens ? row_tile : (block - 1) * square / 16,
+                  end = square == kLeafTokens ? row_tile + 1 : block * square / 16;
+#pragma unroll
+        for (int k16 = 0; k16 < 2; ++k16) {
+          const int first = 32 * half + 16 * k16;
+          Left<T> left = Left<T>::template load<Stored::as_is>(q_tile + 16 * row_tile * stride + first, stride);
+          left.scale_elements(decays.from_begin + 16 * row_tile * kDecayStride + first, kDecayStride);
+          if (square == kLeafTokens) left.keep_rows(1);  // its product with the second leaf's keys is overwritten below
+          multiply_weighted<Stored::transposed, 4>(scores, left, k_tile + first, stride, decays.to_end + first, kDecayStride, begin, end);
+        }
+      }
+      __syncthreads();
+      widen_decays(decays, square);
+      __syncthreads();
+    }
+
+    const int64_t at = unit * kChunk * a.D + kSlice * slice;
+    store_weighted(a.decayed_q + at, a.D, q_tile, decays.from_begin, a.scale);
+    store_weighted(a.decayed_k + at, a.D, k_tile, decays.to_end, 1.0f);
+    if (threadIdx.x < kSlice) a.decay[unit * a.D + kSlice * slice + column] = chunk_decay(decays, column);
+  }
+
+  // Scores: the first half of the columns, plus the second, then the leaves in their places.
+  float* sums = floats;  // [64][kDecayStride]
+  __syncthreads();
+  for (int turn = 1; turn >= 0; --turn) {
+    if (half == turn)
+#pragma unroll
+      for (int n8 = 0; n8 < 8; ++n8)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          float* place = sums + (16 * row_tile + g + e / 2 * 8) * kDecayStride + 8 * n8 + 2 * quad + e % 2;
+          *place = turn == 1 ? scores[n8][e] : *place + scores[n8][e];
+        }
+    __syncthreads();
+  }
+#pragma unroll
+  for (int i = 0; i < kLeafTokens; ++i) {
+    float sum = leaf_scores[i];
+    sum += __shfl_xor_sync(0xffffffffu, sum, 8);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 16);
+    const int j = lane % kLeafTokens;
+    if (lane < kLeafTokens) sums[(kLeafTokens * warp + i) * kDecayStride + kLeafTokens * warp + j] = i >= j ? sum : 0.0f;
+  }
+  __syncthreads();
+  constexpr int pack = 16 / static_cast<int>(sizeof(T)), packs = kChunk / pack;
+  for (int i = static_cast<int>(threadIdx.x); i < kChunk * packs; i += kSliceThreads) {
+    const int row = i / packs, first = i % packs * pack;
+    const Pack<float, pack> sum = load_pack<pack>(sums + row * kDecayStride + first);
+    float scaled[pack];
+#pragma unroll
+    for (int e = 0; e < pack; ++e) scaled[e] = a.scale * sum.at[e];
+    store_pack(a.scores + (unit * kChunk + row) * kChunk + first, round_to<T>(scaled));
+  }
+}
+
+// --- walk -----------------------------------------------------------------------------------------------------
+
+constexpr int kPart = 64;  // columns of Dv in a block
+
+template <class T>
+struct WalkArgs {
+  TokenRows<const T> rows;  // v, or backwards grad_o [.., H, Dv]
+  const T *side, *readout;  // [B, chunks, H, 64, D]: state' += rows' side;  y' = state' readout' + rows' scores
+  const T* scores;          // [B, chunks, H, 64, 64]
+  const float* decay;       // [B, chunks, H, D]
+  TokenRows<T> y;           // o, or backwards grad_v
+  const float* start;       // [B, H, segments, Dk, Dv] or null: zeros
+  float* end;               // [B, H, Dk, Dv], or with end_per_segment [B, H, segments, Dk, Dv], or null
+  float* segment_decay;     // [B, H, segments, Dk] with end_per_segment
+  T* borders;               // [B, chunks, H, Dv, D] or null: the turned state before each chunk of the walk
+  int64_t B, tokens, H, chunks, segments, chunks_per_segment;
+  bool end_per_segment;
+  int Dk, Dv, parts, width, stages;  // width: columns of a part, a multiple of 16
+};
+
+template <class T, int D>
+struct WalkLayout {  // shared memory in bytes; each stage holds the tiles of one chunk
+  static constexpr int size = static_cast<int>(sizeof(T));
+  static constexpr int side_bytes = kChunk * tile_stride<T>(D) * size, scores_bytes = kChunk * tile_stride<T>(kChunk) * size;
+  __host__ __device__ static constexpr int stage_bytes(int width, bool outputs) {
+    return D * 4 + kChunk * tile_stride<T>(width) * size + side_bytes + (outputs ? side_bytes + scores_bytes : 0);
+  }
+  __host__ __device__ static constexpr int total_bytes(int width, bool outputs, int stages) {
+    return stages * stage_bytes(width, outputs) + D * 4;
+  }
+};
+
+template <class T, int D, bool outputs, bool backwards>
+__global__ void __launch_bounds__(2 * kPart, sizeof(T) == 2 && D == 128 && outputs && backwards ? 3 : 1)
+    gla_walk_kernel(const WalkArgs<T> a) {
+  using Layout = WalkLayout<T, D>;
+  constexpr int side_stride = tile_stride<T>(D), scores_stride = tile_stride<T>(kChunk);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, quad = lane % 4;
+  const int part = static_cast<int>(blockIdx.x % a.parts), first_column = kPart * part,
+            columns = a.Dv - first_column < a.width ? a.Dv - first_column : a.width;
+  const int64_t segment = blockIdx.x / a.parts % a.segments, row_head = blockIdx.x / a.parts / a.segments, h = row_head % a.H,
+                b = row_head / a.H;
+  const int64_t k_begin = segment * a.chunks_per_segment, k_limit = k_begin + a.chunks_per_segment,
+                k_end = k_limit < a.chunks ? k_limit : a.chunks;
+  if (a.end_per_segment && segment == a.segments - 1) return;  // nobody starts from its end
+
+  float* product = reinterpret_cast<float*>(shared_memory());  // [D] decay over the segment so far
+  unsigned char* stages = shared_memory() + D * 4;
+  const int rows_stride = tile_stride<T>(a.width), stage_bytes = Layout::stage_bytes(a.width, outputs);
+  const auto chunk_at = [&](int64_t k) { return backwards ? a.chunks - 1 - k : k; };
+  const auto tokens_in = [&](int64_t chunk) {
+    const int64_t left = a.tokens - chunk * kChunk;
+    return static_cast<int>(left < kChunk ? left : kChunk);
+  };
+  const auto fetch = [&](int64_t k) {  // the tiles of the walk's chunk k
+    const int64_t chunk = chunk_at(k), unit = (b * a.chunks + chunk) * a.H + h;
+    float* decay = reinterpret_cast<float*>(stages + k % a.stages * stage_bytes);
+    for (int i = static_cast<int>(threadIdx.x); i < D / 4; i += static_cast<int>(blockDim.x))
+      copy_16_async(decay + 4 * i, a.decay + unit * D + 4 * i);
+    T* rows = reinterpret_cast<T*>(decay + D);
+    load_tile(rows, kChunk, a.width, a.rows.data + b * a.rows.batch + chunk * kChunk * a.rows.token + h * a.Dv + first_column, a.rows.token,
+              tokens_in(chunk), columns, a.rows.vectors);
+    T* side = rows + kChunk * rows_stride;
+    load_tile(side, kChunk, D, a.side + unit * kChunk * D, D, kChunk, D, true);
+    if constexpr (outputs) {
+      load_tile(side + kChunk * side_stride, kChunk, D, a.readout + unit * kChunk * D, D, kChunk, D, true);
+      load_tile(side + 2 * kChunk * side_stride, kChunk, kChunk, a.scores + unit * kChunk * kChunk, kChunk, kChunk, kChunk, true);
+    }
+  };
+
+  // The turned state: rows p = 16 * warp + g and + 8 of this part, columns 8j + 2 * quad and the next.
+  float state[D / 8][4];
+  clear(state);
+  const auto each_state_entry = [&](auto&& visit) {  // visit(offset in [Dk, Dv], value)
+#pragma unroll
+    for (int j = 0; j < D / 8; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int p = 16 * warp + g + e / 2 * 8, m = 8 * j + 2 * quad + e % 2;
+        if (p < columns && m < a.Dk) visit(static_cast<int64_t>(m) * a.Dv + first_column + p, state[j][e]);
+      }
+  };
+  const int64_t state_size = static_cast<int64_t>(a.Dk) * a.Dv;
+  if (a.start != nullptr) {
+    const float* from = a.start + (row_head * a.segments + segment) * state_size;
+    each_state_entry([&](int64_t at, float& value) { value = from[at]; });
+  }
+  if (a.end_per_segment)
+    for (int m = static_cast<int>(threadIdx.x); m < D; m += static_cast<int>(blockDim.x)) product[m] = 1.0f;  // read by this thread only
+
+  if (a.stages == 2 && k_begin < k_end) fetch(k_begin);
+  for (int64_t k = k_begin; k < k_end; ++k) {
+    if (a.stages == 2) {
+      copies_arrived();
+      __syncthreads();  // chunk k is here, and nobody reads the other stage any more
+      if (k + 1 < k_end) fetch(k + 1);
+    } else {
+      __syncthreads();
+      fetch(k);
+      copies_arrived();
+      __syncthreads();
+    }
+    const int64_t chunk = chunk_at(k);
+    const float* decay = reinterpret_cast<const float*>(stages + k % a.stages * stage_bytes);
+    T* rows = const_cast<T*>(reinterpret_cast<const T*>(decay + D));
+    const T* side = rows + kChunk * rows_stride;
+    const T* readout = side + kChunk * side_stride;
+    const T* scores = readout + kChunk * side_stride;
+    if (a.end_per_segment)
+      for (int m = static_cast<int>(threadIdx.x); m < D; m += static_cast<int>(blockDim.x)) product[m] *= decay[m];
+    if (a.borders != nullptr) {
+      T* to = a.borders + (((b * a.chunks + chunk) * a.H + h) * a.Dv + first_column) * D;
+#pragma unroll
+      for (int j = 0; j < D / 8; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; e += 2) {
+          const int p = 16 * warp + g + e / 2 * 8;
+          if (p < columns) store_two(to + static_cast<int64_t>(p) * D + 8 * j + 2 * quad, state[j][e], state[j][e + 1], true, true);
+        }
+    }
+
+    float y[kChunk / 8][4];  // y' : rows p, columns tokens
+    if constexpr (outputs) {
+      clear(y);
+#pragma unroll(sizeof(T) == 4 && D == 256 ? 1 : D / 16)  // in f32 at 256 the state spills anyway
+      for (int n = 0; n < D / 16; ++n)
+        multiply<Stored::transposed, kChunk / 16>(y, Left<T>::from(state[2 * n], state[2 * n + 1]), readout + 16 * n, side_stride);
+    }
+#pragma unroll
+    for (int j = 0; j < D / 8; ++j) {
+      const float2 factor = *reinterpret_cast<const float2*>(decay + 8 * j + 2 * quad);
+      state[j][0] *= factor.x;
+      state[j][1] *= factor.y;
+      state[j][2] *= factor.x;
+      state[j][3] *= factor.y;
+    }
+#pragma unroll(sizeof(T) == 2 ? 4 : 1)
+    for (int k16 = 0; k16 < kChunk / 16; ++k16) {
+      const Left<T> left = Left<T>::template load<Stored::transposed>(rows + 16 * k16 * rows_stride + 16 * warp, rows_stride);
+      if constexpr (outputs && !backwards)  // o_i takes v_j of j <= i
+        multiply<Stored::transposed, kChunk / 16>(y, left, scores + 16 * k16, scores_stride, k16);
+      if constexpr (outputs && backwards)  // grad v_j takes grad o_i of i >= j
+        multiply<Stored::as_is, kChunk / 16>(y, left, scores + 16 * k16 * scores_stride, scores_stride, 0, k16 + 1);
+      multiply<Stored::as_is, D / 16>(state, left, side + 16 * k16 * side_stride, side_stride);
+    }
+    if constexpr (outputs) {  // y takes the place of the rows in their tile: columns 16 * warp .. of it are this warp's alone
+      __syncwarp();
+#pragma unroll
+      for (int i8 = 0; i8 < kChunk / 8; ++i8)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) rows[(8 * i8 + 2 * quad + e % 2) * rows_stride + 16 * warp + g + e / 2 * 8] = narrow<T>(y[i8][e]);
+      __syncthreads();
+      store_tile(a.y.data + b * a.y.batch + chunk * kChunk * a.y.token + h * a.Dv + first_column, a.y.token, rows, a.width,
+                 tokens_in(chunk), columns, a.y.vectors);
+    }
+  }
+  if (a.end != nullptr && (a.end_per_segment || segment == a.segments - 1)) {
+    float* to = a.end + (a.end_per_segment ? row_head * a.segments + segment : row_head) * state_size;
+    each_state_entry([&](int64_t at, float& value) { to[at] = value; });
+  }
+  if (a.end_per_segment && part == 0)
+    for (int m = static_cast<int>(threadIdx.x); m < a.Dk; m += static_cast<int>(blockDim.x))
+      a.segment_decay[(row_head * a.segments + segment) * a.Dk + m] = product[m];
+}
+
+// --- scan over segments ---------------------------------------------------------------------------------------
+
+struct SegmentScanArgs {
+  const float* decay;  // [B, H, segments, Dk]
+  const float* start;  // [B, H, Dk, Dv] or null
+  float* states;       // [B, H, segments, Dk, Dv]: ends from a zero state in, starts out
+  int64_t segments, Dk, Dv;
+};
+
+// One thread per entry of the state, one block row per (row, head).
+__global__ void gla_segment_scan_kernel(const SegmentScanArgs a) {
+  const int64_t entry = static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x, row_head = blockIdx.x, size = a.Dk * a.Dv;
+  if (entry >= size) return;
+  float current = a.start == nullptr ? 0.0f : a.start[row_head * size + entry];
+  for (int64_t segment = 0; segment < a.segments; ++segment) {
+    const int64_t at = row_head * a.segments + segment;
+    float* place = a.states + at * size + entry;
+    const float own = segment == a.segments - 1 ? 0.0f : *place;  // the last segment's end is nobody's beginning
+    *place = current;
+    if (segment < a.segments - 1) current = a.decay[at * a.Dk + entry / a.Dv] * current + own;
+  }
+}
+
+// --- launchers ------------------------------------------------------------------------------------------------
+
+template <class T, int D, bool outputs, bool backwards>
+void launch_walk(WalkArgs<T> args, const CudaContext& context) {
+  using Layout = WalkLayout<T, D>;
+  const int64_t blocks = args.B * args.H * args.segments * args.parts;
+  // Two stages hide the loads of a block that is alone on its SM; where there are blocks enough, more of them per SM hide them better.
+  const bool two = blocks <= 2 * context.sm_count && Layout::total_bytes(args.width, outputs, 2) <= context.shared_memory_per_block;
+  args.stages = two ? 2 : 1;
+  launch(&gla_walk_kernel<T, D, outputs, backwards>, "gla_walk_kernel", dim3(static_cast<unsigned>(blocks)),
+         dim3(static_cast<unsigned>(2 * args.width)), static_cast<size_t>(Layout::total_bytes(args.width, outputs, args.stages)),
+         context.stream, args);
+}
+
+template <class T, bool outputs, bool backwards>
+void launch_walk(const WalkArgs<T>& args, const CudaContext& context) {
+  switch (padded_key_dim(args.Dk)) {
+    case 64:
+      return launch_walk<T, 64, outputs, backwards>(args, context);
+    case 128:
+      return launch_walk<T, 128, outputs, backwards>(args, context);
+    default:
+      return launch_walk<T, 256, outputs, backwards>(args, context);
+  }
+}
+
+/// Runs a walk, in segments when rows, heads and parts alone leave much of the GPU idle.
+template <class T, bool outputs, bool backwards>
+void run_walk(WalkArgs<T> args, const Tensor& start, const Device& device) {
+  const CudaContext& context = device.cuda_context();
+  const int64_t heads = args.B * args.H, blocks = heads * args.parts;
+  if (blocks == 0) return;
+  const int64_t wanted = 4 * blocks >= 3 * context.sm_count ? 1 : (2 * context.sm_count + blocks - 1) / blocks;
+  const int64_t possible = args.chunks / 8;  // shorter segments cost more than they bring
+  args.segments = wanted < possible ? wanted : possible;
+  if (args.segments < 1) args.segments = 1;
+  args.chunks_per_segment = (args.chunks + args.segments - 1) / args.segments;
+  if (args.chunks_per_segment > 0) args.segments = (args.chunks + args.chunks_per_segment - 1) / args.chunks_per_segment;
+  if (args.segments < 1) args.segments = 1;
+  args.start = address_of<const float>(start);
+  args.end_per_segment = false;
+
+  Tensor starts, decays;
+  if (args.segments > 1) {
+    const int64_t Dk = args.Dk, Dv = args.Dv;
+    const Shape states_shape{args.B, args.H, args.segments, Dk, Dv}, decays_shape{args.B, args.H, args.segments, Dk};
+    starts = Tensor::empty(device, Dtype::f32, states_shape);
+    decays = Tensor::empty(device, Dtype::f32, decays_shape);
+    WalkArgs<T> ends = args;
+    ends.start = nullptr;
+    ends.borders = nullptr;
+    ends.end = starts.data<float>();
+    ends.segment_decay = decays.data<float>();
+    ends.end_per_segment = true;
+    launch_walk<T, false, backwards>(ends, context);
+    const SegmentScanArgs scan{decays.data<float>(), args.start, starts.data<float>(), args.segments, Dk, Dv};
+    const dim3 grid(static_cast<unsigned>(heads), static_cast<unsigned>((Dk * Dv + 255) / 256));
+    launch(&gla_segment_scan_kernel, "gla_segment_scan_kernel", grid, dim3(256), 0, context.stream, scan);
+    args.start = starts.data<float>();
+  }
+  launch_walk<T, outputs, backwards>(args, context);
+}
+
+template <class T>
+WalkArgs<T> walk_args(const GlaInputs& in, const GlaPrepared& prepared) {
+  const GlaSizes s = in.sizes();
+  WalkArgs<T> args{};
+  args.scores = address_of<const T>(prepared.scores);
+  args.decay = address_of<const float>(prepared.decay);
+  args.B = s.B;
+  args.tokens = s.T;
+  args.H = s.H;
+  args.chunks = chunk_count(s.T);
+  args.Dk = static_cast<int>(s.Dk);
+  args.Dv = static_cast<int>(s.Dv);
+  args.parts = static_cast<int>((s.Dv + kPart - 1) / kPart);
+  args.width = s.Dv < kPart ? rounded_up(s.Dv, 16) : kPart;
+  return args;
+}
+
+template <class T>
+GlaResult forward(const GlaInputs& in, const GlaRule& rule) {
+  const GlaSizes s = in.sizes();
+  const Shape o_shape{s.B, s.T, s.H, s.Dv}, state_shape{s.B, s.H, s.Dk, s.Dv};
+  const GlaResult out{Tensor::empty(in.q.device(), in.q.dtype(), o_shape), Tensor::empty(in.q.device(), Dtype::f32, state_shape)};
+  const GlaPrepared prepared = gla_prepare_cuda(in, rule);
+  WalkArgs<T> args = walk_args<T>(in, prepared);
+  args.rows = token_rows<const T>(in.v, s.Dv);
+  args.side = address_of<const T>(prepared.k);
+  args.readout = address_of<const T>(prepared.q);
+  args.y = token_rows<T>(out.o, s.Dv);
+  args.end = out.h_T.data<float>();
+  run_walk<T, true, false>(args, in.h0, in.q.device());
+  return out;
+}
+
+Tensor empty_borders(const GlaInputs& in) {
+  const GlaSizes s = in.sizes();
+  const Shape shape{s.B, chunk_count(s.T), s.H, s.Dv, int64_t{padded_key_dim(s.Dk)}};
+  return Tensor::empty(in.q.device(), in.q.dtype(), shape);
+}
+
+template <class T>
+Tensor chunk_states(const GlaInputs& in, const GlaPrepared& prepared) {
+  const Tensor borders = empty_borders(in);
+  WalkArgs<T> args = walk_args<T>(in, prepared);
+  args.rows = token_rows<const T>(in.v, in.sizes().Dv);
+  args.side = address_of<const T>(prepared.k);
+  args.borders = address_of<T>(borders);
+  run_walk<T, false, false>(args, in.h0, in.q.device());
+  return borders;
+}
+
+template <class T>
+Tensor chunk_state_gradients(const GlaInputs& in, const GlaPrepared& prepared, const Tensor& grad_o, const Tensor& grad_h_T,
+                             const Tensor& grad_v, const Tensor& grad_h0) {
+  const Tensor borders = empty_borders(in);
+  WalkArgs<T> args = walk_args<T>(in, prepared);
+  args.rows = token_rows<const T>(grad_o, in.sizes().Dv);
+  args.side = address_of<const T>(prepared.q);
+  args.readout = address_of<const T>(prepared.k);
+  args.y = token_rows<T>(grad_v, in.sizes().Dv);
+  args.borders = address_of<T>(borders);
+  args.end = address_of<float>(grad_h0);
+  grad_v.defined() ? run_walk<T, true, true>(args, grad_h_T, in.q.device()) : run_walk<T, false, true>(args, grad_h_T, in.q.device());
+  return borders;
+}
+
+template <class T>
+void prepare(const GlaInputs& in, const GlaRule& rule, const GlaPrepared& out) {
+  const GlaSizes s = in.sizes();
+  const int64_t chunks = chunk_count(s.T), blocks = s.B * chunks * s.H;
+  if (blocks == 0) return;
+  const PrepareArgs<T> args{token_rows<const T>(in.q, s.Dk),
+                            token_rows<const T>(in.k, s.Dk),
+                            token_rows<const T>(in.gate, s.Dk),
+                            address_of<T>(out.q),
+                            address_of<T>(out.k),
+                            address_of<T>(out.scores),
+                            out.decay.data<float>(),
+                            gate_args(rule),
+                            static_cast<float>(rule.scale),
+                            s.T,
+                            s.H,
+                            chunks,
+                            static_cast<int>(s.Dk),
+                            padded_key_dim(s.Dk)};
+  launch(&gla_prepare_kernel<T>, "gla_prepare_kernel", dim3(static_cast<unsigned>(blocks)), dim3(kSliceThreads), kPrepareBytes<T>,
+         in.q.device().cuda_context().stream, args);
+}
+
+}  // namespace
+
+void require_gla_cuda_sizes(const GlaInputs& in) {
+  if (in.q.dim(3) > kMaxKeyDim)
+    throw ValueError("gla: the keys of a head are too wide for the CUDA kernels",
+                     {{"q", in.q.describe()}, {"expected", "Dk <= 256"}, {"try", "more heads of a smaller Dk"}});
+  const int64_t limit = in.q.device().cuda_context().shared_memory_per_block;
+  if (in.q.dtype() == Dtype::f32 && in.q.dim(3) > 128 && WalkLayout<float, 256>::total_bytes(kPart, true, 1) > limit)
+    throw ValueError("gla: this GPU has too little shared memory for keys of this width in f32",
+                     {{"q", in.q.describe()}, {"expected", "Dk <= 128"}, {"try", "bf16"}});
+}
+
+GlaPrepared gla_prepare_cuda(const GlaInputs& in, const GlaRule& rule) {
+  const GlaSizes s = in.sizes();
+  const int64_t chunks = chunk_count(s.T), D = padded_key_dim(s.Dk), tokens = kChunk;
+  const Shape keys{s.B, chunks, s.H, tokens, D}, scores{s.B, chunks, s.H, tokens, tokens}, decay{s.B, chunks, s.H, D};
+  const auto make = [&](Dtype dtype, const Shape& shape) { return Tensor::empty(in.q.device(), dtype, shape); };
+  const GlaPrepared out{make(in.q.dtype(), keys), make(in.q.dtype(), keys), make(in.q.dtype(), scores), make(Dtype::f32, decay)};
+  in.q.dtype() == Dtype::bf16 ? prepare<Bf16>(in, rule, out) : prepare<float>(in, rule, out);
+  return out;
+}
+
+Tensor gla_chunk_states_cuda(const GlaInputs& in, const GlaPrepared& prepared) {
+  return in.q.dtype() == Dtype::bf16 ? chunk_states<Bf16>(in, prepared) : chunk_states<float>(in, prepared);
+}
+
+Tensor gla_chunk_state_gradients_cuda(const GlaInputs& in, const GlaPrepared& prepared, const Tensor& grad_o, const Tensor& grad_h_T,
+                                      const Tensor& grad_v, const Tensor& grad_h0) {
+  return in.q.dtype() == Dtype::bf16 ? chunk_state_gradients<Bf16>(in, prepared, grad_o, grad_h_T, grad_v, grad_h0)
+                                     : chunk_state_gradients<float>(in, prepared, grad_o, grad_h_T, grad_v, grad_h0);
+}
+
+GlaResult gla_fwd_cuda(const GlaInputs& in, const GlaRule& rule) {
+  require_gla_cuda_sizes(in);
+  return in.q.dtype() == Dtype::bf16 ? forward<Bf16>(in, rule) : forward<float>(in, rule);
+}
+
+}  // namespace longhand
