@@ -101,3 +101,38 @@ TEST("each broken rule is refused by name") {
   CHECK(refused_for(file_of(R"({"a\u0000b":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}})", data), "control character"));
   CHECK(refused_for(file_of(R"({"a":{"dtype":"F32","shape":[281474976710656,281474976710656],"data_offsets":[0,8]}})", data), "over 2^48"));
 }
+
+TEST("a safetensors file cut off anywhere, or with more behind it, is refused") {
+  const ScratchFolder scratch;
+  const Tensor a = Tensor::from(Device::cpu(), {2}, std::vector<float>{1, 2});
+  write_safetensors(scratch.file("a"), {{"a", a}, {"b", a.to(Dtype::f16)}}, {{"format", "pt"}});
+  const std::string whole = read_text_file(scratch.file("a"));
+  REQUIRE(refusal(whole).empty());
+  for (std::size_t size = 0; size < whole.size(); ++size) CHECK_MESSAGE(!refusal(whole.substr(0, size)).empty(), size);
+  CHECK(refused_for(whole + "x", "bytes after the last tensor"));
+}
+
+TEST("names that no tensor can have, offsets and files of other kinds are refused by name") {
+  const std::string data(8, '\0');
+  const auto named = [&](const std::string& name) {
+    return file_of("{\"" + name + "\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]}}", data);
+  };
+  CHECK(refused_for(named(""), "a tensor name is empty"));
+  CHECK(refused_for(named(std::string(5000, 'a')), "too long"));
+  CHECK(refused_for(named("a\\n"), "control character"));
+  CHECK(refused_for(named("\xff"), "not valid JSON"));
+  const auto entry = [&](const std::string& text) { return file_of("{\"a\":{" + text + "}}", data); };
+  CHECK(refused_for(entry(R"("dtype":"F32","shape":[2])"), "exactly dtype"));
+  CHECK(refused_for(entry(R"("dtype":"F32","shape":2,"data_offsets":[0,8])"), "shape a list"));
+  CHECK(refused_for(entry(R"("dtype":"F32","shape":[2],"data_offsets":[0,8,8])"), "list of two"));
+  CHECK(refused_for(entry(R"("dtype":"F32","shape":[2],"data_offsets":[8,0])"), "outside the file"));
+  CHECK(refused_for(entry(R"("dtype":"F32","shape":[2e0],"data_offsets":[0,8])"), "not a non-negative integer"));
+  CHECK(refused_for(entry(R"("dtype":"F32","shape":[-0],"data_offsets":[0,8])"), "not a non-negative integer"));
+  CHECK(refused_for(entry(R"("dtype":"F32","shape":[99999999999999999999],"data_offsets":[0,8])"), "not a non-negative integer"));
+  CHECK(refused_for(entry(R"("dtype":"F32","shape":[1,1,1,1,1,1,2],"data_offsets":[0,8])"), "more axes"));
+  CHECK(refused_for("version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS"));
+  const ScratchFolder scratch;
+  const Tensor a = Tensor::zeros(Device::cpu(), Dtype::f32, {1});
+  for (const std::string& name : {std::string("__metadata__"), std::string(), std::string("a\nb"), std::string("\xff")})
+    CHECK_THROWS_AS(write_safetensors(scratch.file("x"), {{name, a}}), FileError);
+}

@@ -190,8 +190,11 @@ class Reader {
               {"bytes", std::to_string(stored->second.size)},
               {"expected", std::to_string(numel) + " elements of " + name_of(*kind->dtype)}},
              &value);
-    if (checksums_ == Checksums::all) archive_.verify(entry);
     const std::byte* data = archive_.bytes(stored->second).data();
+    if (checksums_ == Checksums::all) {
+      archive_.verify(entry);
+      file_.release_pages(data, stored->second.size);
+    }
     if (reinterpret_cast<std::uintptr_t>(data) % static_cast<std::uintptr_t>(size_of(*kind->dtype)) == 0) {
       view.all = Tensor::borrow(*kind->dtype, {numel}, data, std::make_shared<MappedFile>(file_));
     } else {

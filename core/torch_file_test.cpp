@@ -245,7 +245,7 @@ TEST("torch file: each broken rule of the state dict is refused by name") {
   check_refused(one(tensor(storage("FloatStorage", "../0", 6), 0, {2}, {1})), "not a decimal number");
   for (const char* kind : {"LongStorage", "IntStorage", "ShortStorage", "CharStorage", "ByteStorage", "BoolStorage"})
     check_refused(one(tensor(storage(kind, "0", 6), 0, {2}, {1})), kind);
-  check_refused(dict({{"a", kWhole}, {"b", tensor(storage("DoubleStorage", "0", 3), 0, {2}, {1})}}), "named in two ways");
+  check_refused(dict({{"a", kWhole}, {"b", tensor(storage("HalfStorage", "0", 6), 0, {2}, {1})}}), "named in two ways");
   check_refused(dict({{"a", kWhole}, {"b", tensor(storage("FloatStorage", "0", 5), 0, {2}, {1})}}), "named in two ways");
   check_refused(one(tensor(integer(3), 0, {2}, {1})), "without a storage");
   check_refused(

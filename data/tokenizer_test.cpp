@@ -197,6 +197,32 @@ TEST("byte tokenizer") {
   CHECK(bytes->name() == "bytes");
 }
 
+TEST("every id has the bytes that decode writes, and an id without a token has none") {
+  for (const bool skip : {false, true}) {
+    const auto small = open_small(small_json(), {.skip_special = skip}), bytes = open_tokenizer("bytes", {.skip_special = skip});
+    for (const Tokenizer* tokenizer : {small.get(), bytes.get()})
+      for (int32_t id = -1; id <= tokenizer->vocab_size(); ++id) {
+        const auto piece = tokenizer->bytes_of(id);
+        if (piece) CHECK(replace_invalid_utf8(*piece) == tokenizer->decode(Ids{id}));
+        else CHECK_THROWS_AS(tokenizer->decode(Ids{id}), ValueError);
+      }
+    CHECK(small->bytes_of(259) == "lower");
+    CHECK(small->bytes_of(0xC3) == "\xC3");
+    CHECK(small->bytes_of(kEndId) == (skip ? "" : kEndOfText));
+    CHECK_FALSE(small->bytes_of(270));  // a gap in the vocabulary
+    CHECK(bytes->bytes_of(0) == std::string_view("\0", 1));
+    CHECK(bytes->bytes_of(256) == (skip ? "" : kEndOfText));
+  }
+}
+
+TEST("the vocabulary's fingerprint does not depend on special tokens being parsed") {
+  for (const bool special : {false, true}) {
+    const TokenizerOptions options{.parse_special = special};
+    CHECK(vocabulary_fingerprint(open_tokenizer("bytes", options)->fingerprint()) == "bytes");
+    CHECK(vocabulary_fingerprint(open_small(small_json(), options)->fingerprint()) == open_small(small_json())->fingerprint());
+  }
+}
+
 TEST("byte symbols: visible Latin-1 characters stand for themselves, the rest borrow from U+0100 on") {
   CHECK(byte_symbol('!') == '!');
   CHECK(byte_symbol(0) == 0x100);

@@ -322,6 +322,10 @@ TEST("text is that of the tokens, up to the stop string or the end of text") {
       CHECK(free.rows[row].text == kTokenizer.decode(tokens));
     }
     options.on_token = {};
+    for (options.max_tokens = 0; options.max_tokens < 20; ++options.max_tokens)  // also where the last character is unfinished
+      for (const GeneratedRow& row : generate(*model, kPrompts, options).rows)
+        if (row.stop == StopReason::max_tokens) CHECK(row.text == kTokenizer.decode(row.tokens));
+    options.max_tokens = 60;
     const std::string text = free.rows[0].text;
     std::size_t at = 2;  // where two letters follow one another
     while (at + 1 < text.size() && !(text[at] > 0 && text[at + 1] > 0)) ++at;

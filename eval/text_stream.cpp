@@ -59,9 +59,8 @@ std::string TextStream::push(std::string_view bytes) {
 }
 
 std::size_t TextStream::certain() const {
-  std::size_t back = unfinished_character(held_);
+  std::size_t back = 0;
   for (const std::string& stop : stops_) back = std::max(back, begun(held_, stop));
-  // The border must not cut a character: a stop string may begin with whole characters only, but bytes need not be text.
   const std::string_view sure = std::string_view(held_).substr(0, held_.size() - back);
   return sure.size() - unfinished_character(sure);
 }

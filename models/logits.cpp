@@ -119,7 +119,7 @@ std::map<std::string, Tensor> logits_and_loss(LanguageModel& model, const NamedT
     loss = whole.value().item();
     backward(whole);
     model.parameters().complete_grads();
-    for (const Parameter& p : model.parameters().all()) result["grad." + p.name] = p.grad.to(Device::cpu()).to(Dtype::f32);
+    for (const Parameter& p : model.parameters().all()) result["grad." + p.name] = p.grad.to(Device::cpu()).to(Dtype::f32).clone();
   }
   result["loss"] = Tensor::full(Device::cpu(), Dtype::f32, {}, loss);
   return result;

@@ -111,6 +111,8 @@ TEST("gradients are those of the loss over the labels that count") {
     ++compared;
   }
   CHECK(compared == 2 + 2 * 9);
+  const auto again = logits_and_loss(model, input(tokens, labels), {.gradients = true});  // not the sum of two calls
+  for (const auto& [name, tensor] : result) expect_close(again.at(name).to_vector<double>(), tensor.to_vector<double>(), 1e-4, 1e-30, name);
 }
 
 TEST("tokens and labels that cannot be are refused by index and file") {
@@ -121,7 +123,7 @@ TEST("tokens and labels that cannot be are refused by index and file") {
   CHECK(holds(refusal<ValueError>(input(tokens)), "input_ids[1, 2]  -1"));
   CHECK(holds(refusal<ValueError>(input(tokens)), "case.safetensors"));
   tokens[9] = -100;  // that is for labels only
-  CHECK(holds(refusal<ValueError>(input(tokens)), "-100"));
+  CHECK(holds(refusal<ValueError>(input(tokens)), "input_ids[1, 2]  -100"));
   tokens[9] = 0;
   labels[3] = -99;
   CHECK(holds(refusal<ValueError>(input(tokens, labels)), "labels[0, 3]"));

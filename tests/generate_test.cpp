@@ -159,6 +159,8 @@ class Workshop {
     LanguageModel model(c, Device::cpu(), Dtype::f32);
     model.initialize(4);
     for (Parameter& p : model.parameters().all()) multiply(p.master, p.shape.rank() == 2 ? 4 : 1);
+    for (Parameter& p : model.parameters().all())  // the end of text has the logit 0: greedily it never comes
+      if (p.name == "backbone.embeddings.weight") fill(p.master.slice(0, 256, 257), 0);
     fs::create_directories(file("model"));
     save_model(model, file("model"));
   }
@@ -223,7 +225,7 @@ TEST("generate: one prompt streams to stdout, the same text with the same seed")
 TEST("generate: several prompts come whole and in order") {
   const Workshop shop;
   write_text(shop.file("prompts.jsonl"), "{\"prompt\": \"one\"}\n\n{\"text\": \"a second \\u00e9\", \"meta\": 1}\n{\"prompt\": \"3\"}\n");
-  const std::vector<std::string> options{"--max-tokens", "12", "--batch", "2", "--temperature", "0.7"};
+  const std::vector<std::string> options{"--max-tokens", "30", "--batch", "2", "--temperature", "0.7"};
   auto words = options;
   words.insert(words.end(), {"--prompts", shop.file("prompts.jsonl")});
   const auto rows = shop.rows(words);
@@ -242,6 +244,16 @@ TEST("generate: several prompts come whole and in order") {
   words = options;
   words.insert(words.end(), {"--prompts", "-"});
   CHECK(shop.generate(words, text_of(shop.file("prompts.jsonl"))).out == expected);
+  // A row that ends first waits for the rows before it.
+  const std::string first = rows[0].at("text"), second = rows[1].at("text");
+  std::size_t at = 0;
+  while (at < second.size() && !(second[at] > ' ' && first.find(second[at]) == std::string::npos)) ++at;
+  REQUIRE(at < second.size());
+  words = options;
+  words.insert(words.end(), {"--stop", second.substr(at, 1), "--prompt", "one", "--prompt", "a second \xC3\xA9"});
+  CHECK(shop.generate(words).out == first + "\n" + second.substr(0, at) + "\n");
+  words = options;
+  words.insert(words.end(), {"--prompts", "-"});
   for (const char* line : {"{\"prompt\": 3}", "[1]", "{\"prompt\": \"a\", \"text\": \"b\"}", "{\"prompt\": \"a\"", "{}"}) {
     const ProcessResult bad = shop.generate(words, std::string("{\"prompt\": \"x\"}\n") + line + "\n");
     CHECK(bad.code == 1);
@@ -302,13 +314,15 @@ TEST("generate: Ctrl-C ends cleanly, with the text so far and the state to go on
   const Workshop shop;
   const std::string state = shop.file("state.safetensors");
   std::vector<std::string> words{LONGHAND_BINARY, "generate", "--model", shop.file("model"), "--tokenizer", "bytes",        "--device",
-                                 "cpu",           "--prompt", "Once",    "--save-state",     state,         "--max-tokens", "100000000"};
+                                 "cpu",           "--prompt", "Once",    "--save-state",     state,         "--max-tokens", "100000000",
+                                 "--temperature", "0"};
   Process process(words);
   REQUIRE(process.wait_for_message(" on CPU"));
   process.send(SIGINT);
   const ProcessResult interrupted = process.finish();
   CHECK(interrupted.code == 128 + SIGINT);
   CHECK(holds(interrupted.err, "interrupted; go on with --load-state"));
+  CHECK(read_safetensors(state).at("rows.stop").to_vector<int32_t>() == Ids{static_cast<int32_t>(StopReason::interrupted)});
   const ProcessResult rest = shop.generate({"--load-state", state, "--max-tokens", "5"});
   CHECK(rest.code == 0);
   CHECK_FALSE(find_invalid_utf8(interrupted.out));
@@ -334,6 +348,7 @@ TEST("generate: the tokenizer is the run's, or lies beside the model, or must be
   const ProcessResult beside = longhand(words);  // found, and refused for what it holds
   CHECK(beside.code == 1);
   CHECK(holds(beside.err, "model/tokenizer.json"));
+  CHECK_FALSE(holds(beside.err, "is not known"));
 }
 
 TEST("generate and logits: mistakes are named") {
@@ -349,6 +364,7 @@ TEST("generate and logits: mistakes are named") {
     CHECK(result.out.empty());
     CHECK(holds(result.err, "sampling: "));
   }
+  CHECK(holds(longhand({"generate", "--model", "gone", "--prompt", "a", "--top-p", "0"}).err, "sampling: "));  // before any file is read
   CHECK(shop.generate({"--prompt", "\xFF"}).code == 1);
   CHECK(holds(shop.generate({"--prompt", "a", "--stop", ""}).err, "stop string is empty"));
 

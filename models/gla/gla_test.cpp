@@ -62,6 +62,23 @@ TEST("gla: gradients of every parameter agree with finite differences") {
   for (const Kind kind : kKinds) expect_parameter_gradients(tiny(kind));
 }
 
+TEST("gla: a limit of 0 for the log gates is what gates divided by a very large number are: nothing is forgotten") {
+  const Tensor tokens = token_pattern(Device::cpu(), 2, 23, 19);
+  auto logits = [&](const char* option, double value) {
+    ModelConfig c = tiny();
+    c.options[option] = value;
+    c.options["initializer_range"] = 0.5;
+    LanguageModel model(c, Device::cpu(), Dtype::f32);
+    model.initialize(2);
+    return logits_of(model, tokens);
+  };
+  const auto kept = logits("clamp_min", 0), slow = logits("gate_logit_normalizer", 65536), plain = logits("clamp_min", -10);
+  expect_close(slow, kept, 1e-3);  // gates of about 1e-5 over 23 tokens
+  double apart = 0;
+  for (std::size_t i = 0; i < kept.size(); ++i) apart = std::max(apart, std::abs(kept[i] - plain[i]));
+  CHECK(apart > 0.05 * largest(kept));
+}
+
 TEST("gla: the state is one matrix per head, and the windows of the convolutions where there are some") {
   const RecurrentState plain = LanguageModel(tiny(), Device::cpu(), Dtype::f32).zero_state(3);
   CHECK(plain.layers()[0].size() == 1);

@@ -28,8 +28,9 @@ struct GlaOutput {
 /// holds     running [0, s), then [s, T) from that state, gives the run of [0, T) for every s, gradients too;
 ///           finite for every gate from 0 to -1e4: no exponent above 0 is ever formed
 /// saves     its inputs only; backward recomputes the states at chunk borders (freed when it returns)
-/// errors    ShapeError naming both tensors; DtypeError; DeviceError; ValueError for a gate_normalizer <= 0 or the limits of the CUDA
-/// kernels source    Yang et al. 2023, arXiv:2312.06635, section 4 (secondary chunking: section 4.3)
+/// errors    ShapeError naming both tensors; DtypeError; DeviceError; ValueError for a gate_normalizer <= 0, a gate_min > 0, a scale that
+///           is not finite; CUDA: ValueError if Dk > 256
+/// source    Yang et al. 2023, arXiv:2312.06635, section 4 (secondary chunking: section 4.3)
 GlaOutput gla(const Variable& q, const Variable& k, const Variable& v, const Variable& gate, const Variable& h0,
               const GlaOptions& options = {});
 

@@ -230,7 +230,7 @@ struct WalkLayout {  // shared memory in bytes; each stage holds the tiles of on
 };
 
 template <class T, int D, bool outputs, bool backwards>
-__global__ void __launch_bounds__(2 * kPart, sizeof(T) == 2 && D == 128 && outputs && backwards ? 3 : 1)
+__global__ void __launch_bounds__(2 * kPart, sizeof(T) == 2 && D == 128 && outputs && backwards ? 3 : 0)
     gla_walk_kernel(const WalkArgs<T> a) {
   using Layout = WalkLayout<T, D>;
   constexpr int side_stride = tile_stride<T>(D), scores_stride = tile_stride<T>(kChunk);
