@@ -64,6 +64,8 @@ nlohmann::ordered_json json_from_number(double value) {
 
 double json_number(const nlohmann::ordered_json& value) {
   if (value.is_number()) return value.get<double>();
+  // transformers 5 writes {"__float__": "Infinity"} where older versions wrote the bare word.
+  if (value.is_object() && value.size() == 1 && value.contains("__float__")) return json_number(value.at("__float__"));
   if (value == "Infinity") return std::numeric_limits<double>::infinity();
   if (value == "-Infinity") return -std::numeric_limits<double>::infinity();
   return std::numeric_limits<double>::quiet_NaN();

@@ -87,6 +87,11 @@ class Comparison:
         worst = (ours - theirs).abs().max().item() / largest
         finite = bool(torch.isfinite(ours).all() and torch.isfinite(theirs).all())
         self.say(finite and worst <= TOLERANCE, what, f"largest logit {largest:.4g}, worst difference {worst:.2e} of it")
+        if finite and worst > TOLERANCE:  # whose rounding is it?
+            with torch.no_grad():
+                exact = model.double()(input_ids=tokens.to(self.device)).logits.cpu()
+            distance = lambda logits: (logits.double() - exact).abs().max().item() / largest
+            print(f"      from the library in float64: longhand {distance(ours):.2e}, the library in float32 {distance(theirs):.2e}")
 
     def longhand_to_library(self, name, row):
         folder = self.work / (name + "-out")
