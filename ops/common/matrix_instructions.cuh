@@ -20,8 +20,22 @@ __device__ __forceinline__ unsigned shared_address(const void* p) {
 __device__ __forceinline__ void copy_16_async(void* to_shared, const void* from_global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to_shared)), "l"(from_global) : "memory");
 }
+/// The same, or 16 zero bytes where `read` is false; then from_global is not looked at.
+__device__ __forceinline__ void copy_16_or_zero_async(void* to_shared, const void* from_global, bool read) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to_shared)), "l"(from_global), "r"(read ? 16 : 0)
+               : "memory");
+}
 __device__ __forceinline__ void copies_arrived() {
   asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+/// Copies since the last call form a group; copies_arrived_but<n> waits for all groups of this thread but the last n.
+__device__ __forceinline__ void close_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int n>
+__device__ __forceinline__ void copies_arrived_but() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory");
 }
 
 /// Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8 and gets, of every matrix, the elements
@@ -37,6 +51,13 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], const
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(shared_address(row))
                : "memory");
+}
+
+/// An 8 x 8 matrix of 16-bit elements, lane l holding (row l / 4, columns 2 * (l % 4) and the next), with rows and columns exchanged.
+__device__ __forceinline__ uint32_t transpose_matrix(uint32_t pair) {
+  uint32_t transposed;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pair));
+  return transposed;
 }
 
 /// c [16, 8] += a [16, 16] * b [16, 8]

@@ -90,6 +90,16 @@ struct Left<Bf16> {
       r[x] = scale_pair(r[x], w.x, w.y);
     }
   }
+  /// Adds the operand, its rows g and g + 8 times these, to two neighbouring accumulator tiles whose columns are the summed index.
+  __device__ __forceinline__ void add_to(float (&first)[4], float (&second)[4], float low, float high) const {
+#pragma unroll
+    for (int x = 0; x < 4; ++x) {
+      const float2 v = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&r[x]));
+      float* to = (x & 2 ? second : first) + (x & 1) * 2;
+      to[0] += (x & 1 ? high : low) * v.x;
+      to[1] += (x & 1 ? high : low) * v.y;
+    }
+  }
   /// Only rows [8 * half, 8 * half + 8) stay; likewise for the summed index.
   __device__ __forceinline__ void keep_rows(int half) {
 #pragma unroll
@@ -142,6 +152,17 @@ struct Left<float> {
     const int g = threadIdx.x % 32 / 4;
 #pragma unroll
     for (int k = 0; k < 16; ++k) v[0][k] *= weight[g * stride + k], v[1][k] *= weight[(g + 8) * stride + k];
+  }
+  __device__ __forceinline__ void add_to(float (&first)[4], float (&second)[4], float low, float high) const {
+    const int q = threadIdx.x % 4;
+#pragma unroll
+    for (int k = 0; k < 8; ++k)
+      if (k / 2 == q) {
+        first[k % 2] += low * v[0][k];
+        first[2 + k % 2] += high * v[1][k];
+        second[k % 2] += low * v[0][8 + k];
+        second[2 + k % 2] += high * v[1][8 + k];
+      }
   }
   __device__ __forceinline__ void keep_rows(int half) {
 #pragma unroll
@@ -261,6 +282,27 @@ __device__ __forceinline__ void store_two(Bf16* to, float a, float b, bool both,
   }
 }
 
+/// Two neighbouring elements of a row, the first at an even place.
+__device__ __forceinline__ float2 load_two(const float* from) {
+  return *reinterpret_cast<const float2*>(from);
+}
+__device__ __forceinline__ float2 load_two(const Bf16* from) {
+  return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(from));
+}
+
+/// An accumulator tile [16, 8] with rows and columns exchanged: element (m, n) to tile[n * stride + m].
+__device__ __forceinline__ void store_transposed(float* tile, int stride, const float (&acc)[4]) {
+  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+#pragma unroll
+  for (int e = 0; e < 4; ++e) tile[(2 * q + e % 2) * stride + g + e / 2 * 8] = acc[e];
+}
+__device__ __forceinline__ void store_transposed(Bf16* tile, int stride, const float (&acc)[4]) {
+  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+    *reinterpret_cast<uint32_t*>(tile + g * stride + 8 * half + 2 * q) = transpose_matrix(pack(acc[2 * half], acc[2 * half + 1]));
+}
+
 /// rows x width elements from global memory (rows `row_stride` apart) into a tile of tile_rows x tile_width, zeros around them.
 /// vectors: 16-byte copies, where addresses, strides and width allow them (the launcher knows). Complete after copies_arrived() and a
 /// barrier.
@@ -273,11 +315,31 @@ __device__ __forceinline__ void load_tile(T* tile, int tile_rows, int tile_width
     const int units = tile_width / unit;
     for (int i = static_cast<int>(threadIdx.x); i < tile_rows * units; i += static_cast<int>(blockDim.x)) {
       const int row = i / units, column = i % units * unit;
-      if (row < rows && column < width) copy_16_async(tile + row * stride + column, from + row * row_stride + column);
-      else *reinterpret_cast<uint4*>(tile + row * stride + column) = make_uint4(0, 0, 0, 0);
+      copy_16_or_zero_async(tile + row * stride + column, from + row * row_stride + column, row < rows && column < width);
     }
   } else {
     for (int i = static_cast<int>(threadIdx.x); i < tile_rows * tile_width; i += static_cast<int>(blockDim.x)) {
+      const int row = i / tile_width, column = i % tile_width;
+      tile[row * stride + column] = row < rows && column < width ? from[row * row_stride + column] : narrow<T>(0.0f);
+    }
+  }
+}
+
+/// The same for widths known to the compiler, by `threads` threads (a multiple of the 16-byte units of a row) of which this is number
+/// `thread`: a handful of instructions a copy.
+template <int tile_width, class T>
+__device__ __forceinline__ void load_tile(T* tile, int tile_rows, const T* from, int64_t row_stride, int rows, int width, bool vectors,
+                                          int thread, int threads) {
+  constexpr int stride = tile_stride<T>(tile_width), unit = 16 / static_cast<int>(sizeof(T)), units = tile_width / unit;
+  if (vectors) {
+    const int first = thread / units, column = thread % units * unit, step = threads / units;
+    const int rows_here = column < width ? rows : 0;
+    T* to = tile + first * stride + column;
+    from += first * row_stride + column;
+    for (int row = first; row < tile_rows; row += step, to += step * stride, from += step * row_stride)
+      copy_16_or_zero_async(to, from, row < rows_here);
+  } else {
+    for (int i = thread; i < tile_rows * tile_width; i += threads) {
       const int row = i / tile_width, column = i % tile_width;
       tile[row * stride + column] = row < rows && column < width ? from[row * row_stride + column] : narrow<T>(0.0f);
     }
@@ -298,6 +360,26 @@ __device__ __forceinline__ void store_tile(T* to, int64_t row_stride, const T* t
   } else {
     for (int i = static_cast<int>(threadIdx.x); i < rows * width; i += static_cast<int>(blockDim.x))
       to[i / width * row_stride + i % width] = tile[i / width * stride + i % width];
+  }
+}
+
+/// A part of a tile of any stride, part_width columns and part_rows rows of which rows and width exist, to global memory, by one warp.
+template <int part_width, class T>
+__device__ __forceinline__ void store_part(T* to, int64_t row_stride, const T* part, int stride, int rows, int part_rows, int width,
+                                           bool vectors) {
+  constexpr int unit = 16 / static_cast<int>(sizeof(T)), units = part_width / unit;
+  static_assert(units <= 32 && 32 % units == 0);
+  const int lane = threadIdx.x % 32, last = rows < part_rows ? rows : part_rows;
+  if (vectors) {
+    const int column = lane % units * unit, first = lane / units;
+    to += first * row_stride + column;
+    part += first * stride + column;
+    if (column < width)
+      for (int row = first; row < last; row += 32 / units, to += 32 / units * row_stride, part += 32 / units * stride)
+        *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(part);
+  } else {
+    for (int i = lane; i < last * part_width; i += 32)
+      if (i % part_width < width) to[i / part_width * row_stride + i % part_width] = part[i / part_width * stride + i % part_width];
   }
 }
 

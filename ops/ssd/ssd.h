@@ -55,9 +55,7 @@ struct SsdGradients {
 SsdResult ssd_recurrent(const SsdInputs& in, const SsdOptions& options = {});
 
 /// How far the fast forms may be from f64, relative to the largest entry of a tensor.
-/// f32   sums of up to some hundred products, 2^-24 each, which grow like the square root of their number; on CUDA decays are exp2 of
-/// differences
-///       of sums up to about 100, which have errors of 2^-18
+/// f32   sums of up to some hundred products, 2^-24 each, which grow like the square root of their number
 /// bf16  three roundings of 2^-9 on the way of a value (an operand, the state or M beside it, the result), twice that for the tails of many
 /// entries
 constexpr double kSsdToleranceF32 = 1e-5, kSsdToleranceBf16 = 6.0 / 512;

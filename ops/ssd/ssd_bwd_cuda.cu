@@ -3,16 +3,21 @@
 //
 // ssd_chunk_bwd_kernel
 // moves   per token and head x, dy in, dx out; per chunk and head two states of P N; per chunk and group B_t, C_t in, dB, dC out
-// flops   per chunk of Q = 64 and head: dY X' (Q Q P), dC and dB (Q Q N and 2 Q P N each), V (Q Q P and 2 Q P N); C B' once per group
+// flops   per chunk of Q = 64 and head: dY X' and its counterpart in V (Q Q P / 2 each), dY S, R B and x R (Q P N each), times 2;
+//         C B', d(C B') B and d(C B')' C once for all heads of the block
 // floor   B 8, T 2048, H 24, P 64, N 128, bf16: 600 MB / 3.0 TB/s = 0.2 ms on an H100 SXM, two thirds of it states written and read
-// split   one block of 8 warps per (row, chunk, part of a group's heads), which takes its heads one after the other: B_t, C_t and C B'
-// stay,
-//         dB and dC are summed over the heads in registers. Warp w works on rows 16 * (w % 4) and the half w / 4 of the columns
+// split   one block per (row, chunk, part of a group's heads). Its teams of 8 warps take one head after the other; B_t, C_t and C B' stay,
+//         d(C B') and what dB and dC get from the states are summed over the heads in registers, over the teams at the end. Warp w of a
+//         team works on rows 16 * (w % 4) and the half w / 4 of the columns. With two teams the next head's tiles arrive while this
+//         head's are in use
 // needs   P <= 128, N <= 256 (f32: 128), padded as in the walks; one block of up to 227 KB of shared memory
-// agrees  with the CPU reference to kSsdToleranceF32, kSsdToleranceBf16 (ssd.h); bf16 rounds the states, d(C B'), C B' E and rho dt X
-// order   fixed, no atomics: heads in order, parts of a group summed in order, sums over rows and chunks by a fixed tree. How many parts
-// there are
-//         depends on the GPU's size
+// agrees  with the CPU reference to kSsdToleranceF32, kSsdToleranceBf16 (ssd.h); bf16 rounds the states, the sum of d(C B'), C B' E, rho dt
+// X order   fixed, no atomics: heads of a team in order, teams in order, parts of a group summed in order, sums over rows and chunks by a
+//         fixed tree. How many parts and teams there are depends on the GPU
+//
+// The gradient of a_t = dt_t A, with W_ij = d(C B')_ij (C B')_ij, late_i = e^{Lambda_i} dY_i . S C_i, early_j = rho_j dt_j x_j . R B_j:
+//   da_t = sum_{i >= t > j} W_ij + sum_{i >= t} late_i + sum_{j < t} early_j + e^{Lambda_Q} <R, S>
+// where the first sum is that of (row sum - column sum of W, without its diagonal) over s >= t: pairs on one side of t cancel.
 #include <algorithm>
 
 #include "core/error.h"
@@ -22,7 +27,7 @@
 namespace longhand {
 namespace {
 
-constexpr int kBwdThreads = 256;
+constexpr int kTeamThreads = 256;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 template <class T>
@@ -31,28 +36,42 @@ struct ChunkBwdArgs {
   TokenRows<T> grad_x, grad_dt, grad_B, grad_C;  // data null: not wanted. grad_B, grad_C only when parts == 1
   float *parts_B, *parts_C;                      // [parts, B, T, G, N] when parts > 1
   const T *states, *state_grads;                 // [B, chunks, H, P, N]
-  const float *dt, *lambda;                      // [B, H, chunks, 64]
+  const float* dt;                               // [B, H, chunks, 64]
+  const LogDecay<T>* lambda;                     // [B, H, chunks, 64]
   const float *A_log, *dt_bias, *D_skip;
   bool D_per_channel;
   float* sums;  // [B, chunks, H, P + 2]: dD by channel, then sum of dt * da, then d(dt_bias)
   float dt_min, dt_max;
   int64_t B, tokens, H, G, chunks, parts, heads_per_part;
-  int P, N, P_padded;
+  int P, N;
 };
 
-template <class T, int kN>
-struct ChunkBwdLayout {  // shared memory in elements of T, then floats
-  static constexpr int side = kChunk * tile_stride<T>(kN);
-  static constexpr int square = kChunk * tile_stride<T>(kChunk);
-  // steps twice (dt, lambda; the next head's arrive while the last head's are in use), late and early and direct by column half, row
-  // totals, rectangle sums and dD by row tile, <R, S> by warp
-  static constexpr int floats = 2 * 2 * kChunk + 3 * 2 * kChunk + kChunk + 4 * kChunk + 4 * kMaxHeadDim + 8;
-  __host__ __device__ static constexpr int rows(int P_padded) { return kChunk * tile_stride<T>(P_padded); }
-  __host__ __device__ static constexpr int total_bytes(int P_padded) {
-    return (2 * side + 2 * rows(P_padded) + P_padded * tile_stride<T>(kN) + (sizeof(T) == 2 ? 2 : 1) * square) *
-               static_cast<int>(sizeof(T)) +
-           floats * 4;
-  }
+/// What a head leaves behind for the end of its work, summed by one warp while the team is at the next head.
+template <int channels>
+struct HeadSums {
+  float late[2][kChunk];          // by half of N
+  float early[2][kChunk];         // by half of P
+  float direct[2][kChunk];        // V_j . x_j, by half of P
+  float row_total[2][kChunk];     // of W, by half of its columns
+  float column_total[4][kChunk];  // of W, by row tile
+  float column_D[4][channels];    // dY . x by channel, by row tile
+  float inner[8];                 // <R, S> by warp
+};
+
+/// Shared memory in bytes: B_t, C_t and, with two teams, C B'; then for each team M, sums twice, and its stages.
+template <class T, int kN, int kP, int teams>
+struct ChunkBwdLayout {
+  static constexpr bool pipelined = teams == 2;
+  using Sums = HeadSums<kP>;
+  static constexpr int size = static_cast<int>(sizeof(T));
+  static constexpr int side_bytes = kChunk * tile_stride<T>(kN) * size, rows_bytes = kChunk * tile_stride<T>(kP) * size;
+  static constexpr int score_bytes = pipelined ? kChunk * kChunk * 4 : 0;  // one team keeps them in registers
+  static constexpr int mixing_bytes = kChunk * tile_stride<T>(kChunk) * size, state_bytes = kP * tile_stride<T>(kN) * size;
+  static constexpr int steps_bytes = kChunk * 4 + kChunk * static_cast<int>(sizeof(LogDecay<T>));  // dt, lambda
+  static constexpr int stages = pipelined ? 2 : 1, stage_bytes = steps_bytes + 2 * rows_bytes;
+  static constexpr int common_bytes = 2 * side_bytes + score_bytes;
+  static constexpr int team_bytes = mixing_bytes + 2 * static_cast<int>(sizeof(Sums)) + stages * (stage_bytes + state_bytes);
+  static constexpr int total_bytes = common_bytes + teams * team_bytes;
 };
 
 /// Sum over the four lanes of a quad (a row of an accumulator).
@@ -71,328 +90,407 @@ __device__ __forceinline__ float warp_sum(float v) {
   return column_sum(v);
 }
 
-template <class T, int kN>
-__global__ void __launch_bounds__(kBwdThreads) ssd_chunk_bwd_kernel(const ChunkBwdArgs<T> a) {
-  using Layout = ChunkBwdLayout<T, kN>;
-  constexpr int side_stride = tile_stride<T>(kN), square_stride = tile_stride<T>(kChunk);
+/// The end of a head's work in a chunk, by one warp: grad_dt, and the sums of the chunk for A_log and dt_bias.
+template <class T, class Sums>
+__device__ void finish_head(const ChunkBwdArgs<T>& a, const Sums& s, int64_t b, int64_t h, int64_t chunk, int valid) {
+  const int lane = threadIdx.x % 32;
+  const int64_t at_steps = ((b * a.H + h) * a.chunks + chunk) * kChunk, t0 = chunk * kChunk;
+  float behind[2], before[2];  // sums over s >= t and over s < t, two tokens per lane
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int t = lane + 32 * half;
+    behind[half] = s.late[0][t] + s.late[1][t] + s.row_total[0][t] + s.row_total[1][t] -
+                   ((s.column_total[0][t] + s.column_total[1][t]) + (s.column_total[2][t] + s.column_total[3][t]));
+    before[half] = s.early[0][t] + s.early[1][t];
+  }
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float more_behind = __shfl_down_sync(kAllLanes, behind[half], distance),
+                  more_before = __shfl_up_sync(kAllLanes, before[half], distance);
+      if (lane + distance < 32) behind[half] += more_behind;
+      if (lane >= distance) before[half] += more_before;
+    }
+  behind[0] += __shfl_sync(kAllLanes, behind[1], 0);
+  const float first_half = __shfl_sync(kAllLanes, before[0], 31);
+  before[1] += first_half;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {  // exclusive
+    const float previous = __shfl_up_sync(kAllLanes, before[half], 1);
+    before[half] = lane > 0 ? previous : half == 0 ? 0.0f : first_half;
+  }
+  float whole = 0;
+#pragma unroll
+  for (int k = 0; k < 8; ++k) whole += s.inner[k];
+  whole *= decay_of(a.lambda[at_steps + kChunk - 1]);
+  const float A = -expf(a.A_log[h]), bias = a.dt_bias[h];
+  float sum_A = 0, sum_bias = 0;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int t = lane + 32 * half;
+    if (t >= valid) continue;
+    const float da = behind[half] + before[half] + whole;
+    const float raw = widen(a.dt_raw.data[b * a.dt_raw.batch + (t0 + t) * a.dt_raw.token + h]) + bias;
+    const float unclamped = raw > 20.0f ? raw : log1pf(expf(raw)), slope = raw > 20.0f ? 1.0f : 1.0f / (1.0f + expf(-raw));
+    const bool inside = unclamped >= a.dt_min && unclamped <= a.dt_max;
+    const float grad = inside ? (s.direct[0][t] + s.direct[1][t] + A * da) * slope : 0.0f;
+    sum_A += a.dt[at_steps + t] * da;
+    sum_bias += grad;
+    if (a.grad_dt.data != nullptr) a.grad_dt.data[b * a.grad_dt.batch + (t0 + t) * a.grad_dt.token + h] = narrow<T>(grad);
+  }
+  sum_A = warp_sum(sum_A);
+  sum_bias = warp_sum(sum_bias);
+  float* sums = a.sums + ((b * a.chunks + chunk) * a.H + h) * (a.P + 2);
+  for (int p = lane; p < a.P; p += 32) sums[p] = (s.column_D[0][p] + s.column_D[1][p]) + (s.column_D[2][p] + s.column_D[3][p]);
+  if (lane == 0) {
+    sums[a.P] = sum_A;
+    sums[a.P + 1] = sum_bias;
+  }
+}
+
+template <class T, int kN, int kP, int teams>
+__global__ void __launch_bounds__(kTeamThreads* teams) ssd_chunk_bwd_kernel(const ChunkBwdArgs<T> a) {
+  using Layout = ChunkBwdLayout<T, kN, kP, teams>;
+  using Sums = typename Layout::Sums;
+  constexpr int side_stride = tile_stride<T>(kN), square_stride = tile_stride<T>(kChunk), rows_stride = tile_stride<T>(kP);
   constexpr int tiles = kN / 16, pairs = tiles / 2;  // a warp's half of the N columns
-  constexpr bool two_squares = sizeof(T) == 2;       // in f32 both products of C B' share one place, one after the other
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  constexpr bool pipelined = Layout::pipelined;
+  const int team = teams == 1 ? 0 : static_cast<int>(threadIdx.x) / kTeamThreads, thread = threadIdx.x % kTeamThreads;
+  const int warp = thread / 32, lane = thread % 32, g = lane / 4, q = lane % 4;
   const int row_tile = warp % 4, column_half = warp / 4, i_low = 16 * row_tile + g, n_begin = column_half * (kN / 2);
   const int64_t part = blockIdx.x % a.parts, group = blockIdx.x / a.parts % a.G, row_chunk = blockIdx.x / a.parts / a.G,
                 chunk = row_chunk % a.chunks, b = row_chunk / a.chunks;
   const int64_t t0 = chunk * kChunk, left_tokens = a.tokens - t0, state_size = static_cast<int64_t>(a.P) * a.N;
   const int valid = static_cast<int>(left_tokens < kChunk ? left_tokens : kChunk);
-  const int rows_stride = tile_stride<T>(a.P_padded);
+  const int64_t heads = a.H / a.G, h_first = group * heads + part * a.heads_per_part;
+  const int64_t h_limit = h_first + a.heads_per_part, h_end = h_limit < (group + 1) * heads ? h_limit : (group + 1) * heads;
 
-  float* floats = reinterpret_cast<float*>(shared_memory());
-  float* steps = floats;                      // [2][dt, lambda][64]
-  float* late = steps + 4 * kChunk;           // [2][64]  e^{Lambda_i} dY_i . (S C_i), by half of N
-  float* early = late + 2 * kChunk;           // [2][64]  rho_j dt_j x_j . (R B_j), by half of P
-  float* direct = early + 2 * kChunk;         // [2][64]  V_j . x_j, by half of P
-  float* row_total = direct + 2 * kChunk;     // [64]     sum of pairs (i, j) over j < 32
-  float* rectangle = row_total + kChunk;      // [4][64]  sum of pairs (i, j), i >= t > j, j in the half of t, by row tile
-  float* column_D = rectangle + 4 * kChunk;   // [4][128] dY . x by channel, by row tile
-  float* inner = column_D + 4 * kMaxHeadDim;  // [8] <R, S> by warp
-  T* B_tile = reinterpret_cast<T*>(inner + 8);
-  T* C_tile = B_tile + Layout::side;
-  T* x = C_tile + Layout::side;
-  T* dY = x + Layout::rows(a.P_padded);
-  T* state = dY + Layout::rows(a.P_padded);                            // S, then R
-  T* pairs_tile = state + a.P_padded * side_stride;                    // d(C B')
-  T* mixing = two_squares ? pairs_tile + Layout::square : pairs_tile;  // C B' * E
+  T* B_tile = reinterpret_cast<T*>(shared_memory());
+  T* C_tile = B_tile + kChunk * side_stride;
+  float* score_tile = reinterpret_cast<float*>(shared_memory() + 2 * Layout::side_bytes);
+  unsigned char* team_memory = shared_memory() + Layout::common_bytes + team * Layout::team_bytes;
+  Sums* sums = reinterpret_cast<Sums*>(team_memory);  // [2], head after head
+  T* mixing = reinterpret_cast<T*>(team_memory + 2 * sizeof(Sums));
+  unsigned char* stages = team_memory + 2 * sizeof(Sums) + Layout::mixing_bytes;
+  T* S = reinterpret_cast<T*>(stages + Layout::stages * Layout::stage_bytes);
+  T* R = pipelined ? S + kP * side_stride : S;  // one team: R takes the place of S
 
-  load_tile(B_tile, kChunk, kN, a.B_t.data + b * a.B_t.batch + t0 * a.B_t.token + group * a.N, a.B_t.token, valid, a.N, a.B_t.vectors);
-  load_tile(C_tile, kChunk, kN, a.C_t.data + b * a.C_t.batch + t0 * a.C_t.token + group * a.N, a.C_t.token, valid, a.N, a.C_t.vectors);
-  copies_arrived();
+  auto team_sync = [&] {
+    if constexpr (teams == 1) __syncthreads();
+    else asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(kTeamThreads) : "memory");
+  };
+  auto at_state = [&](int64_t h) { return ((b * a.chunks + chunk) * a.H + h) * state_size; };
+  auto stage_of = [&](int64_t n) { return stages + n % Layout::stages * Layout::stage_bytes; };
+  auto fetch_rows = [&](int64_t h, int64_t n) {  // dt, lambda, x, dY of head h, this team's n-th
+    float* dt = reinterpret_cast<float*>(stage_of(n));
+    const int64_t at_steps = ((b * a.H + h) * a.chunks + chunk) * kChunk;
+    copy_steps_async(dt, a.dt + at_steps, a.lambda + at_steps, thread, kTeamThreads);
+    T* x = reinterpret_cast<T*>(stage_of(n) + Layout::steps_bytes);
+    load_tile<kP>(x, kChunk, a.x.data + b * a.x.batch + t0 * a.x.token + h * a.P, a.x.token, valid, a.P, a.x.vectors, thread, kTeamThreads);
+    load_tile<kP>(x + kChunk * rows_stride, kChunk, a.grad_y.data + b * a.grad_y.batch + t0 * a.grad_y.token + h * a.P, a.grad_y.token,
+                  valid, a.P, a.grad_y.vectors, thread, kTeamThreads);
+  };
+  const bool state_vectors = state_size * static_cast<int64_t>(sizeof(T)) % 16 == 0 && a.N * static_cast<int>(sizeof(T)) % 16 == 0;
+  auto fetch_state = [&](T* to, const T* from) { load_tile<kN>(to, kP, from, a.N, a.P, a.N, state_vectors, thread, kTeamThreads); };
+
+  constexpr int threads = kTeamThreads * teams;
+  load_tile<kN>(B_tile, kChunk, a.B_t.data + b * a.B_t.batch + t0 * a.B_t.token + group * a.N, a.B_t.token, valid, a.N, a.B_t.vectors,
+                static_cast<int>(threadIdx.x), threads);
+  load_tile<kN>(C_tile, kChunk, a.C_t.data + b * a.C_t.batch + t0 * a.C_t.token + group * a.N, a.C_t.token, valid, a.N, a.C_t.vectors,
+                static_cast<int>(threadIdx.x), threads);
+  close_copies();
+  const int64_t h_mine = h_first + team;
+  if constexpr (pipelined) {
+    if (h_mine < h_end) {
+      fetch_rows(h_mine, 0);
+      fetch_state(S, a.states + at_state(h_mine));
+    }
+    close_copies();
+    if (h_mine < h_end) fetch_state(R, a.state_grads + at_state(h_mine));
+    close_copies();
+  }
+  copies_arrived_but<pipelined ? 2 : 0>();
   __syncthreads();
 
   // C B' of this warp's 16 rows and 32 columns; zero (not needed) above the diagonal tiles.
   const int tiles_below = row_tile + 1 - 2 * column_half;  // 16-column tiles up to the diagonal, of this half
   float scores[4][4];
-  clear(scores);
+  auto score_pair = [&](int j8, int half) {  // 8-column groups exchanged by row, so that rows lie in different banks
+    return reinterpret_cast<float2*>(score_tile + (i_low + 8 * half) * kChunk + ((32 * column_half + 8 * j8) ^ (8 * (g % 4))) + 2 * q);
+  };
+  if (!pipelined || team == 0) {
+    clear(scores);
 #pragma unroll 2
-  for (int n = 0; n < kN; n += 16)
-    multiply<Stored::transposed, 2>(scores, Left<T>::template load<Stored::as_is>(C_tile + 16 * row_tile * side_stride + n, side_stride),
-                                    B_tile + 32 * column_half * side_stride + n, side_stride, 0, tiles_below);
-
-  float grad_B[tiles][4], grad_C[tiles][4];
-  clear(grad_B);
-  clear(grad_C);
-  const bool state_vectors = state_size * static_cast<int64_t>(sizeof(T)) % 16 == 0 && a.N * static_cast<int>(sizeof(T)) % 16 == 0;
-  const int64_t heads = a.H / a.G, h_first = group * heads + part * a.heads_per_part;
-  const int64_t h_limit = h_first + a.heads_per_part, h_end = h_limit < (group + 1) * heads ? h_limit : (group + 1) * heads;
-
-  for (int64_t h = h_first; h < h_end; ++h) {
-    float* dt = steps + (h - h_first) % 2 * 2 * kChunk;
-    const float* lambda = dt + kChunk;
-    const int64_t at_steps = ((b * a.H + h) * a.chunks + chunk) * kChunk, at_state = ((b * a.chunks + chunk) * a.H + h) * state_size;
-    if (threadIdx.x < kChunk / 2)
-      copy_16_async(dt + 4 * threadIdx.x, (threadIdx.x < kChunk / 4 ? a.dt : a.lambda - kChunk) + at_steps + 4 * threadIdx.x);
-    load_tile(x, kChunk, a.P_padded, a.x.data + b * a.x.batch + t0 * a.x.token + h * a.P, a.x.token, valid, a.P, a.x.vectors);
-    load_tile(dY, kChunk, a.P_padded, a.grad_y.data + b * a.grad_y.batch + t0 * a.grad_y.token + h * a.P, a.grad_y.token, valid, a.P,
-              a.grad_y.vectors);
-    load_tile(state, a.P_padded, kN, a.states + at_state, a.N, a.P, a.N, state_vectors);
-    copies_arrived();
-    __syncthreads();
-    const float last = lambda[kChunk - 1];
-    auto decay_between = [&](int i, int j) { return j <= i ? exp2f(fminf(lambda[i] - lambda[j], 0.0f)) : 0.0f; };
-    auto store_mixing = [&] {  // C B' * E
+    for (int n = 0; n < kN; n += 16)
+      multiply<Stored::transposed, 2>(scores, Left<T>::template load<Stored::as_is>(C_tile + 16 * row_tile * side_stride + n, side_stride),
+                                      B_tile + 32 * column_half * side_stride + n, side_stride, 0, tiles_below);
+    if constexpr (pipelined) {
 #pragma unroll
       for (int j8 = 0; j8 < 4; ++j8)
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int i = i_low + 8 * half, j = 32 * column_half + 8 * j8 + 2 * q;
-          if (j8 / 2 < tiles_below)
-            store_two(mixing + i * square_stride + j, scores[j8][2 * half] * decay_between(i, j),
-                      scores[j8][2 * half + 1] * decay_between(i, j + 1), true, true);
-        }
-    };
+        for (int half = 0; half < 2; ++half) *score_pair(j8, half) = make_float2(scores[j8][2 * half], scores[j8][2 * half + 1]);
+    }
+  }
+  if constexpr (pipelined) __syncthreads();
+  auto scores_at = [&](int j8, int half) {
+    if constexpr (pipelined) return *score_pair(j8, half);
+    else return make_float2(scores[j8][2 * half], scores[j8][2 * half + 1]);
+  };
 
-    {  // d(C B') = (dY X') E dt, and its product with C B' summed over the rectangles i >= t > j
+  float grad_B[tiles][4], grad_C[tiles][4], grad_scores[4][4];  // summed over the heads of the team
+  clear(grad_B);
+  clear(grad_C);
+  clear(grad_scores);
+
+  int64_t n_head = 0;
+  for (int64_t h = h_mine; h < h_end; h += teams, ++n_head) {
+    Sums& sum = sums[n_head % 2];
+    const float* dt = reinterpret_cast<const float*>(stage_of(n_head));
+    const LogDecay<T>* lambda = reinterpret_cast<const LogDecay<T>*>(dt + kChunk);
+    T* x = reinterpret_cast<T*>(stage_of(n_head) + Layout::steps_bytes);
+    const T* dY = x + kChunk * rows_stride;
+    const bool more = h + teams < h_end;
+    if constexpr (pipelined) {
+      copies_arrived_but<1>();  // all but R
+      team_sync();
+      if (more) fetch_rows(h + teams, n_head + 1);
+      close_copies();
+    } else {
+      fetch_rows(h, n_head);
+      fetch_state(S, a.states + at_state(h));
+      copies_arrived();
+      team_sync();
+    }
+    const LogDecay<T> last = lambda[kChunk - 1];
+
+    if (tiles_below > 0) {  // d(C B') = (dY X') E dt into its sum, its product W with C B' into row and column sums, and M = C B' E
       float product[4][4];
       clear(product);
-      for (int p = 0; p < a.P_padded; p += 16)
+      for (int p = 0; p < kP; p += 16)
         multiply<Stored::transposed, 2>(product, Left<T>::template load<Stored::as_is>(dY + 16 * row_tile * rows_stride + p, rows_stride),
                                         x + 32 * column_half * rows_stride + p, rows_stride, 0, tiles_below);
-      float before_column[8];  // sum over this warp's rows i >= t of the pairs (i, j), j < t, for this lane's columns t
+      float rows[2] = {0, 0}, columns[8];
 #pragma unroll
-      for (int k = 0; k < 8; ++k) before_column[k] = 0;
+      for (int k = 0; k < 8; ++k) columns[k] = 0;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int i = i_low + 8 * half;
-        float before = 0;  // pairs of this row left of the tile
+        const LogDecay<T> lambda_i = lambda[i];
 #pragma unroll
         for (int j8 = 0; j8 < 4; ++j8) {
+          if (j8 / 2 >= tiles_below) continue;
           const int j = 32 * column_half + 8 * j8 + 2 * q;
-          const float first = product[j8][2 * half] * decay_between(i, j) * dt[j],
-                      second = product[j8][2 * half + 1] * decay_between(i, j + 1) * dt[j + 1];
-          if (j8 / 2 < tiles_below) store_two(pairs_tile + i * square_stride + j, first, second, true, true);
-          const float pair_first = j < i ? first * scores[j8][2 * half] : 0.0f,
-                      pair_second = j + 1 < i ? second * scores[j8][2 * half + 1] : 0.0f;
-          float through = pair_first + pair_second;  // inclusive scan over the quad
-          float other = __shfl_up_sync(kAllLanes, through, 1, 4);
-          if (q >= 1) through += other;
-          other = __shfl_up_sync(kAllLanes, through, 2, 4);
-          if (q >= 2) through += other;
-          other = __shfl_up_sync(kAllLanes, through, 1, 4);
-          const float left = before + (q >= 1 ? other : 0.0f);
-          if (i >= j) before_column[2 * j8] += left;
-          if (i >= j + 1) before_column[2 * j8 + 1] += left + pair_first;
-          before += __shfl_sync(kAllLanes, through, 3, 4);
+          const float own = decay_of(lambda_i - lambda[j]), next_own = decay_of(lambda_i - lambda[j + 1]);
+          const float decay = j <= i ? own : 0.0f, next = j + 1 <= i ? next_own : 0.0f;
+          const float2 dt_j = load_two(dt + j);
+          const float first = product[j8][2 * half] * decay * dt_j.x, second = product[j8][2 * half + 1] * next * dt_j.y;
+          const float2 score = scores_at(j8, half);
+          store_two(mixing + i * square_stride + j, score.x * decay, score.y * next, true, true);
+          grad_scores[j8][2 * half] += first;
+          grad_scores[j8][2 * half + 1] += second;
+          const float W_first = j < i ? first * score.x : 0.0f, W_second = j + 1 < i ? second * score.y : 0.0f;
+          rows[half] += W_first + W_second;
+          columns[2 * j8] += W_first;
+          columns[2 * j8 + 1] += W_second;
         }
-        if (column_half == 0 && q == 0) row_total[i] = before;
+        const float total = quad_sum(rows[half]);
+        if (q == 0) sum.row_total[column_half][i] = total;
       }
 #pragma unroll
       for (int k = 0; k < 8; ++k) {
-        const float sum = column_sum(before_column[k]);
-        if (g == 0) rectangle[row_tile * kChunk + 32 * column_half + k / 2 * 8 + 2 * q + k % 2] = sum;
+        const float total = column_sum(columns[k]);
+        if (g == 0) sum.column_total[row_tile][32 * column_half + k / 2 * 8 + 2 * q + k % 2] = total;
       }
+    } else {  // nothing below the diagonal: two of the eight warps, one of which ends the head before this one
+      if (q == 0) sum.row_total[column_half][i_low] = sum.row_total[column_half][i_low + 8] = 0;
+      sum.column_total[row_tile][32 * column_half + lane] = 0;
+      if (row_tile == 0 && n_head > 0) finish_head(a, sums[(n_head - 1) % 2], b, h - teams, chunk, valid);
     }
-    if constexpr (two_squares) store_mixing();
 
-    // dC_i += e^{Lambda_i} S' dY_i, late_i = <C_i, that>; 32 columns at a time
-    {
-      const float scale[2] = {exp2f(lambda[i_low]), exp2f(lambda[i_low + 8])};
+    {  // dC_i += e^{Lambda_i} S' dY_i, late_i = <C_i, that>; 32 columns at a time
+      const float scale[2] = {decay_of(lambda[i_low]), decay_of(lambda[i_low + 8])};
       float dots[2] = {0, 0};
 #pragma unroll
       for (int part32 = 0; part32 < pairs / 2; ++part32) {
         float product[4][4];
         clear(product);
-        for (int p = 0; p < a.P_padded; p += 16)
+        for (int p = 0; p < kP; p += 16)
           multiply<Stored::as_is, 2>(product, Left<T>::template load<Stored::as_is>(dY + 16 * row_tile * rows_stride + p, rows_stride),
-                                     state + p * side_stride + n_begin + 32 * part32, side_stride);
+                                     S + p * side_stride + n_begin + 32 * part32, side_stride);
 #pragma unroll
         for (int n8 = 0; n8 < 4; ++n8)
 #pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const float value = product[n8][e] * scale[e / 2];
-            dots[e / 2] += value * widen(C_tile[(i_low + e / 2 * 8) * side_stride + n_begin + 32 * part32 + 8 * n8 + 2 * q + e % 2]);
-            grad_C[4 * part32 + n8][e] += value;
+          for (int half = 0; half < 2; ++half) {
+            const float first = product[n8][2 * half] * scale[half], second = product[n8][2 * half + 1] * scale[half];
+            const float2 C = load_two(C_tile + (i_low + 8 * half) * side_stride + n_begin + 32 * part32 + 8 * n8 + 2 * q);
+            dots[half] += first * C.x + second * C.y;
+            grad_C[4 * part32 + n8][2 * half] += first;
+            grad_C[4 * part32 + n8][2 * half + 1] += second;
           }
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float sum = quad_sum(dots[half]);
-        if (q == 0) late[column_half * kChunk + i_low + 8 * half] = sum;
+        const float total = quad_sum(dots[half]);
+        if (q == 0) sum.late[column_half][i_low + 8 * half] = total;
       }
     }
-    __syncthreads();  // S has been read; d(C B') is there
 
-    {  // R takes the place of S; <R, S> on the way
-      const T* from = a.state_grads + at_state;
-      float sum = 0;
+    {  // <R, S>, of what this thread has fetched itself
+      float inner = 0;
+      if constexpr (pipelined) copies_arrived_but<1>();  // all but the next head's rows
+      else team_sync();                                  // S has been read
+      const T* from = a.state_grads + at_state(h);
       if (state_vectors) {
         constexpr int unit = 16 / static_cast<int>(sizeof(T));
         struct alignas(16) Unit {
           T values[unit];
         };
-        const int units = a.N / unit;
-        for (int k = static_cast<int>(threadIdx.x); k < a.P * units; k += kBwdThreads) {
-          Unit* place = reinterpret_cast<Unit*>(state + k / units * side_stride + k % units * unit);
-          const Unit next = reinterpret_cast<const Unit*>(from)[k], old = *place;
+        const int units = kN / unit;
+        for (int k = thread; k < kP * units; k += kTeamThreads) {
+          const int row = k / units, column = k % units * unit, place = row * side_stride + column;
+          Unit next;
+          if constexpr (pipelined) {
+            next = *reinterpret_cast<const Unit*>(R + place);
+          } else {
+            if (row >= a.P || column >= a.N) continue;
+            next = *reinterpret_cast<const Unit*>(from + row * a.N + column);
+          }
+          const Unit old = *reinterpret_cast<const Unit*>(S + place);
 #pragma unroll
-          for (int e = 0; e < unit; ++e) sum += widen(next.values[e]) * widen(old.values[e]);
-          *place = next;
+          for (int e = 0; e < unit; ++e) inner += widen(next.values[e]) * widen(old.values[e]);
+          if constexpr (!pipelined) *reinterpret_cast<Unit*>(R + place) = next;
         }
       } else {
-        for (int k = static_cast<int>(threadIdx.x); k < a.P * a.N; k += kBwdThreads) {
-          T* place = state + k / a.N * side_stride + k % a.N;
-          sum += widen(from[k]) * widen(*place);
+        for (int k = thread; k < a.P * a.N; k += kTeamThreads) {
+          T* place = S + k / a.N * side_stride + k % a.N;
+          inner += widen(from[k]) * widen(*place);
           *place = from[k];
         }
       }
-      sum = warp_sum(sum);
-      if (lane == 0) inner[warp] = sum;
+      inner = warp_sum(inner);
+      if (lane == 0) sum.inner[warp] = inner;
     }
-    // dC_i += sum_{j <= i} d(C B')_ij B_j;  dB_j += sum_{i >= j} d(C B')_ij C_i
-    for (int k = 0; k <= row_tile; ++k)
-      multiply<Stored::as_is, pairs>(
-          grad_C, Left<T>::template load<Stored::as_is>(pairs_tile + 16 * row_tile * square_stride + 16 * k, square_stride),
-          B_tile + 16 * k * side_stride + n_begin, side_stride);
-    for (int k = row_tile; k < 4; ++k)
-      multiply<Stored::as_is, pairs>(
-          grad_B, Left<T>::template load<Stored::transposed>(pairs_tile + 16 * k * square_stride + 16 * row_tile, square_stride),
-          C_tile + 16 * k * side_stride + n_begin, side_stride);
-    __syncthreads();  // R is there, d(C B') has been read
-    if constexpr (!two_squares) {
-      store_mixing();
-      __syncthreads();
+    team_sync();  // M and R are there, S has been read
+    if constexpr (pipelined) {
+      if (more) fetch_state(S, a.states + at_state(h + teams));
+      close_copies();
     }
 
-    // V_j = rho_j R B_j + sum_{i >= j} (C B' E)_ij dY_i;  dx_j = dt_j V_j + D dY_j; rows j now, 32 channels at a time
-    const float to_end[2] = {exp2f(fminf(last - lambda[i_low], 0.0f)), exp2f(fminf(last - lambda[i_low + 8], 0.0f))};
+    const float to_end[2] = {decay_of(last - lambda[i_low]), decay_of(last - lambda[i_low + 8])};
+    // dB_j += rho_j dt_j R' x_j
+#pragma unroll
+    for (int p = 0; p < kP; p += 16) {
+      Left<T> left = Left<T>::template load<Stored::as_is>(x + 16 * row_tile * rows_stride + p, rows_stride);
+      left.scale_rows(to_end[0] * dt[i_low], to_end[1] * dt[i_low + 8]);
+      multiply<Stored::as_is, pairs>(grad_B, left, R + p * side_stride + n_begin, side_stride);
+    }
+    // V_j = rho_j R B_j + sum_{i >= j} M_ij dY_i;  dx_j = dt_j V_j + D dY_j, in the place of x; rows j now, 32 channels at a time
+    asm volatile("bar.sync %0, 64;" ::"r"(3 + 4 * team + row_tile) : "memory");  // both warps of these rows have done with x as a whole
     {
-      float early_dots[2] = {0, 0}, direct_dots[2] = {0, 0};
-      for (int p0 = 32 * column_half; p0 < a.P_padded; p0 += 64) {
-        const int blocks = a.P_padded - p0 >= 32 ? 2 : 1;
+      const float D_head = a.D_skip == nullptr || a.D_per_channel ? 0.0f : a.D_skip[h];
+      float early[2] = {0, 0}, direct[2] = {0, 0};
+      for (int p0 = 32 * column_half; p0 < kP; p0 += 64) {
         float V[4][4];
         clear(V);
-#pragma unroll 2
+#pragma unroll(sizeof(T) == 2 ? 4 : 1)
         for (int n = 0; n < kN; n += 16)
           multiply<Stored::transposed, 2>(V, Left<T>::template load<Stored::as_is>(B_tile + 16 * row_tile * side_stride + n, side_stride),
-                                          state + p0 * side_stride + n, side_stride, 0, blocks);
-        float x_value[4][4], dY_value[4][4];
+                                          R + p0 * side_stride + n, side_stride);
+        T* const x_own = x + i_low * rows_stride + p0 + 2 * q;
+        const T* const dY_own = dY + i_low * rows_stride + p0 + 2 * q;
 #pragma unroll
         for (int p8 = 0; p8 < 4; ++p8)
 #pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const int at = (i_low + e / 2 * 8) * rows_stride + p0 + 8 * p8 + 2 * q + e % 2;
-            const bool inside = p8 / 2 < blocks;
-            x_value[p8][e] = inside ? widen(x[at]) : 0.0f;
-            dY_value[p8][e] = inside ? widen(dY[at]) : 0.0f;
-            V[p8][e] *= to_end[e / 2];
-            early_dots[e / 2] += V[p8][e] * x_value[p8][e];
+          for (int half = 0; half < 2; ++half) {
+            const float2 x_pair = load_two(x_own + 8 * half * rows_stride + 8 * p8);
+            V[p8][2 * half] *= to_end[half];
+            V[p8][2 * half + 1] *= to_end[half];
+            early[half] += V[p8][2 * half] * x_pair.x + V[p8][2 * half + 1] * x_pair.y;
           }
         for (int k = row_tile; k < 4; ++k)
           multiply<Stored::as_is, 2>(
               V, Left<T>::template load<Stored::transposed>(mixing + 16 * k * square_stride + 16 * row_tile, square_stride),
-              dY + 16 * k * rows_stride + p0, rows_stride, 0, blocks);
+              dY + 16 * k * rows_stride + p0, rows_stride);
 #pragma unroll
         for (int p8 = 0; p8 < 4; ++p8) {
           const int p = p0 + 8 * p8 + 2 * q;
+          float2 D = make_float2(D_head, D_head), columns = make_float2(0, 0);
+          if (a.D_per_channel) {
+            if (p < a.P) D.x = a.D_skip[h * a.P + p];
+            if (p + 1 < a.P) D.y = a.D_skip[h * a.P + p + 1];
+          }
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            const int j = i_low + 8 * half;
-            const float first = V[p8][2 * half], second = V[p8][2 * half + 1];
-            direct_dots[half] += first * x_value[p8][2 * half] + second * x_value[p8][2 * half + 1];
-            if (a.grad_x.data != nullptr && j < valid && p < a.P) {
-              const bool both = p + 1 < a.P;
-              const float* D = a.D_skip == nullptr ? nullptr : a.D_skip + (a.D_per_channel ? h * a.P + p : h);
-              const float D_first = D == nullptr ? 0.0f : D[0], D_second = D == nullptr ? 0.0f : a.D_per_channel && both ? D[1] : D[0];
-              store_two(a.grad_x.data + b * a.grad_x.batch + (t0 + j) * a.grad_x.token + h * a.P + p,
-                        dt[j] * first + D_first * dY_value[p8][2 * half], dt[j] * second + D_second * dY_value[p8][2 * half + 1], both,
-                        a.grad_x.vectors);
-            }
+            T* const place = x_own + 8 * half * rows_stride + 8 * p8;
+            const float2 x_pair = load_two(place), dY_pair = load_two(dY_own + 8 * half * rows_stride + 8 * p8);
+            const float first = V[p8][2 * half], second = V[p8][2 * half + 1], dt_j = dt[i_low + 8 * half];
+            direct[half] += first * x_pair.x + second * x_pair.y;
+            columns.x += dY_pair.x * x_pair.x;
+            columns.y += dY_pair.y * x_pair.y;
+            store_two(place, dt_j * first + D.x * dY_pair.x, dt_j * second + D.y * dY_pair.y, true, true);
           }
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const float sum = column_sum(dY_value[p8][e] * x_value[p8][e] + dY_value[p8][e + 2] * x_value[p8][e + 2]);
-            if (g == 0 && p8 / 2 < blocks) column_D[row_tile * kMaxHeadDim + p + e] = sum;
-          }
+          columns.x = column_sum(columns.x);
+          columns.y = column_sum(columns.y);
+          if (g == 0) *reinterpret_cast<float2*>(&sum.column_D[row_tile][p]) = columns;
         }
+        __syncwarp();
+        if (a.grad_x.data != nullptr)
+          store_part<32>(a.grad_x.data + b * a.grad_x.batch + (t0 + 16 * row_tile) * a.grad_x.token + h * a.P + p0, a.grad_x.token,
+                         x + 16 * row_tile * rows_stride + p0, rows_stride, valid - 16 * row_tile, 16, a.P - p0, a.grad_x.vectors);
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float early_sum = quad_sum(early_dots[half]), direct_sum = quad_sum(direct_dots[half]);
+        const int j = i_low + 8 * half;
+        const float early_total = quad_sum(early[half]), direct_total = quad_sum(direct[half]);
         if (q == 0) {
-          early[column_half * kChunk + i_low + 8 * half] = early_sum * dt[i_low + 8 * half];
-          direct[column_half * kChunk + i_low + 8 * half] = direct_sum;
+          sum.early[column_half][j] = early_total * dt[j];
+          sum.direct[column_half][j] = direct_total;
         }
       }
     }
-    // dB_j += rho_j dt_j R' x_j
-    for (int p = 0; p < a.P_padded; p += 16) {
-      Left<T> left = Left<T>::template load<Stored::as_is>(x + 16 * row_tile * rows_stride + p, rows_stride);
-      left.scale_rows(to_end[0] * dt[i_low], to_end[1] * dt[i_low + 8]);
-      multiply<Stored::as_is, pairs>(grad_B, left, state + p * side_stride + n_begin, side_stride);
+    team_sync();  // all sums are there; the tiles may be overwritten
+    if constexpr (pipelined) {
+      if (more) fetch_state(R, a.state_grads + at_state(h + teams));
+      close_copies();
     }
-    __syncthreads();  // all sums are there; the tiles may be overwritten by the next head
-
-    float* sums = a.sums + ((b * a.chunks + chunk) * a.H + h) * (a.P + 2);
-    if (warp == 0) {  // da_t = rectangle + sum_{i >= t} late_i + sum_{j < t} early_j + e^{Lambda_Q} <R, S>, two tokens per lane
-      float behind[2], crossing = row_total[lane + 32], before[2];  // crossing: pairs (i, j) with i >= t >= 32 > j
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int t = lane + 32 * half;
-        behind[half] = late[t] + late[kChunk + t];
-        before[half] = early[t] + early[kChunk + t];
-      }
-#pragma unroll
-      for (int distance = 1; distance < 32; distance *= 2) {
-        const float more_crossing = __shfl_down_sync(kAllLanes, crossing, distance);
-        if (lane + distance < 32) crossing += more_crossing;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const float more_behind = __shfl_down_sync(kAllLanes, behind[half], distance),
-                      more_before = __shfl_up_sync(kAllLanes, before[half], distance);
-          if (lane + distance < 32) behind[half] += more_behind;
-          if (lane >= distance) before[half] += more_before;
-        }
-      }
-      behind[0] += __shfl_sync(kAllLanes, behind[1], 0);
-      const float first_half = __shfl_sync(kAllLanes, before[0], 31);
-      before[1] += first_half;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {  // exclusive
-        const float previous = __shfl_up_sync(kAllLanes, before[half], 1);
-        before[half] = lane > 0 ? previous : half == 0 ? 0.0f : first_half;
-      }
-      float whole = 0;
-#pragma unroll
-      for (int k = 0; k < 8; ++k) whole += inner[k];
-      whole *= exp2f(last);
-      const float A = -expf(a.A_log[h]), bias = a.dt_bias[h];
-      float sum_A = 0, sum_bias = 0;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int t = lane + 32 * half;
-        float da = behind[half] + before[half] + whole + (half == 1 ? crossing : 0.0f);
-#pragma unroll
-        for (int k = 0; k < 4; ++k) da += rectangle[k * kChunk + t];
-        if (t < valid) {
-          const float raw = widen(a.dt_raw.data[b * a.dt_raw.batch + (t0 + t) * a.dt_raw.token + h]) + bias;
-          const float unclamped = raw > 20.0f ? raw : log1pf(expf(raw)), slope = raw > 20.0f ? 1.0f : 1.0f / (1.0f + expf(-raw));
-          const bool inside = unclamped >= a.dt_min && unclamped <= a.dt_max;
-          const float grad = inside ? (direct[t] + direct[kChunk + t] + A * da) * slope : 0.0f;
-          sum_A += dt[t] * da;
-          sum_bias += grad;
-          if (a.grad_dt.data != nullptr) a.grad_dt.data[b * a.grad_dt.batch + (t0 + t) * a.grad_dt.token + h] = narrow<T>(grad);
-        }
-      }
-      sum_A = warp_sum(sum_A);
-      sum_bias = warp_sum(sum_bias);
-      if (lane == 0) {
-        sums[a.P] = sum_A;
-        sums[a.P + 1] = sum_bias;
-      }
-    } else {
-      for (int p = static_cast<int>(threadIdx.x) - 32; p < a.P; p += kBwdThreads - 32)
-        sums[p] = column_D[p] + column_D[kMaxHeadDim + p] + column_D[2 * kMaxHeadDim + p] + column_D[3 * kMaxHeadDim + p];
-    }
-    // Sums of this head are read by warp 0 before it arrives at the next head's first barrier, and written by nobody before that barrier;
-    // column_D likewise by the others.
   }
+  if (n_head > 0 && warp == 0) finish_head(a, sums[(n_head - 1) % 2], b, h_mine + (n_head - 1) * teams, chunk, valid);
+
+  // The teams exchange: the first ends with dC, the second with dB; d(C B') as a tile for both.
+  if constexpr (teams == 2) {
+    copies_arrived();
+    __syncthreads();
+    float* exchange = reinterpret_cast<float*>(shared_memory() + Layout::common_bytes + 2 * sizeof(Sums) + Layout::mixing_bytes) + thread;
+    constexpr int values = 4 * tiles;
+    float* for_first = exchange;                                   // grad_C, then d(C B') of the second team
+    float* for_second = for_first + (values + 16) * kTeamThreads;  // grad_B of the first
+#pragma unroll
+    for (int k = 0; k < values; ++k)
+      if (team == 0) for_second[k * kTeamThreads] = grad_B[k / 4][k % 4];
+      else for_first[k * kTeamThreads] = grad_C[k / 4][k % 4];
+#pragma unroll
+    for (int k = 0; k < 16; ++k)
+      if (team == 1) for_first[(values + k) * kTeamThreads] = grad_scores[k / 4][k % 4];
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < values; ++k)
+      if (team == 0) grad_C[k / 4][k % 4] += for_first[k * kTeamThreads];
+      else grad_B[k / 4][k % 4] += for_second[k * kTeamThreads];
+#pragma unroll
+    for (int k = 0; k < 16; ++k)
+      if (team == 0) grad_scores[k / 4][k % 4] += for_first[(values + k) * kTeamThreads];
+  }
+  T* grad_score_tile = reinterpret_cast<T*>(shared_memory() + Layout::common_bytes + 2 * sizeof(Sums));  // M of the first team
+  if (team == 0) {
+#pragma unroll
+    for (int j8 = 0; j8 < 4; ++j8)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        store_two(grad_score_tile + (i_low + 8 * half) * square_stride + 32 * column_half + 8 * j8 + 2 * q, grad_scores[j8][2 * half],
+                  grad_scores[j8][2 * half + 1], true, true);
+  }
+  __syncthreads();
 
   auto store = [&](const float(&grad)[tiles][4], const TokenRows<T>& to, float* parts) {
 #pragma unroll
@@ -409,8 +507,20 @@ __global__ void __launch_bounds__(kBwdThreads) ssd_chunk_bwd_kernel(const ChunkB
                     to.vectors);
       }
   };
-  store(grad_B, a.grad_B, a.parts_B);
-  store(grad_C, a.grad_C, a.parts_C);
+  if (team == 0) {  // dC_i += sum_{j <= i} d(C B')_ij B_j
+    for (int k = 0; k <= row_tile; ++k)
+      multiply<Stored::as_is, pairs>(
+          grad_C, Left<T>::template load<Stored::as_is>(grad_score_tile + 16 * row_tile * square_stride + 16 * k, square_stride),
+          B_tile + 16 * k * side_stride + n_begin, side_stride);
+    store(grad_C, a.grad_C, a.parts_C);
+  }
+  if (team == teams - 1) {  // dB_j += sum_{i >= j} d(C B')_ij C_i
+    for (int k = row_tile; k < 4; ++k)
+      multiply<Stored::as_is, pairs>(
+          grad_B, Left<T>::template load<Stored::transposed>(grad_score_tile + 16 * k * square_stride + 16 * row_tile, square_stride),
+          C_tile + 16 * k * side_stride + n_begin, side_stride);
+    store(grad_B, a.grad_B, a.parts_B);
+  }
 }
 
 // --- reductions -----------------------------------------------------------------------------------------------
@@ -477,11 +587,29 @@ __global__ void ssd_sum_heads_kernel(const HeadSumArgs a) {
 
 // --- launchers ------------------------------------------------------------------------------------------------
 
-template <class T, int kN>
+template <class T, int kN, int kP, int teams>
 void launch_chunks(const ChunkBwdArgs<T>& args, const CudaContext& context) {
-  const auto shared = static_cast<size_t>(ChunkBwdLayout<T, kN>::total_bytes(args.P_padded));
   const dim3 grid(static_cast<unsigned>(args.B * args.chunks * args.G * args.parts));
-  launch(&ssd_chunk_bwd_kernel<T, kN>, "ssd_chunk_bwd_kernel", grid, dim3(kBwdThreads), shared, context.stream, args);
+  launch(&ssd_chunk_bwd_kernel<T, kN, kP, teams>, "ssd_chunk_bwd_kernel", grid, dim3(kTeamThreads * teams),
+         static_cast<size_t>(ChunkBwdLayout<T, kN, kP, teams>::total_bytes), context.stream, args);
+}
+
+/// Two teams where there are heads for them, two of everything fit into shared memory, and states can be moved by 16 bytes.
+template <int kN>
+void launch_small_heads(const ChunkBwdArgs<Bf16>& args, const CudaContext& context) {
+  const bool fits = ChunkBwdLayout<Bf16, kN, 64, 2>::total_bytes <= context.shared_memory_per_block;
+  if (fits && args.N % 8 == 0 && args.heads_per_part > 1) launch_chunks<Bf16, kN, 64, 2>(args, context);
+  else launch_chunks<Bf16, kN, 128, 1>(args, context);
+}
+
+template <class T>
+void launch_chunks(const ChunkBwdArgs<T>& args, const CudaContext& context) {
+  const int kN = padded_state_dim(args.N);
+  if constexpr (sizeof(T) == 2) {
+    if (kN == 256) return launch_chunks<T, 256, 128, 1>(args, context);
+    if (args.P <= 64) return kN == 64 ? launch_small_heads<64>(args, context) : launch_small_heads<128>(args, context);
+  }
+  kN == 64 ? launch_chunks<T, 64, 128, 1>(args, context) : launch_chunks<T, 128, 128, 1>(args, context);
 }
 
 Tensor rows_of_batch(const Tensor& t, int64_t begin, int64_t end) {
@@ -515,7 +643,7 @@ void backward_rows(const SsdInputs& in, const SsdOptions& options, const Tensor&
   args.states = static_cast<const T*>(states.raw());
   args.state_grads = static_cast<const T*>(state_grads.raw());
   args.dt = steps.dt.data<float>();
-  args.lambda = steps.lambda.data<float>();
+  args.lambda = steps.lambda.data<LogDecay<T>>();
   args.A_log = in.A_log.data<float>();
   args.dt_bias = in.dt_bias.data<float>();
   args.D_skip = floats_of(in.D_skip);
@@ -530,11 +658,15 @@ void backward_rows(const SsdInputs& in, const SsdOptions& options, const Tensor&
   args.chunks = chunks;
   args.P = static_cast<int>(s.P);
   args.N = static_cast<int>(s.N);
-  args.P_padded = rounded_up(s.P, 16);
 
-  // Parts of a group's heads: enough blocks for the GPU, few partial sums.
+  // Parts of a group's heads: the waves of blocks times the heads of each, a block's own beginning and end counting as two heads.
   const int64_t blocks = s.B * chunks * s.G, heads = s.heads_per_group();
-  const int64_t wanted = std::clamp<int64_t>((4 * context.sm_count + blocks - 1) / blocks, 1, heads);
+  auto cost_of = [&](int64_t parts) {
+    return (blocks * parts + context.sm_count - 1) / context.sm_count * ((heads + parts - 1) / parts + 2);
+  };
+  int64_t wanted = 1;
+  for (int64_t parts = 2; parts <= heads; ++parts)
+    if (cost_of(parts) < cost_of(wanted)) wanted = parts;
   args.heads_per_part = (heads + wanted - 1) / wanted;
   args.parts = (heads + args.heads_per_part - 1) / args.heads_per_part;
   Tensor parts_B, parts_C;
@@ -548,16 +680,7 @@ void backward_rows(const SsdInputs& in, const SsdOptions& options, const Tensor&
     args.grad_B = token_rows<T>(out.B_t, s.N);
     args.grad_C = token_rows<T>(out.C_t, s.N);
   }
-  switch (padded_state_dim(s.N)) {
-    case 64:
-      launch_chunks<T, 64>(args, context);
-      break;
-    case 128:
-      launch_chunks<T, 128>(args, context);
-      break;
-    default:
-      if constexpr (sizeof(T) == 2) launch_chunks<T, 256>(args, context);  // f32 ends at 128: require_ssd_cuda_sizes
-  }
+  launch_chunks<T>(args, context);
 
   auto sum_parts = [&](const Tensor& parts, const Tensor& to) {
     if (!parts.defined()) return;
