@@ -127,7 +127,7 @@ class BatchRunner {
     std::iota(all_.begin(), all_.end(), int64_t{0});
     auto out = model_.forward(next_tokens(all_, 1), state_);
     state_ = std::move(out.state);
-    const Tensor logits = model_.logits(out.hidden).value();  // [B, 1, padded vocabulary]
+    const Tensor logits = model_.logits(out.hidden.value());  // [B, 1, padded vocabulary]
     const std::vector<float> values = logits.to_vector<float>();
     const auto vocab = static_cast<std::size_t>(model_.config().vocab_size), stride = static_cast<std::size_t>(logits.dim(-1));
     std::vector<std::size_t> ended;
@@ -257,7 +257,7 @@ Generation generate(const LanguageModel& model, const std::vector<std::vector<in
   require_options(options, vocab);
   const std::size_t count = row_count(prompts.size(), from.sequences.size());
   const std::string tokenizer = options.tokenizer != nullptr ? vocabulary_fingerprint(options.tokenizer->fingerprint()) : from.tokenizer;
-  if (!from.tokenizer.empty() && tokenizer != from.tokenizer)
+  if (!from.tokenizer.empty() && !same_vocabulary(tokenizer, from.tokenizer))
     throw ValueError("generation: the state's tokens are of another tokenizer",
                      {{"tokenizer", tokenizer}, {"of the state", from.tokenizer}});
   const RecurrentState carried = from.absent() ? RecurrentState() : fitted_to(model, from.recurrent);
@@ -288,6 +288,11 @@ Generation generate(const LanguageModel& model, const std::vector<std::vector<in
     const std::size_t origin = from.sequences.size() == 1 ? 0 : i;
     SequenceState s = from.absent() ? SequenceState() : from.sequences[origin];
     GeneratedRow& out = result.rows[i];
+    TextStream text(options.stop, prompts.empty() ? std::exchange(s.held, {}) : std::string());
+    if (text.stopped()) {  // what was held back has a stop string that was none before
+      s.stop = StopReason::stop_string;
+      out.text = text.finish();
+    }
     if (prompts.empty() && (s.stop == StopReason::end_of_text || s.stop == StopReason::stop_string)) {
       out.stop = s.stop;
       if (options.keep_state) {
@@ -314,7 +319,7 @@ Generation generate(const LanguageModel& model, const std::vector<std::vector<in
     require_tokens(s.seen, vocab, fmt::format("the tokens seen of row {}", i));
     SeenTokens seen(vocab, s.seen);
     for (const int32_t id : s.pending) seen.add(id);
-    rows.push_back({i, &out, std::move(s.pending), 0, s.read, std::move(seen), TextStream(options.stop, std::move(s.held))});
+    rows.push_back({i, &out, std::move(s.pending), 0, s.read, std::move(seen), std::move(text)});
     origins.push_back(static_cast<int64_t>(origin));
   }
   run();

@@ -75,7 +75,7 @@ std::vector<float> last_logits(const LanguageModel& model, const Ids& tokens) {
   const NoGrad no_grad;
   const auto n = static_cast<int64_t>(tokens.size());
   const auto hidden = model.forward(Tensor::from(kCpu, {1, n}, tokens)).hidden;
-  return model.logits(hidden.value().slice(1, n - 1, n)).value().to_vector<float>();
+  return model.logits(hidden.value().slice(1, n - 1, n)).to_vector<float>();
 }
 
 Prompts tokens_of(const Generation& generation) {
@@ -127,6 +127,21 @@ std::string message_of(F&& f) {
 }
 
 }  // namespace
+
+TEST("text that was held back may hold a stop string that the first call did not have: the row has ended") {
+  const auto all = models();
+  const auto& model = all.front();
+  Generation first = generate(*model, {{3, 1}, {4}}, {.max_tokens = 1, .tokenizer = &kTokenizer});
+  first.state.sequences[0].held = "xab";
+  first.state.sequences[1].held = "xa";
+  const Generation rest = generate(*model, {}, {.max_tokens = 1, .stop = {"ab"}, .tokenizer = &kTokenizer}, first.state);
+  CHECK(rest.rows[0].stop == StopReason::stop_string);
+  CHECK(rest.rows[0].tokens.empty());
+  CHECK(rest.rows[0].text == "x");
+  CHECK(rest.state.sequences[0].held.empty());
+  CHECK(rest.state.sequences[0].stop == StopReason::stop_string);
+  CHECK(rest.rows[1].tokens.size() == 1);
+}
 
 TEST("generation draws what the whole text, run again for each token, gives") {
   for (const auto& model : models()) {

@@ -50,13 +50,7 @@ bool take_next(Row& row, const NextSequence& next, int64_t& taken, const Languag
   if (row.positions < 1)
     throw ValueError("eval: a sequence without a token to predict",
                      {{"sequence", std::to_string(taken)}, {"tokens", std::to_string(row.tokens.size())}});
-  const int64_t vocab = model.config().vocab_size;
-  for (std::size_t i = 0; i < row.tokens.size(); ++i)
-    if (row.tokens[i] < 0 || row.tokens[i] >= vocab)
-      throw ValueError("eval: a token is outside the model's vocabulary",
-                       {{"token", fmt::format("{} at index {} of sequence {}", row.tokens[i], i, taken)},
-                        {"vocabulary", fmt::format("{} tokens", vocab)},
-                        {"try", "the tokenizer that the model was trained with"}});
+  require_tokens_of(row.tokens, model.config().vocab_size, taken);
   return true;
 }
 
@@ -86,12 +80,13 @@ TokenBatch make_batch(const std::vector<Row>& rows, int64_t width, const Device&
 }  // namespace
 
 PositionLoss position_loss(const LanguageModel& model, const NextSequence& next, const PositionLossOptions& options) {
-  for (const auto& [name, value] : {std::pair{"context", options.context}, {"chunk", options.chunk}, {"batch", options.batch}})
-    if (value < 1) throw ValueError(fmt::format("eval: {} must be at least 1", name), {{name, std::to_string(value)}});
+  require_at_least_one("context", options.context);
+  require_at_least_one("chunk", options.chunk);
+  require_at_least_one("batch", options.batch);
   const NoGrad no_grad;
 
   PositionLoss result;
-  PositionProgress progress;
+  EvalProgress progress;
   int64_t taken = 0;
   std::vector<Row> rows;
   for (Row row; static_cast<int64_t>(rows.size()) < options.batch && take_next(row, next, taken, model, options.context);)

@@ -4,7 +4,7 @@
 #include <functional>
 #include <vector>
 
-#include "eval/token_sequences.h"
+#include "eval/token_rows.h"
 #include "models/language_model.h"
 
 namespace longhand {
@@ -22,17 +22,11 @@ struct PositionLoss {
   double mean_loss() const;  // over all tokens
 };
 
-struct PositionProgress {
-  int64_t sequences_done = 0, sequences_running = 0;
-  int64_t tokens = 0;    // scored so far
-  int64_t position = 0;  // the furthest position of the rows that run
-};
-
 struct PositionLossOptions {
-  int64_t context = 2048;                                 // positions scored of each sequence
-  int64_t chunk = 2048;                                   // tokens of a row in one forward; the state is carried from chunk to chunk
-  int64_t batch = 8;                                      // rows at once; a row whose sequence ends takes the next one from the zero state
-  std::function<void(const PositionProgress&)> progress;  // after each chunk
+  int64_t context = 2048;  // positions scored of each sequence
+  int64_t chunk = 2048;    // tokens of a row in one forward; the state is carried from chunk to chunk
+  int64_t batch = 8;       // rows at once; a row whose sequence ends takes the next one from the zero state
+  EvalProgressCall progress = {};
 };
 
 /// Mean loss at each position over sequences that start from the zero state.
@@ -40,9 +34,10 @@ struct PositionLossOptions {
 /// next     sequences; each counts min(its tokens - 1, context) positions
 /// returns  sums in f64 on the host
 /// memory   of the device: one chunk of batch rows and their state, whatever the context; of the host: the rows' tokens and two numbers a
-/// position holds    chunk and batch do not change the result, but for the rounding of the model errors   ValueError for a sequence of
-/// fewer than 2 tokens or a token outside the vocabulary;
-///          NumericError naming sequence and position for a loss that is no number
+///          position
+/// holds    chunk and batch do not change the result, but for the rounding of the model
+/// errors   ValueError for a sequence of fewer than 2 tokens or a token outside the vocabulary; NumericError naming sequence and position
+///          for a loss that is no number
 /// source   Buitrago Ruiz & Gu 2025, arXiv:2507.02782
 PositionLoss position_loss(const LanguageModel& model, const NextSequence& next, const PositionLossOptions& options);
 

@@ -4,63 +4,16 @@
 #include <fmt/format.h>
 
 #include <cmath>
-#include <memory>
 
 #include "autograd/tape.h"
 #include "core/allocator.h"
 #include "core/error.h"
-#include "core/philox.h"
-#include "tests/support/check.h"
+#include "tests/support/small_model.h"
 
 using namespace longhand;
 using namespace longhand::test;
 
 namespace {
-
-using Sequences = std::vector<std::vector<int32_t>>;
-constexpr int32_t kVocab = 32;
-
-// A small model whose predictions depend strongly on the state: the embedding is scaled up so that logits are of order 1.
-std::unique_ptr<LanguageModel> small_model(Dtype dtype, double embedding_scale = 25) {
-  ModelConfig config;
-  config.d_model = 16;
-  config.n_layer = 2;
-  config.vocab_size = kVocab;
-  config.options = {{"d_state", 8}, {"headdim", 8}, {"chunk_size", 16}};
-  config.complete();
-  auto model = std::make_unique<LanguageModel>(config, Device::cpu(), dtype, dtype);
-  model->initialize(1);
-  for (Parameter& parameter : model->parameters().all()) {
-    if (parameter.name.find("embedding") == std::string::npos) continue;
-    visit(dtype, [&](auto element) {
-      using T = decltype(element);
-      if constexpr (std::is_floating_point_v<T>)
-        for (int64_t i = 0; i < parameter.master.numel(); ++i) parameter.master.data<T>()[i] *= static_cast<T>(embedding_scale);
-    });
-  }
-  model->parameters().refresh_compute();
-  return model;
-}
-
-std::vector<int32_t> random_tokens(std::size_t count, uint64_t key) {
-  std::vector<int32_t> tokens(count);
-  for (std::size_t i = 0; i < count; ++i) tokens[i] = static_cast<int32_t>(philox_u64(key, i) % kVocab);
-  return tokens;
-}
-
-Sequences random_sequences(const std::vector<std::size_t>& lengths) {
-  Sequences sequences;
-  for (std::size_t i = 0; i < lengths.size(); ++i) sequences.push_back(random_tokens(lengths[i], 100 + i));
-  return sequences;
-}
-
-NextSequence each_of(const Sequences& sequences) {
-  return [&sequences, i = std::size_t{0}](std::vector<int32_t>& tokens) mutable {
-    if (i == sequences.size()) return false;
-    tokens = sequences[i++];
-    return true;
-  };
-}
 
 PositionLoss measure(const LanguageModel& model, const Sequences& sequences, int64_t context, int64_t chunk, int64_t batch) {
   return position_loss(model, each_of(sequences), {.context = context, .chunk = chunk, .batch = batch, .progress = {}});
@@ -73,16 +26,6 @@ std::vector<double> whole(const LanguageModel& model, const std::vector<int32_t>
   const std::vector<int32_t> inputs(tokens.begin(), tokens.end() - 1), targets(tokens.begin() + 1, tokens.end());
   return model.loss({Tensor::from(model.device(), {1, T}, inputs), Tensor::from(model.device(), {1, T}, targets), {}})
       .token_loss.to_vector<double>();
-}
-
-template <class E>
-std::string message_of(const std::function<void()>& action) {
-  try {
-    action();
-  } catch (const E& error) {
-    return error.what();
-  }
-  return "";
 }
 
 }  // namespace
@@ -157,9 +100,9 @@ TEST("device memory does not grow with the context") {
 TEST("progress is reported after each chunk and ends with everything done") {
   const auto model = small_model(Dtype::f32);
   const Sequences sequences = random_sequences({33, 33, 33});
-  std::vector<PositionProgress> seen;
+  std::vector<EvalProgress> seen;
   position_loss(*model, each_of(sequences),
-                {.context = 32, .chunk = 16, .batch = 2, .progress = [&](const PositionProgress& p) { seen.push_back(p); }});
+                {.context = 32, .chunk = 16, .batch = 2, .progress = [&](const EvalProgress& p) { seen.push_back(p); }});
   REQUIRE(seen.size() == 4);
   CHECK(seen[0].position == 16);
   CHECK(seen[1].sequences_done == 2);

@@ -259,6 +259,13 @@ std::string heat_map_svg(const HeatMap& map) {
   if (!(low <= high)) throw ValueError("plot: no value of the heat map is a number", {{"plot", map.title}});
   low = map.min.value_or(low), high = map.max.value_or(high);
 
+  const auto share_of = [&](double value) {
+    if (std::isinf(value)) return value > 0 ? 1.0 : 0.0;
+    if (!(high > low)) return 0.5;
+    if (map.scale == Scale::linear) return (value - low) / (high - low);
+    return value > 0 && low > 0 ? std::log(value / low) / std::log(high / low) : 0.0;
+  };
+
   std::size_t longest = 0;
   for (const auto& row : map.rows) longest = std::max(longest, row.size());
   const double left = 40 + 7.2 * static_cast<double>(longest), right = map.width - 90, top = 10;
@@ -274,8 +281,8 @@ std::string heat_map_svg(const HeatMap& map) {
     const double y = top + cell_h * static_cast<double>(r);
     for (std::size_t c = 0; c < map.columns.size(); ++c) {
       const double value = map.values[r][c], x = left + cell_w * static_cast<double>(c);
-      if (!std::isfinite(value)) continue;
-      const double share = high > low ? (value - low) / (high - low) : 0.5;
+      if (std::isnan(value)) continue;
+      const double share = share_of(value);
       svg += fmt::format("<rect x=\"{:.1f}\" y=\"{:.1f}\" width=\"{:.1f}\" height=\"{:.1f}\" fill=\"{}\"><title>{}, {}: {}</title></rect>",
                          x, y, cell_w - 1, cell_h - 1, rgb_text(share), escape_html(map.rows[r]), escape_html(map.columns[c]),
                          format_number(value));

@@ -51,14 +51,15 @@ std::string line_plot_svg(const LinePlot& plot);
 /// One entry a series, each with a sample of its line; as an HTML list, so that long names wrap.
 std::string legend_html(const std::vector<Series>& series);
 
-/// A table of numbers as coloured cells; a NaN is an empty cell. Cells have their number in them while there is room, and always as a
-/// tooltip.
+/// A table of numbers as coloured cells; a NaN is an empty cell, an infinity has the colour of the scale's upper end. Cells have their
+/// number in them while there is room, and always as a tooltip.
 struct HeatMap {
   std::string id, title;
   std::string x_label, y_label;
   std::vector<std::string> columns, rows;
   std::vector<std::vector<double>> values;   // [rows][columns]
-  std::optional<double> min = {}, max = {};  // ends of the colour scale; absent: from the values
+  std::optional<double> min = {}, max = {};  // ends of the colour scale; absent: from the finite values
+  Scale scale = Scale::linear;               // of the colours; on a log scale a value of 0 or less has the lower end's
   int width = 860;
 };
 

@@ -92,6 +92,15 @@ TEST("a heat map has one cell a value, none for NaN, and its numbers as tooltips
   const std::string svg = heat_map_svg(map);
   CHECK(count(svg, "<rect ") == 3 + 32);
   CHECK(svg.find("<title>a, 2&lt;: 2</title>") != std::string::npos);
+  map.scale = Scale::log10;
+  map.values = {{1, 100}, {10, std::numeric_limits<double>::infinity()}};
+  const std::string colors = heat_map_svg(map);
+  const auto fill_of = [&](const std::string& cell) {
+    const auto at = colors.find("<title>" + cell);
+    return colors.substr(colors.rfind("fill=\"", at), 14);
+  };
+  CHECK(fill_of("b, 2&lt;: ∞") == fill_of("a, 2&lt;: 100"));
+  CHECK(fill_of("b, 1: 10") == "fill=\"#20908c\"");  // the middle of the scale
   map.values.pop_back();
   CHECK_THROWS_AS(heat_map_svg(map), ShapeError);
   map.values = {{kNaN, kNaN}, {kNaN, kNaN}};

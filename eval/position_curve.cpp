@@ -4,20 +4,18 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <charconv>
 #include <cmath>
-#include <fstream>
 #include <iterator>
-#include <optional>
 
 #include "core/error.h"
 #include "core/files.h"
+#include "eval/csv_table.h"
 #include "eval/perplexity.h"
 
 namespace longhand {
 namespace {
 
-constexpr std::string_view kHeader = "position,tokens,loss,perplexity";
+constexpr const char *kHeader = "position,tokens,loss,perplexity", *kBinHeader = "first,last,tokens,loss,perplexity";
 
 // Joins bins one by one as they come, so that a file of any length can be read in constant memory.
 class BinJoiner {
@@ -62,31 +60,24 @@ class BinJoiner {
   std::vector<PositionBin> open_, joined_;
 };
 
-template <class T>
-std::optional<T> parse(std::string_view text) {
-  T value{};
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-  if (error != std::errc{} || end != text.data() + text.size()) return std::nullopt;
-  return value;
-}
-
-std::vector<std::string_view> split_at_commas(std::string_view line) {
-  std::vector<std::string_view> parts;
-  for (std::size_t comma; (comma = line.find(',')) != std::string_view::npos; line.remove_prefix(comma + 1))
-    parts.push_back(line.substr(0, comma));
-  parts.push_back(line);
-  return parts;
-}
-
-void append_lines(const PositionLoss& loss, const std::function<void(std::string_view)>& write) {
-  std::string text(kHeader);
-  text += '\n';
-  for (int64_t p = 1; p <= loss.positions(); ++p) {
-    fmt::format_to(std::back_inserter(text), "{},{},{:.9g},{:.9g}\n", p, loss.tokens[static_cast<std::size_t>(p - 1)], loss.loss(p),
-                   loss.perplexity(p));
-    if (text.size() > (1u << 20)) write(text), text.clear();
+void append_lines(const PositionLoss& loss, int bins_per_octave, const std::function<void(std::string_view)>& write) {
+  std::string text = std::string(bins_per_octave > 0 ? kBinHeader : kHeader) + "\n";
+  const auto flush = [&](std::size_t when) {
+    if (text.size() > when) write(text), text.clear();
+  };
+  if (bins_per_octave > 0) {
+    for (const PositionBin& bin : octave_bins(position_bins(loss), bins_per_octave)) {
+      fmt::format_to(std::back_inserter(text), "{},{},{:.0f},{:.9g},{:.9g}\n", bin.first, bin.last, bin.tokens, bin.loss, bin.perplexity());
+      flush(1u << 20);
+    }
+  } else {
+    for (int64_t p = 1; p <= loss.positions(); ++p) {
+      fmt::format_to(std::back_inserter(text), "{},{},{:.9g},{:.9g}\n", p, loss.tokens[static_cast<std::size_t>(p - 1)], loss.loss(p),
+                     loss.perplexity(p));
+      flush(1u << 20);
+    }
   }
-  write(text);
+  flush(0);
 }
 
 }  // namespace
@@ -123,43 +114,29 @@ std::vector<PositionBin> octave_bins(const std::vector<PositionBin>& bins, int p
   return joiner.finish();
 }
 
-std::string position_csv(const PositionLoss& loss) {
+std::string position_csv(const PositionLoss& loss, int bins_per_octave) {
   std::string text;
-  append_lines(loss, [&](std::string_view part) { text += part; });
+  append_lines(loss, bins_per_octave, [&](std::string_view part) { text += part; });
   return text;
 }
 
-void write_position_csv(const std::string& path, const PositionLoss& loss) {
-  write_file_atomically(path, [&](OutputFile& file) { append_lines(loss, [&](std::string_view part) { file.write(part); }); });
+void write_position_csv(const std::string& path, const PositionLoss& loss, int bins_per_octave) {
+  write_file_atomically(path,
+                        [&](OutputFile& file) { append_lines(loss, bins_per_octave, [&](std::string_view part) { file.write(part); }); });
 }
 
 std::vector<PositionBin> read_position_csv(const std::string& path, int per_octave, const std::vector<int64_t>& ends) {
-  std::ifstream in(path);
-  if (!in) throw FileError("eval: cannot open a table of losses by position", {{"file", path}});
-  int64_t number = 1, before = 0;
-  const auto refuse = [&](const std::string& reason) {
-    throw FileError("eval: not a table of losses by position", {{"file", path}, {"line", std::to_string(number)}, {"reason", reason}});
-  };
-  std::string line;
-  if (!std::getline(in, line) || line != kHeader) refuse(fmt::format("the first line is not \"{}\"", kHeader));
   BinJoiner joiner(per_octave, ends, 1);
-  while (std::getline(in, line)) {
-    ++number;
-    if (line.empty()) continue;
-    const auto parts = split_at_commas(line);
-    if (parts.size() != 4) refuse(fmt::format("{} values where 4 are expected", parts.size()));
-    const auto position = parse<int64_t>(parts[0]), tokens = parse<int64_t>(parts[1]);
-    const auto loss = parse<double>(parts[2]);
-    if (!position || !tokens || *position < 1 || *tokens < 0) refuse("position or tokens is not a count");
-    if (*position <= before) refuse("the positions do not rise");
-    before = *position;
-    if (*tokens == 0) continue;
-    if (!loss || !std::isfinite(*loss)) refuse(fmt::format("the loss is not a finite number: {}", parts[2]));
-    joiner.add({*position, *position, static_cast<double>(*tokens), *loss});
-  }
-  if (in.bad()) refuse("reading failed");
+  int64_t before = 0;
+  read_csv(path, {kHeader, kBinHeader}, [&](const CsvRow& row) {
+    const std::size_t at = row.size() == 5 ? 1 : 0;  // of the last position
+    const int64_t first = row.count(0), last = row.count(at), tokens = row.count(at + 1);
+    if (first <= before || last < first) row.refuse("the positions do not rise");
+    before = last;
+    if (tokens > 0) joiner.add({first, last, static_cast<double>(tokens), row.finite(at + 2)});
+  });
   auto bins = joiner.finish();
-  if (bins.empty()) refuse("no position has a token");
+  if (bins.empty()) throw FileError("eval: no position has a token", {{"file", path}});
   return bins;
 }
 

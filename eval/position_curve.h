@@ -25,18 +25,21 @@ PositionBin merge(const std::vector<PositionBin>& bins);
 std::vector<PositionBin> position_bins(const PositionLoss& loss);
 
 /// Joins bins into steps of 2^(1/per_octave): step k ends at the position floor(2^(k / per_octave)), so that powers of two are ends of
-/// steps. ends     further ends, such as the training length, so that no bin lies on both sides first    positions up to this one are one
-/// bin holds    the sums of tokens and of tokens * loss stay what they are
+/// steps.
+/// ends     further ends, such as the training length, so that no bin lies on both sides
+/// first    positions up to this one are one bin
+/// holds    the sums of tokens and of tokens * loss stay what they are
 std::vector<PositionBin> octave_bins(const std::vector<PositionBin>& bins, int per_octave, const std::vector<int64_t>& ends = {},
                                      int64_t first = 1);
 
-/// "position,tokens,loss,perplexity" and one line a position; tokens is the number of sequences that reach the position.
-std::string position_csv(const PositionLoss& loss);
+/// "position,tokens,loss,perplexity" and one line a position; tokens is the number of sequences that reach the position. With
+/// bins_per_octave above 0 "first,last,tokens,loss,perplexity" and one line for each of octave_bins; tokens and loss are those of the bin.
+std::string position_csv(const PositionLoss& loss, int bins_per_octave = 0);
 
 /// The same into a file that appears only when whole.
-void write_position_csv(const std::string& path, const PositionLoss& loss);
+void write_position_csv(const std::string& path, const PositionLoss& loss, int bins_per_octave = 0);
 
-/// Reads such a file line by line and joins its positions by octave_bins, so that memory is that of the bins.
+/// Reads such a file, of either kind, line by line and joins its positions by octave_bins, so that memory is that of the bins.
 /// errors   FileError naming file, line and reason: another header, a value that is not a number, positions that do not rise
 std::vector<PositionBin> read_position_csv(const std::string& path, int per_octave, const std::vector<int64_t>& ends = {});
 

@@ -102,6 +102,25 @@ TEST("the CSV has a header, one line a position, and reads back") {
   }
 }
 
+TEST("a long curve can be written as bins, which read back as they are") {
+  const PositionLoss loss = made_up_loss(5000);
+  const ScratchFolder scratch;
+  const std::string path = scratch.file("ppl-a.csv");
+  write_position_csv(path, loss, 64);
+  CHECK(read_text_file(path).starts_with("first,last,tokens,loss,perplexity\n1,1,7,"));
+  const auto bins = read_position_csv(path, 64), expected = octave_bins(position_bins(loss), 64);
+  REQUIRE(bins.size() == expected.size());
+  CHECK(bins.size() < 600);
+  for (std::size_t i = 0; i < bins.size(); ++i) {
+    CHECK(bins[i].first == expected[i].first);
+    CHECK(bins[i].last == expected[i].last);
+    CHECK(bins[i].tokens == expected[i].tokens);
+    CHECK(bins[i].loss == doctest::Approx(expected[i].loss).epsilon(1e-8));
+  }
+  write_file_atomically(path, "first,last,tokens,loss,perplexity\n1,2,3,1,2.7\n2,3,3,1,2.7\n");
+  CHECK_THROWS_AS(read_position_csv(path, 1), FileError);
+}
+
 TEST("a damaged CSV is refused with file, line and reason") {
   const ScratchFolder scratch;
   const std::string header = "position,tokens,loss,perplexity\n", path = scratch.file("ppl-x.csv");
@@ -115,7 +134,8 @@ TEST("a damaged CSV is refused with file, line and reason") {
     return "";
   };
   CHECK(message("loss\n").find("the first line is not") != std::string::npos);
-  CHECK(message(header).find("no position has a token") != std::string::npos);
+  CHECK(message(header).find("no line behind the header") != std::string::npos);
+  CHECK(message(header + "1,0,nan,nan\n").find("no position has a token") != std::string::npos);
   CHECK(message(header + "1,2,3.0\n").find("3 values where 4") != std::string::npos);
   CHECK(message(header + "1,2,nan,nan\n").find("not a finite number") != std::string::npos);
   CHECK(message(header + "1,x,1,1\n").find("not a count") != std::string::npos);

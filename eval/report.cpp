@@ -8,12 +8,11 @@
 #include <filesystem>
 #include <limits>
 #include <map>
-#include <nlohmann/json.hpp>
 #include <set>
-#include <tuple>
 
 #include "core/error.h"
 #include "core/files.h"
+#include "eval/measure_figures.h"
 #include "eval/plot.h"
 #include "eval/report_page.h"
 
@@ -21,51 +20,9 @@ namespace longhand {
 namespace {
 
 namespace fs = std::filesystem;
-using Json = nlohmann::json;
 using Runs = std::vector<RunData>;
 
 constexpr std::size_t kMostPoints = 400;  // of a training curve; more are joined
-
-std::string first_line(const std::exception& error) {
-  const std::string text = error.what();
-  return text.substr(0, text.find('\n'));
-}
-
-// The first line of an error with the rows that say where.
-std::string sentence(const Error& error) {
-  std::string text = first_line(error);
-  for (const ErrorRow& row : error.rows())
-    if (row.name != "try" && row.name != "at") text += fmt::format("; {} {}", row.name, row.value);
-  return text;
-}
-
-// --- reading ---------------------------------------------------------------------------------------------------
-
-PositionCurve read_curve(const fs::path& csv, RunData& run) {
-  PositionCurve curve;
-  curve.file = csv.filename().string();
-  curve.data = csv.stem().string();
-  if (const fs::path description = fs::path(csv).replace_extension(".json"); fs::exists(description)) {
-    const Json json = Json::parse(read_text_file(description.string()), nullptr, false);
-    const auto number = [&](const char* key, int64_t otherwise) {
-      return json.contains(key) && json[key].is_number_integer() ? json[key].get<int64_t>() : otherwise;
-    };
-    if (json.is_object()) {
-      if (json.contains("data_name") && json["data_name"].is_string()) curve.data = json["data_name"];
-      if (json.contains("documents") && json["documents"].is_string()) curve.documents = json["documents"];
-      curve.context = number("context", 0);
-      curve.sequences = number("sequences", 0);
-      curve.step = number("step", -1);
-      if (const int64_t length = number("train_length", 0); length > 0 && !run.train_length) run.train_length = length;
-    } else {
-      run.problems.push_back(
-          fmt::format("{} is not a JSON object; the curve beside it is shown without its description", description.string()));
-    }
-  }
-  curve.bins = read_position_csv(csv.string(), kCurveBinsPerOctave,
-                                 run.train_length ? std::vector<int64_t>{*run.train_length} : std::vector<int64_t>{});
-  return curve;
-}
 
 // --- pieces of figures -----------------------------------------------------------------------------------------
 
@@ -123,100 +80,7 @@ bool drawable(const std::vector<Series>& series) {
   return std::any_of(series.begin(), series.end(), [](const Series& s) { return !s.points.empty(); });
 }
 
-// Logarithmic when the values span more than a factor of `factor` and are all above 0.
-Scale scale_for(const std::vector<Series>& series, double factor) {
-  double low = std::numeric_limits<double>::infinity(), high = 0;
-  for (const Series& s : series)
-    for (const auto& [x, y] : s.points)
-      if (std::isfinite(y)) low = std::min(low, y), high = std::max(high, y);
-  return low > 0 && high > factor * low ? Scale::log10 : Scale::linear;
-}
-
 // --- figures ---------------------------------------------------------------------------------------------------
-
-std::string data_text(const PositionCurve& curve) {
-  std::string text = "Measured on " + curve.data;
-  if (curve.context > 0) text += fmt::format(", context {}", format_count(curve.context));
-  if (!curve.documents.empty()) text += fmt::format(", documents: {}", curve.documents);
-  return text + ".";
-}
-
-// Rows of about one an octave; the first positions are put together so that the table stays short.
-Table perplexity_table(const std::vector<const PositionCurve*>& curves, const std::vector<Series>& series,
-                       const std::vector<int64_t>& lengths) {
-  int64_t furthest = 1;
-  for (const auto* curve : curves) furthest = std::max(furthest, curve->bins.back().last);
-  const int64_t first = std::max<int64_t>(1, int64_t{1} << std::max(0, static_cast<int>(std::log2(static_cast<double>(furthest))) - 11));
-  Table table{{"Positions"}, {}};
-  std::map<std::pair<int64_t, int64_t>, std::vector<std::string>> rows;
-  for (std::size_t i = 0; i < curves.size(); ++i) {
-    table.header.push_back(series[i].name);
-    for (const PositionBin& bin : octave_bins(curves[i]->bins, 1, lengths, first)) {
-      auto& row = rows[{bin.last, bin.first}];
-      row.resize(curves.size(), "–");
-      row[i] = format_aligned(bin.perplexity());
-    }
-  }
-  for (auto& [range, row] : rows) {
-    const auto [last, begin] = range;
-    row.insert(row.begin(),
-               begin == last ? format_count(begin) : fmt::format("{}\u00a0–\u00a0{}", format_count(begin), format_count(last)));
-    table.rows.push_back(std::move(row));
-  }
-  return table;
-}
-
-void add_perplexity(const Runs& runs, std::vector<Figure>& figures) {
-  struct Member {
-    std::size_t run;
-    const PositionCurve* curve;
-  };
-  std::map<std::tuple<std::string, std::string, int64_t>, std::vector<Member>> groups;
-  for (std::size_t r = 0; r < runs.size(); ++r)
-    for (const PositionCurve& curve : runs[r].curves) groups[{curve.data, curve.documents, curve.context}].push_back({r, &curve});
-  for (const auto& [key, members] : groups) {
-    const std::string id = fmt::format("perplexity-{}", figures.size());
-    LinePlot plot{.id = id,
-                  .title = "Perplexity by position, " + std::get<0>(key),
-                  .x = {"position: tokens of context (log scale)", Scale::log2},
-                  .y = {"perplexity"},
-                  .series = {},
-                  .markers = {}};
-    std::vector<const PositionCurve*> curves;
-    std::set<int64_t> lengths;
-    std::string counts;
-    std::set<int64_t> different_counts;
-    for (const auto& [r, curve] : members) {
-      const bool several = std::count_if(members.begin(), members.end(), [r = r](const Member& m) { return m.run == r; }) > 1;
-      std::string name = runs[r].name;
-      const auto same_step = [&, r = r, step = curve->step](const Member& m) { return m.run == r && m.curve->step == step; };
-      if (several && curve->step >= 0) name += fmt::format(", step {}", format_count(curve->step));
-      if (std::count_if(members.begin(), members.end(), same_step) > 1) name += ", " + curve->file;
-      Series series{.name = name, .points = {}, .color = static_cast<int>(runs.size() > 1 && !several ? r : plot.series.size())};
-      for (const PositionBin& bin : curve->bins) series.points.emplace_back(bin.centre(), bin.perplexity());
-      plot.series.push_back(std::move(series));
-      curves.push_back(curve);
-      plot.x.min = 1;
-      plot.x.max = std::max(plot.x.max.value_or(2), static_cast<double>(curve->bins.back().last));
-      different_counts.insert(curve->sequences);
-      if (curve->sequences > 0) counts += fmt::format("{}{} {}", counts.empty() ? "" : ", ", name, format_count(curve->sequences));
-      if (runs[r].train_length && lengths.insert(*runs[r].train_length).second)
-        plot.markers.push_back(
-            {static_cast<double>(*runs[r].train_length), fmt::format("training length {}", format_count(*runs[r].train_length))});
-    }
-    plot.y.scale = scale_for(plot.series, 4);
-    if (plot.y.scale == Scale::log10) plot.y.label += " (log scale)";
-    std::string caption =
-        data_text(*members.front().curve) + " Perplexity at a position is exp of the mean loss there, starting from the zero state.";
-    if (different_counts.size() == 1 && !counts.empty())
-      counts = format_count(*different_counts.begin()) + (members.size() > 1 ? " each" : "");
-    if (!counts.empty()) caption += fmt::format(" Sequences: {}.", counts);
-    caption +=
-        fmt::format(" Neighbouring positions are joined ({} bins each time the position doubles, geometric mean).", kCurveBinsPerOctave);
-    figures.push_back({"Perplexity by position: " + std::get<0>(key), caption, legend_html(plot.series), line_plot_svg(plot),
-                       perplexity_table(curves, plot.series, {lengths.begin(), lengths.end()})});
-  }
-}
 
 void add_loss(const Runs& runs, std::vector<Figure>& figures) {
   LinePlot plot{.id = "loss", .title = "Loss by training step", .x = {"step"}, .y = {"loss (nats per token)"}, .series = {}, .markers = {}};
@@ -250,9 +114,8 @@ void add_logged_figure(const Runs& runs, std::vector<Figure>& figures, const std
     add_logged_row(table, runs[r].metrics, value, runs[r].name);
   }
   if (!drawable(plot.series)) return;
-  plot.y.scale = scale_for(plot.series, log_factor);
-  if (plot.y.scale == Scale::log10) plot.y.label += " (log scale)";
-  else if (from_zero) plot.y.min = 0;
+  choose_scale(plot, log_factor);
+  if (from_zero && plot.y.scale == Scale::linear) plot.y.min = 0;
   figures.push_back(
       {title, caption + joined_note(runs, value), runs.size() > 1 ? legend_html(plot.series) : "", line_plot_svg(plot), table});
 }
@@ -274,7 +137,9 @@ void add_speed(const Runs& runs, std::vector<Figure>& figures) {
 }
 
 // In the order of the page.
-constexpr void (*kFigures[])(const Runs&, std::vector<Figure>&) = {add_perplexity, add_loss, add_learning_rate, add_grad_norm, add_speed};
+constexpr void (*kFigures[])(const Runs&, std::vector<Figure>&) = {
+    add_perplexity_figures, add_remembrance_figures, add_state_figures, add_forgetting_figures, add_loss,
+    add_learning_rate,      add_grad_norm,           add_speed};
 
 // --- the page --------------------------------------------------------------------------------------------------
 
@@ -365,6 +230,24 @@ std::string configuration_html(const Runs& runs) {
 
 }  // namespace
 
+std::string error_sentence(const Error& error) {
+  const std::string whole = error.what();
+  std::string text = whole.substr(0, whole.find('\n'));
+  for (const ErrorRow& row : error.rows())
+    if (row.name != "try" && row.name != "at") text += fmt::format("; {} {}", row.name, row.value);
+  return text;
+}
+
+void choose_scale(LinePlot& plot, double factor) {
+  double low = std::numeric_limits<double>::infinity(), high = 0;
+  for (const Series& s : plot.series)
+    for (const auto& [x, y] : s.points)
+      if (std::isfinite(y)) low = std::min(low, y), high = std::max(high, y);
+  if (!(low > 0 && high > factor * low)) return;
+  plot.y.scale = Scale::log10;
+  plot.y.label += " (log scale)";
+}
+
 RunData read_run(const std::string& folder) {
   if (!fs::is_directory(folder)) throw FileError("report: there is no such run folder", {{"run", folder}});
   RunData run;
@@ -376,7 +259,7 @@ RunData read_run(const std::string& folder) {
     run.problems = run.metrics.problems;
     if (run.metrics.values.empty()) run.problems.push_back((root / "metrics.jsonl").string() + " holds no logged step");
   } catch (const Error& error) {
-    run.problems.push_back(sentence(error));
+    run.problems.push_back(error_sentence(error));
   }
   if (fs::exists(root / "config.toml")) {
     run.config = parse_flat_config(read_text_file((root / "config.toml").string()));
@@ -389,22 +272,10 @@ RunData read_run(const std::string& folder) {
   try {
     run.train_length = read_run_record({"", folder, -1}).train_length;
   } catch (const Error& error) {
-    run.problems.push_back(sentence(error));
+    run.problems.push_back(error_sentence(error));
   }
-  std::vector<fs::path> tables;
-  if (fs::is_directory(root / "eval"))
-    for (const auto& entry : fs::directory_iterator(root / "eval"))
-      if (entry.path().extension() == ".csv" && entry.path().filename().string().starts_with("ppl-")) tables.push_back(entry.path());
-  std::sort(tables.begin(), tables.end());
-  for (const fs::path& table : tables) {
-    try {
-      run.curves.push_back(read_curve(table, run));
-    } catch (const Error& error) {
-      run.problems.push_back(sentence(error));
-    }
-  }
-  std::stable_sort(run.curves.begin(), run.curves.end(), [](const PositionCurve& a, const PositionCurve& b) { return a.step < b.step; });
-  if (run.metrics.values.empty() && run.curves.empty()) {
+  read_measurements(run);
+  if (run.metrics.values.empty() && run.curves.empty() && run.remembrance.empty() && run.states.empty() && run.forgetting.empty()) {
     std::vector<ErrorRow> rows{{"run", folder}};
     for (const std::string& problem : run.problems) rows.push_back({"found", problem});
     throw FileError("report: the run has neither metrics nor evaluations that can be read", rows);

@@ -3,29 +3,50 @@
 // Adding a figure: write a function `void add_NAME(const std::vector<RunData>&, std::vector<Figure>&)` that appends one Figure for each
 // picture it draws (line_plot_svg or heat_map_svg of plot.h, and a table with the same numbers), or nothing when no run has the data,
 // and put it into the list kFigures in report.cpp, at the place where the page shall show it. Data that no RunData field holds yet are read
-// in read_run, which writes down in `problems` what is there but cannot be read.
+// in read_run (evaluations: read_measurements of measure_figures.h), which writes down in `problems` what is there but cannot be read.
 #pragma once
 #include <cstdint>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "core/error.h"
+#include "eval/forgetting.h"
+#include "eval/plot.h"
 #include "eval/position_curve.h"
+#include "eval/remembrance.h"
 #include "eval/run_folder.h"
+#include "eval/state_statistics.h"
 
 namespace longhand {
 
-/// One RUN/eval/ppl-NAME.csv with what its .json says.
-struct PositionCurve {
-  std::string file;               // its name without folder
-  std::string data;               // what it was measured on; curves of equal data, documents and context share a figure
-  std::string documents;          // the choice of sequences
-  int64_t context = 0;            // 0: unknown
-  int64_t sequences = 0;          // 0: unknown
-  int64_t step = -1;              // of the checkpoint; -1: unknown
+/// One RUN/eval/MEASURE-NAME.csv and what its .json says.
+struct Measurement {
+  std::string file;       // its name without folder
+  std::string data;       // what it was measured on; measurements of equal data, documents, context and distance share a figure
+  std::string documents;  // the choice of sequences
+  std::string distance;   // of effective remembrance
+  int64_t context = 0;    // 0: unknown
+  int64_t sequences = 0;  // 0: unknown
+  int64_t step = -1;      // of the checkpoint; -1: unknown
+};
+
+struct PositionCurve : Measurement {
   std::vector<PositionBin> bins;  // kCurveBinsPerOctave an octave
 };
 inline constexpr int kCurveBinsPerOctave = 24;
+
+struct RemembranceCurve : Measurement {
+  std::vector<RemembrancePoint> points;
+};
+
+struct StateMeasurement : Measurement {
+  std::vector<StateLine> lines;  // of whole layers and of the model
+};
+
+struct ForgettingMeasurement : Measurement {
+  std::vector<ForgettingLine> lines;
+};
 
 struct RunData {
   std::string name;  // unique among the runs of a page
@@ -34,6 +55,9 @@ struct RunData {
   FlatConfig config;
   std::optional<int64_t> train_length;  // tokens in a training row
   std::vector<PositionCurve> curves;
+  std::vector<RemembranceCurve> remembrance;
+  std::vector<StateMeasurement> states;
+  std::vector<ForgettingMeasurement> forgetting;
   std::vector<std::string> problems;  // what could not be read, as sentences
 };
 
@@ -55,6 +79,12 @@ struct Figure {
   std::string legend, svg;  // HTML; legend may be empty
   Table table;
 };
+
+/// The first line of an error with the rows that say where, for `problems`.
+std::string error_sentence(const Error& error);
+
+/// Makes the y axis logarithmic, and says so in its label, when the values span more than a factor of `factor` and are all above 0.
+void choose_scale(LinePlot& plot, double factor);
 
 /// The page. `date` is shown as it is.
 std::string report_html(const std::vector<RunData>& runs, const std::string& date);

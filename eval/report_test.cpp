@@ -214,3 +214,82 @@ TEST("the page of a long run over long curves stays small") {
   CHECK(page.size() < 400000);
   CHECK(page.find("mean of up to 50 logged steps") != std::string::npos);
 }
+
+namespace {
+
+void add_table(const std::string& run, const std::string& name, const std::string& csv, const std::string& json) {
+  fs::create_directories(run + "/eval");
+  write_file_atomically(run + "/eval/" + name + ".csv", csv);
+  write_file_atomically(run + "/eval/" + name + ".json", json);
+}
+
+// The measures of a made-up run: remembrance, state and half-lives are `level` times a shape.
+void add_measures(const std::string& run, double level) {
+  const std::string json = R"({"data_name": "val", "context": 8192, "documents": "packed", "sequences": 4, "step": 600, "distance": "tv"})";
+  Remembrance remembrance;
+  remembrance.context = 8192;
+  for (const int64_t start : {0, 4096, 6144, 8191}) {
+    remembrance.starts.push_back(start);
+    remembrance.values.push_back({level * 0.01 * static_cast<double>(start) / 8192, level * 0.02 * static_cast<double>(start) / 8192});
+  }
+  add_table(run, "remember-val", remembrance_csv(remembrance), json);
+  StateCurve state;
+  for (const int64_t position : {256, 512, 2048, 8192}) {
+    const double std = level * std::sqrt(static_cast<double>(position));
+    for (const int64_t layer : {int64_t{0}, int64_t{1}, kMeanOfLayers, kAllLayers})
+      state.lines.push_back({position, "ssm", layer, kAllHeads, 4, 0, std * (layer == 1 ? static_cast<double>(position) : 1), 0, 1, 1});
+    state.lines.push_back({position, "ssm", 0, 0, 4, 0, 7777, 0, 1, 1});
+  }
+  add_table(run, "state-val", state_csv(state), json);
+  write_file_atomically(run + "/eval/state-val.histogram.csv", state_histogram_csv(state));
+  Forgetting forgetting;
+  forgetting.windows = {4, 4};
+  for (const int64_t layer : {0, 1})
+    for (const int64_t head : {0, 1, -1})
+      forgetting.heads.push_back(
+          {layer, head, {{1, 8192}, {layer == 1 && head == 1 ? 1.0 : 0.9, layer == 1 && head == 1 ? 1.0 : 0.001 * level}}});
+  add_table(run, "forget-val", forgetting_csv(forgetting), json);
+  write_file_atomically(run + "/eval/forget-val.curve.csv", retention_csv(forgetting));
+}
+
+}  // namespace
+
+TEST("the measures of several runs stand side by side, each with its table; layers and heads have heat maps") {
+  const ScratchFolder scratch;
+  const std::string base = scratch.file("base"), passing = scratch.file("state-passing");
+  for (const auto& run : {base, passing}) {
+    add_metrics(run, 5);
+    add_config(run, 0.001);
+    add_measures(run, run == base ? 20 : 2);
+  }
+  const auto runs = read_runs({base, passing});
+  for (const RunData& run : runs) CHECK(run.problems.empty());  // the second tables are no measurements of their own
+  const std::string page = report_html(runs, "2000-01-01");
+  for (const char* title : {"<h2>Effective remembrance: val", "<h2>Size of the recurrent state: val", "<h2>Half-life of the state: val"})
+    CHECK_MESSAGE(count(page, title) == 1, title);
+  for (const char* title : {"<h2>Growth of the state by layer: base", "<h2>Half-life by layer and head: state-passing"})
+    CHECK_MESSAGE(count(page, title) == 1, title);
+  CHECK(count(page, "data-name=\"base\"") == 3 + 3);  // the measures; learning rate, gradient norm, speed
+  CHECK(count(page, "training length 512") == 2);     // in remembrance and state
+  CHECK(page.find("data-points=\"1,0.29996 2048,0.225 4096,0.15 8192,0\"") != std::string::npos);
+  CHECK(page.find("total variation between") != std::string::npos);
+  CHECK(page.find("<th scope=\"row\">6,144 (2,048)</th><td>0.2250 ± 0.075</td>") != std::string::npos);
+  CHECK(page.find("data-points=\"256,320 512,452.55 2048,905.1 8192,1810.2\"") != std::string::npos);
+  CHECK(page.find("<title>1, 8k: 64</title>") != std::string::npos);  // layer 1: (8192 / 512)^1.5
+  CHECK(page.find("<title>1, 1: ∞</title>") != std::string::npos);
+  CHECK(page.find("<td>∞</td>") != std::string::npos);
+  CHECK(page.find("nan") == std::string::npos);
+  CHECK(page.find("7,777") == std::string::npos);  // lines of single heads are not read
+}
+
+TEST("a run with nothing but a measure gives a page; a damaged table is named") {
+  const ScratchFolder scratch;
+  const std::string run = scratch.file("base");
+  add_measures(run, 1);
+  write_file_atomically(run + "/eval/state-bad.csv", "position\n");
+  const RunData data = read_run(run);
+  CHECK(data.states.size() == 1);
+  CHECK(data.remembrance.size() == 1);
+  CHECK(data.problems.back().find("state-bad.csv") != std::string::npos);
+  CHECK(report_html({data}, "").find("Effective remembrance") != std::string::npos);
+}

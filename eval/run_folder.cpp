@@ -13,6 +13,7 @@
 
 #include "core/error.h"
 #include "core/files.h"
+#include "core/strict_json.h"
 
 namespace longhand {
 namespace {
@@ -86,7 +87,7 @@ std::string folder_name(const std::string& path) {
 }
 
 ModelPlace find_model(const std::string& path) {
-  if (!fs::is_directory(path)) throw FileError("eval: there is no such model folder", {{"model", path}});
+  if (!fs::is_directory(path)) throw FileError("model: there is no such folder", {{"model", path}});
   if (fs::exists(fs::path(path) / "config.json")) {
     const fs::path folder = fs::canonical(path), parent = folder.parent_path();
     const bool checkpoint = parent.filename() == "checkpoints";
@@ -94,7 +95,7 @@ ModelPlace find_model(const std::string& path) {
   }
   const fs::path latest = latest_checkpoint(fs::path(path) / "checkpoints");
   if (latest.empty())
-    throw FileError("eval: the folder holds neither a model nor a run",
+    throw FileError("model: the folder holds neither a model nor a run",
                     {{"model", path}, {"expected", "config.json, or checkpoints/step-N/config.json"}});
   return {latest.string(), path, step_of(latest)};
 }
@@ -131,8 +132,7 @@ std::optional<std::string> FlatConfig::get(const std::string& key) const {
 RunRecord read_run_record(const ModelPlace& place) {
   RunRecord record;
   if (const fs::path file = fs::path(place.model_folder) / "training.json"; fs::exists(file)) {
-    const Json json = Json::parse(read_text_file(file.string()), nullptr, false);
-    if (!json.is_object()) throw FileError("eval: training.json is not a JSON object", {{"file", file.string()}});
+    const Json json = parse_strict_json(read_text_file(file.string()), "model: training.json", file.string());
     const auto text = [&](const Json& object, const char* key) -> std::optional<std::string> {
       if (!object.is_object() || !object.contains(key) || !object[key].is_string()) return std::nullopt;
       return object[key].get<std::string>();

@@ -46,11 +46,11 @@ TEST("a checkpoint belongs to its run; any other model folder to none") {
   CHECK(checkpoint.step == 7);
   CHECK(fs::equivalent(checkpoint.run_folder, run));
   fs::create_directories(scratch.file("model"));
-  CHECK_THROWS_AS(find_model(scratch.file("model")), FileError);
+  CHECK_THROWS_WITH_AS(find_model(scratch.file("model")), doctest::Contains("model: the folder holds neither"), FileError);
   write_file_atomically(scratch.file("model/config.json"), "{}");
   CHECK(find_model(scratch.file("model")).run_folder.empty());
   CHECK(find_model(scratch.file("model")).step == -1);
-  CHECK_THROWS_AS(find_model(scratch.file("nothing")), FileError);
+  CHECK_THROWS_WITH_AS(find_model(scratch.file("nothing")), doctest::Contains("model: there is no such folder"), FileError);
 }
 
 TEST("a flat config keeps order, sections, strings and values") {

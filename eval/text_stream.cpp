@@ -33,25 +33,29 @@ std::size_t unfinished_character(std::string_view text) {
 TextStream::TextStream(std::vector<std::string> stops, std::string held) : stops_(std::move(stops)), held_(std::move(held)) {
   for (const std::string& stop : stops_)
     if (stop.empty()) throw ValueError("generation: a stop string is empty", {{"try", "leave it out"}});
+  cut_at_stop(0);  // the other stream may have had other stop strings
+}
+
+// Ends the stream before the stop string whose last byte comes first, and after the `searched` bytes, which hold no whole one.
+void TextStream::cut_at_stop(std::size_t searched) {
+  std::size_t first_end = std::string::npos, start = 0;
+  for (const std::string& stop : stops_) {
+    const std::size_t found = held_.find(stop, searched - std::min(searched, stop.size() - 1));
+    if (found == std::string::npos) continue;
+    const std::size_t end = found + stop.size();
+    if (end < first_end || (end == first_end && found < start)) first_end = end, start = found;
+  }
+  if (first_end == std::string::npos) return;
+  stopped_ = true;
+  held_.resize(start);
 }
 
 std::string TextStream::push(std::string_view bytes) {
   if (stopped_) return {};
   const std::size_t before = held_.size();
   held_ += bytes;
-  // The stop string whose last byte comes first; what was held back before holds no whole one, so the search begins around the new bytes.
-  std::size_t first_end = std::string::npos, start = 0;
-  for (const std::string& stop : stops_) {
-    const std::size_t found = held_.find(stop, before - std::min(before, stop.size() - 1));
-    if (found == std::string::npos) continue;
-    const std::size_t end = found + stop.size();
-    if (end < first_end || (end == first_end && found < start)) first_end = end, start = found;
-  }
-  if (first_end != std::string::npos) {
-    stopped_ = true;
-    held_.resize(start);
-    return finish();
-  }
+  cut_at_stop(before);
+  if (stopped_) return finish();
   const std::size_t sure = certain();
   const std::string text = replace_invalid_utf8(std::string_view(held_).substr(0, sure));
   held_.erase(0, sure);

@@ -11,7 +11,8 @@ namespace longhand {
 class TextStream {
  public:
   /// stops    texts that end the stream; none of them empty
-  /// held     what another stream held back: this one goes on where it stopped
+  /// held     what another stream held back: this one goes on where it stopped. Where a stop string stands in it, this one has stopped
+  ///          already, and finish() gives the text before it
   /// errors   ValueError for an empty stop string
   explicit TextStream(std::vector<std::string> stops = {}, std::string held = {});
 
@@ -25,6 +26,7 @@ class TextStream {
   std::string finish();
 
  private:
+  void cut_at_stop(std::size_t searched);
   std::size_t certain() const;  // bytes of held_ that can be given out
 
   std::vector<std::string> stops_;

@@ -96,6 +96,22 @@ TEST("text is held back only while a stop string may still come of it") {
   CHECK(after.stopped());
 }
 
+TEST("held text is searched for stop strings that its own stream did not have") {
+  TextStream before({"abc"});
+  CHECK(before.push("xab") == "x");
+  TextStream stream({"ab"}, before.held());
+  CHECK(stream.stopped());
+  CHECK(stream.push("Q rest").empty());
+  CHECK(stream.finish().empty());
+  TextStream later({"b"}, before.held());
+  CHECK(later.stopped());
+  CHECK(later.finish() == "a");
+  TextStream other({"bQ"}, before.held());
+  CHECK_FALSE(other.stopped());
+  CHECK(other.push("Q rest") == "a");
+  CHECK(other.stopped());
+}
+
 TEST("of several stop strings the one that is complete first counts, of those the longest") {
   CHECK(joined(streamed({"xabcd"}, {"abcd", "bc"})) == "xa");
   CHECK(joined(streamed({"xabc"}, {"bc", "abc"})) == "x");

@@ -91,6 +91,7 @@ void DocumentSequences::choose_longest() {
   }
   for (; !best.empty(); best.pop()) chosen_.emplace(-std::get<1>(best.top()), -std::get<2>(best.top()));
   chosen_known_ = true;
+  if (source_options_.skip_bad_lines != nullptr) source_options_.skip_bad_lines = seen_before_.get();
   source_ = DocumentSource(source_options_, tokenizer_);
 }
 

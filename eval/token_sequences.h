@@ -34,7 +34,7 @@ struct SequenceOptions {
 };
 
 /// The sequences of shards or token caches, cut to context + 1 tokens. A limit with longest_first reads the data twice: once for the
-/// lengths, once for the tokens, so that memory does not grow with the number of documents.
+/// lengths, once for the tokens, so that memory does not grow with the number of documents; bad lines count once.
 /// errors  those of DocumentSource; ValueError from the first next() when the data hold no sequence, naming the longest document found
 class DocumentSequences {
  public:
@@ -56,6 +56,7 @@ class DocumentSequences {
   SourceOptions source_options_;
   std::shared_ptr<const Tokenizer> tokenizer_;
   SequenceOptions options_;
+  std::unique_ptr<BadLines> seen_before_ = std::make_unique<BadLines>();  // the bad lines of the second pass
   DocumentSource source_;
   bool chosen_known_ = false;
   std::set<std::pair<int64_t, int64_t>> chosen_;  // part and line of the documents that longest_first takes

@@ -100,6 +100,24 @@ TEST("no sequence is an error that names the longest document and the ways out")
   }
 }
 
+TEST("bad lines are counted once, also where the data are read twice") {
+  const ScratchFolder scratch;
+  const std::string file = shard_of(scratch, {10, 30, 9, 40});
+  write_file_atomically(file, "{\"text\": 3}\nnot JSON\n" + read_text_file(file));
+  for (const auto& [choice, limit] :
+       {std::pair{SequenceChoice::longest_first, 1}, {SequenceChoice::longest_first, 0}, {SequenceChoice::all, 0}}) {
+    BadLines bad_lines;
+    SourceOptions source;
+    source.files = {file};
+    source.threads = 0;
+    source.skip_bad_lines = &bad_lines;
+    DocumentSequences sequences(source, bytes_tokenizer(), {.context = 9, .choice = choice, .max_sequences = limit});
+    for (std::vector<int32_t> tokens; sequences.next(tokens);) {
+    }
+    CHECK(bad_lines.count() == 2);
+  }
+}
+
 TEST("choices have names") {
   for (const char* name : {"long-first", "min-length", "all", "packed"}) CHECK(name_of(parse_sequence_choice(name)) == std::string(name));
   CHECK_THROWS_AS(parse_sequence_choice("longest"), ConfigError);

@@ -52,12 +52,7 @@ void add_train(CLI::App& app, Action& action) {
 }
 
 void add_eval(CLI::App& app, Action& action) {
-  auto* eval = app.add_subcommand("eval", "Measure a model");
-  eval->require_subcommand(1);
-  auto* ppl = eval->add_subcommand("ppl", "Loss and perplexity by position, streamed at constant memory");
-  auto options = std::make_shared<EvalPplOptions>();
-  add_eval_ppl_options(*ppl, *options);
-  ppl->callback([=, &action] { action = [=] { return run_eval_ppl(*options); }; });
+  add_eval_commands(*app.add_subcommand("eval", "Measure a model"), action);
 }
 
 void add_generate(CLI::App& app, Action& action) {

@@ -1,0 +1,424 @@
+// See measure_figures.h.
+#include "eval/measure_figures.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <filesystem>
+#include <functional>
+#include <limits>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <set>
+#include <tuple>
+
+#include "core/error.h"
+#include "core/files.h"
+#include "eval/plot.h"
+
+namespace longhand {
+namespace {
+
+namespace fs = std::filesystem;
+using Json = nlohmann::json;
+using Runs = std::vector<RunData>;
+
+// --- reading ---------------------------------------------------------------------------------------------------
+
+Measurement read_description(const fs::path& csv, RunData& run) {
+  Measurement found;
+  found.file = csv.filename().string();
+  found.data = csv.stem().string();
+  const fs::path description = fs::path(csv).replace_extension(".json");
+  if (!fs::exists(description)) return found;
+  const Json json = Json::parse(read_text_file(description.string()), nullptr, false);
+  if (!json.is_object()) {
+    run.problems.push_back(
+        fmt::format("{} is not a JSON object; the curve beside it is shown without its description", description.string()));
+    return found;
+  }
+  const auto number = [&](const char* key, int64_t otherwise) {
+    return json.contains(key) && json[key].is_number_integer() ? json[key].get<int64_t>() : otherwise;
+  };
+  const auto text = [&](const char* key, const std::string& otherwise) {
+    return json.contains(key) && json[key].is_string() ? json[key].get<std::string>() : otherwise;
+  };
+  found.data = text("data_name", found.data);
+  found.documents = text("documents", "");
+  found.distance = text("distance", "");
+  found.context = number("context", 0);
+  found.sequences = number("sequences", 0);
+  found.step = number("step", -1);
+  if (const int64_t length = number("train_length", 0); length > 0 && !run.train_length) run.train_length = length;
+  return found;
+}
+
+// Adds every RUN/eval/NAME-*.csv to `list`; read(path, entry) fills in what is particular to the measure.
+template <class T, class Read>
+void read_all(RunData& run, const std::string& name, std::vector<T>& list, const Read& read) {
+  std::vector<fs::path> tables;
+  const fs::path folder = fs::path(run.folder) / "eval";
+  if (!fs::is_directory(folder)) return;
+  for (const auto& entry : fs::directory_iterator(folder)) {
+    const fs::path& path = entry.path();
+    const std::string second = path.stem().extension().string();  // NAME.histogram.csv and NAME.curve.csv belong to NAME.csv
+    if (path.extension() == ".csv" && path.filename().string().starts_with(name + "-") && second != ".histogram" && second != ".curve")
+      tables.push_back(path);
+  }
+  std::sort(tables.begin(), tables.end());
+  for (const fs::path& table : tables) {
+    try {
+      T entry;
+      static_cast<Measurement&>(entry) = read_description(table, run);
+      read(table.string(), entry);
+      list.push_back(std::move(entry));
+    } catch (const Error& error) {
+      run.problems.push_back(error_sentence(error));
+    }
+  }
+  std::stable_sort(list.begin(), list.end(), [](const T& a, const T& b) { return a.step < b.step; });
+}
+
+// --- curves that share a figure --------------------------------------------------------------------------------
+
+template <class T>
+struct Member {
+  std::size_t run;
+  const T* what;
+  std::string name;  // of its curve
+  int color;
+};
+
+// The measurements of all runs in groups of the same data, documents, context and distance, with names that tell them apart.
+template <class T>
+std::vector<std::vector<Member<T>>> groups_of(const Runs& runs, std::vector<T> RunData::*list) {
+  std::map<std::tuple<std::string, std::string, int64_t, std::string>, std::vector<Member<T>>> groups;
+  for (std::size_t r = 0; r < runs.size(); ++r)
+    for (const T& m : runs[r].*list) groups[{m.data, m.documents, m.context, m.distance}].push_back({r, &m, "", 0});
+  std::vector<std::vector<Member<T>>> named;
+  for (auto& [key, members] : groups) {
+    for (std::size_t i = 0; i < members.size(); ++i) {
+      Member<T>& m = members[i];
+      const auto like = [&](bool same_step) {
+        return std::count_if(members.begin(), members.end(), [&](const Member<T>& other) {
+          return other.run == m.run && (!same_step || other.what->step == m.what->step);
+        });
+      };
+      m.name = runs[m.run].name;
+      if (like(false) > 1 && m.what->step >= 0) m.name += fmt::format(", step {}", format_count(m.what->step));
+      if (like(true) > 1) m.name += ", " + m.what->file;
+      m.color = static_cast<int>(runs.size() > 1 && like(false) == 1 ? m.run : i);
+    }
+    named.push_back(std::move(members));
+  }
+  return named;
+}
+
+std::string data_text(const Measurement& m) {
+  std::string text = "Measured on " + m.data;
+  if (m.context > 0) text += fmt::format(", context {}", format_count(m.context));
+  if (!m.documents.empty()) text += fmt::format(", documents: {}", m.documents);
+  return text + ".";
+}
+
+// " Sequences: 4 each."
+template <class T>
+std::string counts_text(const std::vector<Member<T>>& members) {
+  std::set<int64_t> different;
+  std::string counts;
+  for (const auto& m : members) {
+    different.insert(m.what->sequences);
+    if (m.what->sequences > 0) counts += fmt::format("{}{} {}", counts.empty() ? "" : ", ", m.name, format_count(m.what->sequences));
+  }
+  if (different.size() == 1 && !counts.empty()) counts = format_count(*different.begin()) + (members.size() > 1 ? " each" : "");
+  return counts.empty() ? "" : fmt::format(" Sequences: {}.", counts);
+}
+
+template <class T>
+std::set<int64_t> training_lengths(const Runs& runs, const std::vector<Member<T>>& members) {
+  std::set<int64_t> lengths;
+  for (const auto& m : members)
+    if (runs[m.run].train_length) lengths.insert(*runs[m.run].train_length);
+  return lengths;
+}
+
+void add_markers(LinePlot& plot, const std::set<int64_t>& lengths) {
+  for (const int64_t length : lengths)
+    plot.markers.push_back({static_cast<double>(length), fmt::format("training length {}", format_count(length))});
+}
+
+// A table with one column a curve; rows by rising number, `heading` of the row in front.
+class ColumnTable {
+ public:
+  ColumnTable(std::string corner, std::size_t columns) : columns_(columns) { table_.header.push_back(std::move(corner)); }
+
+  void name(const std::string& column) { table_.header.push_back(column); }
+  void set(std::pair<int64_t, int64_t> row, const std::string& heading, std::size_t column, const std::string& value) {
+    auto& cells = rows_[row];
+    cells.resize(columns_ + 1, "–");
+    cells[0] = heading;
+    cells[column + 1] = value;
+  }
+  Table finish() {
+    for (auto& [row, cells] : rows_) table_.rows.push_back(std::move(cells));
+    return std::move(table_);
+  }
+
+ private:
+  std::size_t columns_;
+  Table table_;
+  std::map<std::pair<int64_t, int64_t>, std::vector<std::string>> rows_;
+};
+
+std::string range_text(int64_t first, int64_t last) {
+  return first == last ? format_count(last) : fmt::format("{}\u00a0–\u00a0{}", format_count(first), format_count(last));
+}
+
+}  // namespace
+
+void read_measurements(RunData& run) {
+  read_all(run, "ppl", run.curves, [&](const std::string& path, PositionCurve& curve) {
+    curve.bins =
+        read_position_csv(path, kCurveBinsPerOctave, run.train_length ? std::vector<int64_t>{*run.train_length} : std::vector<int64_t>{});
+  });
+  read_all(run, "remember", run.remembrance,
+           [](const std::string& path, RemembranceCurve& curve) { curve.points = read_remembrance_csv(path); });
+  read_all(run, "state", run.states, [](const std::string& path, StateMeasurement& state) {
+    for (StateLine& line : read_state_csv(path))
+      if (line.head == kAllHeads) state.lines.push_back(std::move(line));
+  });
+  read_all(run, "forget", run.forgetting,
+           [](const std::string& path, ForgettingMeasurement& forgetting) { forgetting.lines = read_forgetting_csv(path); });
+}
+
+// --- figures ---------------------------------------------------------------------------------------------------
+
+void add_perplexity_figures(const Runs& runs, std::vector<Figure>& figures) {
+  for (const auto& members : groups_of(runs, &RunData::curves)) {
+    const std::string& data = members.front().what->data;
+    LinePlot plot{.id = fmt::format("perplexity-{}", figures.size()),
+                  .title = "Perplexity by position, " + data,
+                  .x = {"position: tokens of context (log scale)", Scale::log2, 1},
+                  .y = {"perplexity"},
+                  .series = {},
+                  .markers = {}};
+    const std::set<int64_t> lengths = training_lengths(runs, members);
+    add_markers(plot, lengths);
+    int64_t furthest = 2;
+    for (const auto& m : members) {
+      Series series{.name = m.name, .points = {}, .color = m.color};
+      for (const PositionBin& bin : m.what->bins) series.points.emplace_back(bin.centre(), bin.perplexity());
+      plot.series.push_back(std::move(series));
+      furthest = std::max(furthest, m.what->bins.back().last);
+    }
+    plot.x.max = static_cast<double>(furthest);
+    choose_scale(plot, 4);
+    // Rows of about one an octave; the first positions are put together so that the table stays short.
+    const int64_t first = std::max<int64_t>(1, int64_t{1} << std::max(0, static_cast<int>(std::log2(static_cast<double>(furthest))) - 11));
+    ColumnTable table("Positions", members.size());
+    for (std::size_t i = 0; i < members.size(); ++i) {
+      table.name(members[i].name);
+      for (const PositionBin& bin : octave_bins(members[i].what->bins, 1, {lengths.begin(), lengths.end()}, first))
+        table.set({bin.last, bin.first}, range_text(bin.first, bin.last), i, format_aligned(bin.perplexity()));
+    }
+    figures.push_back({"Perplexity by position: " + data,
+                       data_text(*members.front().what) +
+                           " Perplexity at a position is exp of the mean loss there, starting from the zero state." + counts_text(members) +
+                           fmt::format(" Neighbouring positions are joined ({} bins each time the position doubles, geometric mean).",
+                                       kCurveBinsPerOctave),
+                       legend_html(plot.series), line_plot_svg(plot), table.finish()});
+  }
+}
+
+void add_remembrance_figures(const Runs& runs, std::vector<Figure>& figures) {
+  for (const auto& members : groups_of(runs, &RunData::remembrance)) {
+    const RemembranceCurve& any = *members.front().what;
+    LinePlot plot{.id = fmt::format("remembrance-{}", figures.size()),
+                  .title = "Effective remembrance, " + any.data,
+                  .x = {"tokens left: T - t, the last tokens of the context that are kept (log scale)", Scale::log2, 1},
+                  .y = {"EffRem(t)"},
+                  .series = {},
+                  .markers = {}};
+    add_markers(plot, training_lengths(runs, members));
+    ColumnTable table("Start t (tokens left)", members.size());
+    for (std::size_t i = 0; i < members.size(); ++i) {
+      Series series{.name = members[i].name, .points = {}, .color = members[i].color, .dots = members[i].what->points.size() <= 60};
+      table.name(members[i].name);
+      for (const RemembrancePoint& p : members[i].what->points) {
+        series.points.emplace_back(static_cast<double>(p.lag), p.mean);
+        table.set({p.start, 0}, fmt::format("{} ({})", format_count(p.start), format_count(p.lag)), i,
+                  format_aligned(p.mean) + (std::isfinite(p.standard_error) ? " ± " + format_number(p.standard_error) : ""));
+      }
+      std::sort(series.points.begin(), series.points.end());
+      plot.series.push_back(std::move(series));
+    }
+    plot.y.min = 0;
+    const std::string distance = any.distance.empty() ? "the distance" : title_of(parse_distance(any.distance));
+    figures.push_back(
+        {"Effective remembrance: " + any.data,
+         data_text(any) + " EffRem(t) is " + distance +
+             " between the prediction after the whole context and the one after its tokens from t on, read from the zero state: "
+             "0 where the tokens before t have no influence any more. The right end keeps the whole context." +
+             counts_text(members),
+         legend_html(plot.series), line_plot_svg(plot), table.finish()});
+  }
+}
+
+void add_state_figures(const Runs& runs, std::vector<Figure>& figures) {
+  for (const auto& members : groups_of(runs, &RunData::states)) {
+    const StateMeasurement& any = *members.front().what;
+    LinePlot plot{.id = fmt::format("state-{}", figures.size()),
+                  .title = "Standard deviation of the state by position, " + any.data,
+                  .x = {"position: tokens of context (log scale)", Scale::log2, 1},
+                  .y = {"standard deviation (log scale)", Scale::log10},
+                  .series = {},
+                  .markers = {}};
+    const std::set<int64_t> lengths = training_lengths(runs, members);
+    add_markers(plot, lengths);
+    ColumnTable table("Position", members.size());
+    for (std::size_t i = 0; i < members.size(); ++i) {
+      Series series{.name = members[i].name, .points = {}, .color = members[i].color};
+      table.name(members[i].name);
+      for (const StateLine& line : members[i].what->lines) {
+        if (line.layer != kAllLayers || line.tensor != "ssm") continue;
+        series.points.emplace_back(static_cast<double>(line.position), line.std);
+        const bool power = (line.position & (line.position - 1)) == 0;
+        if (power || lengths.contains(line.position) || line.position == any.context)
+          table.set({line.position, 0}, format_count(line.position), i, format_aligned(line.std));
+      }
+      plot.series.push_back(std::move(series));
+    }
+    if (std::none_of(plot.series.begin(), plot.series.end(), [](const Series& s) {
+          return std::any_of(s.points.begin(), s.points.end(), [](const auto& point) { return point.second > 0; });
+        }))
+      continue;
+    figures.push_back(
+        {"Size of the recurrent state: " + any.data,
+         data_text(any) +
+             " Standard deviation over all elements of the recurrent state of all layers, mean over sequences. A state that goes "
+             "on growing behind the training length is one that the model was never trained with." +
+             counts_text(members),
+         legend_html(plot.series), line_plot_svg(plot), table.finish()});
+
+    // Layer by position, each layer relative to what it has at the training length (at the first position where that is unknown).
+    for (const auto& m : members) {
+      const int64_t reference = runs[m.run].train_length.value_or(0);
+      std::map<int64_t, std::map<int64_t, double>> by_layer;  // layer, position
+      for (const StateLine& line : m.what->lines)
+        if (line.layer >= 0 && line.tensor == "ssm") by_layer[line.layer][line.position] = line.std;
+      if (by_layer.empty() || !by_layer.begin()->second.contains(reference) || by_layer.begin()->second.rbegin()->first <= reference)
+        continue;
+      HeatMap map{.id = fmt::format("state-layers-{}", figures.size()),
+                  .title = "Growth of the state by layer, " + m.name,
+                  .x_label = "position",
+                  .y_label = "layer",
+                  .columns = {},
+                  .rows = {},
+                  .values = {},
+                  .scale = Scale::log10};
+      Table growth{{"Layer"}, {}};
+      const auto in_table = [&](int64_t position) { return (position & (position - 1)) == 0 || position == reference; };
+      for (const auto& [position, std] : by_layer.begin()->second) {
+        if (position < reference) continue;
+        map.columns.push_back(format_length(static_cast<double>(position)));
+        if (in_table(position)) growth.header.push_back(format_count(position));
+      }
+      for (const auto& [layer, curve] : by_layer) {
+        map.rows.push_back(std::to_string(layer));
+        map.values.emplace_back();
+        growth.rows.push_back({std::to_string(layer)});
+        for (const auto& [position, std] : curve) {
+          if (position < reference) continue;
+          const double ratio = std / curve.at(reference);
+          map.values.back().push_back(ratio);
+          if (in_table(position)) growth.rows.back().push_back(format_aligned(ratio));
+        }
+      }
+      figures.push_back(
+          {"Growth of the state by layer: " + m.name,
+           fmt::format("{} Standard deviation of each layer's state as a multiple of what it is at the training length, {} tokens.",
+                       data_text(*m.what), format_count(reference)),
+           "", heat_map_svg(map), growth});
+    }
+  }
+}
+
+void add_forgetting_figures(const Runs& runs, std::vector<Figure>& figures) {
+  for (const auto& members : groups_of(runs, &RunData::forgetting)) {
+    const ForgettingMeasurement& any = *members.front().what;
+    LinePlot plot{.id = fmt::format("half-life-{}", figures.size()),
+                  .title = "Half-life by layer, " + any.data,
+                  .x = {"layer"},
+                  .y = {"half-life in tokens (log scale)", Scale::log2},
+                  .series = {},
+                  .markers = {},
+                  .height = 300};
+    ColumnTable table("Layer", 3 * members.size());
+    bool any_finite = false;
+    for (std::size_t i = 0; i < members.size(); ++i) {
+      Series series{.name = members[i].name, .points = {}, .color = members[i].color, .dots = true};
+      for (const char* column : {"half left", "tenth left", "90% reach"}) table.name(members[i].name + ": " + column);
+      // The line of a layer is the mean of its heads, or its only head.
+      std::map<int64_t, const ForgettingLine*> layers;
+      for (const ForgettingLine& line : members[i].what->lines)
+        if (line.layer >= 0 && (line.head < 0 || !layers.contains(line.layer))) layers[line.layer] = &line;
+      for (const auto& [layer, line] : layers) {
+        series.points.emplace_back(static_cast<double>(layer), line->half_life);
+        any_finite = any_finite || std::isfinite(line->half_life);
+        std::size_t column = 3 * i;
+        for (const double lag : {line->half_life, line->tenth_life, line->reach_90})
+          table.set({layer, 0}, std::to_string(layer), column++, format_aligned(lag));
+      }
+      plot.series.push_back(std::move(series));
+    }
+    if (any_finite)
+      figures.push_back(
+          {"Half-life of the state: " + any.data,
+           data_text(any) +
+               " After how many tokens half (a tenth) is left of an input, mean over the heads of a layer; ∞ and a gap where more "
+               "is left at the end of the context. 90% reach: the last tokens that hold 90% of the state's weight." +
+               counts_text(members),
+           legend_html(plot.series), line_plot_svg(plot), table.finish()});
+    for (const auto& m : members) {
+      std::map<int64_t, std::map<int64_t, double>> by_layer;
+      std::set<int64_t> heads;
+      bool finite = false;
+      for (const ForgettingLine& line : m.what->lines)
+        if (line.layer >= 0 && line.head >= 0) {
+          by_layer[line.layer][line.head] = line.half_life;
+          heads.insert(line.head);
+          finite = finite || std::isfinite(line.half_life);
+        }
+      if (heads.size() < 2 || !finite) continue;
+      HeatMap map{.id = fmt::format("half-life-heads-{}", figures.size()),
+                  .title = "Half-life by layer and head, " + m.name,
+                  .x_label = "head",
+                  .y_label = "layer",
+                  .columns = {},
+                  .rows = {},
+                  .values = {},
+                  .scale = Scale::log10};
+      for (const int64_t head : heads) map.columns.push_back(std::to_string(head));
+      Table values{{"Layer"}, {}};
+      values.header.insert(values.header.end(), map.columns.begin(), map.columns.end());
+      for (const auto& [layer, by_head] : by_layer) {
+        map.rows.push_back(std::to_string(layer));
+        map.values.emplace_back();
+        values.rows.push_back({std::to_string(layer)});
+        for (const int64_t head : heads) {
+          const auto found = by_head.find(head);
+          map.values.back().push_back(found == by_head.end() ? std::numeric_limits<double>::quiet_NaN() : found->second);
+          values.rows.back().push_back(format_aligned(map.values.back().back()));
+        }
+      }
+      figures.push_back({"Half-life by layer and head: " + m.name,
+                         data_text(*m.what) +
+                             " Tokens after which half of an input is left in the head's state; ∞: more than half is left at the "
+                             "end of the context.",
+                         "", heat_map_svg(map), values});
+    }
+  }
+}
+
+}  // namespace longhand

@@ -1,0 +1,67 @@
+// `longhand eval ppl`: loss and perplexity by position.
+#include <fmt/format.h>
+
+#include <CLI/CLI.hpp>
+#include <cmath>
+#include <nlohmann/json.hpp>
+
+#include "eval/perplexity.h"
+#include "eval/plot.h"
+#include "eval/position_curve.h"
+#include "tools/eval_command.h"
+#include "tools/eval_session.h"
+#include "tools/option_checks.h"
+
+namespace longhand {
+namespace {
+
+constexpr int64_t kMostPositions = 65536;  // of a table with a line a position, where nothing else is asked for
+constexpr int kBinsBeyond = 1024;          // an octave, in a longer one
+
+struct PplOptions {
+  EvalOptions eval;
+  int64_t bins = -1;  // an octave; 0: every position; -1: by the context
+};
+
+void print_summary(std::FILE* to, const PositionLoss& loss, int64_t train_length) {
+  const std::vector<int64_t> ends = train_length > 0 ? std::vector<int64_t>{train_length} : std::vector<int64_t>{};
+  fmt::print(to, "{:>23}  {:>12}  {:>10}  {:>12}\n", "positions", "tokens", "loss", "perplexity");
+  for (const PositionBin& bin : octave_bins(position_bins(loss), 1, ends)) {
+    const std::string range = bin.first == bin.last ? format_count(bin.first) : format_count(bin.first) + " - " + format_count(bin.last);
+    const bool end = bin.last == train_length && loss.positions() > train_length;
+    fmt::print(to, "{:>23}  {:>12}  {:>10.5f}  {:>12.6g}{}\n", range, format_count(static_cast<int64_t>(bin.tokens)), bin.loss,
+               bin.perplexity(), end ? "   <- end of the training length" : "");
+  }
+  fmt::print(to, "{:>23}  {:>12}  {:>10.5f}  {:>12.6g}\n", "all", format_count(loss.total_tokens()), loss.mean_loss(),
+             std::exp(loss.mean_loss()));
+  std::fflush(to);
+}
+
+int run(const PplOptions& options) {
+  EvalSession session(options.eval, "ppl");
+  const PositionLoss loss = position_loss(
+      session.model(), session.next(),
+      {.context = options.eval.context, .chunk = options.eval.chunk, .batch = options.eval.batch, .progress = session.progress()});
+  session.finish(loss.sequences, loss.total_tokens());
+  const int bins = options.bins >= 0 ? static_cast<int>(options.bins) : loss.positions() > kMostPositions ? kBinsBeyond : 0;
+  const std::string csv = position_csv(loss, bins);
+  print_summary(session.summary_stream(), loss, session.train_length());
+  session.write("loss by position", "", {{csv, ""}}, {{"mean_loss", loss.mean_loss()}, {"bins_per_octave", bins}});
+  return 0;
+}
+
+}  // namespace
+
+void add_eval_ppl(CLI::App& eval, std::function<int()>& action) {
+  auto* command = eval.add_subcommand("ppl", "Loss and perplexity by position, streamed at constant memory");
+  auto options = std::make_shared<PplOptions>();
+  add_eval_options(*command, options->eval, true);
+  command
+      ->add_option("--bins", options->bins,
+                   "Lines of the CSV each time the position doubles; 0: one a position (default: 0 up to 65536 positions, 1024 beyond)")
+      ->type_name("N")
+      ->check(at_least(0));
+  command->callback([=, &action] { action = [=] { return run(*options); }; });
+}
+
+}  // namespace longhand
