@@ -42,7 +42,7 @@ class ParameterSet {
  public:
   ParameterSet() = default;
   ParameterSet(ParameterSet&&) = default;
-  ParameterSet& operator=(ParameterSet&&) = default;
+  ParameterSet& operator=(ParameterSet&&) = delete;  // variables of the set that is replaced would ask for its gradients
   ~ParameterSet();
 
   /// Announces a parameter; the pointer stays valid. Names are unique.

@@ -7,6 +7,24 @@
 
 namespace longhand {
 
+namespace {
+
+// How many values that are not 0 are 0 in `stored`.
+int64_t zeroed_values(const Tensor& values, const Tensor& stored) {
+  constexpr int64_t kBlock = int64_t{1} << 20;  // elements that are looked at together
+  const int64_t n = values.numel();
+  const Tensor before = values.contiguous().reshape({n}), after = stored.reshape({n});
+  int64_t count = 0;
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t end = std::min(n, begin + kBlock);
+    const auto x = before.slice(0, begin, end).to_vector<double>(), y = after.slice(0, begin, end).to_vector<double>();
+    for (std::size_t i = 0; i < x.size(); ++i) count += x[i] != 0 && y[i] == 0 ? 1 : 0;
+  }
+  return count;
+}
+
+}  // namespace
+
 const Tensor& NamedTensors::at(const std::string& name) const {
   const auto found = tensors.find(name);
   if (found == tensors.end()) throw FileError("file: a tensor is missing", {{"file", path}, {"tensor", name}});
@@ -35,6 +53,8 @@ Tensor to_stored(const std::string& name, const Tensor& tensor, const TensorFile
                         {"value", std::to_string(host.contiguous().reshape({host.numel()}).slice(0, index, index + 1).item())},
                         {"type", name_of(dtype)},
                         {"try", "bf16, which has the range of f32"}});
+  if (options.on_zeroed)
+    if (const int64_t values = zeroed_values(host, stored); values > 0) options.on_zeroed(name, values);
   return stored;
 }
 

@@ -33,6 +33,8 @@ struct NamedTensors {
 struct TensorFileOptions {
   std::optional<Dtype> stored_as;                 // of every floating tensor; absent: each keeps its own
   std::function<void(const Tensor&)> on_written;  // called with each tensor when its bytes are in the file
+  /// Called with the name of a tensor and how many of its values became 0, because `stored_as` has no number so small.
+  std::function<void(const std::string& name, int64_t values)> on_zeroed = {};
 };
 
 /// The dtype in which `tensor` is stored.

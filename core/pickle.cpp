@@ -156,6 +156,8 @@ class PickleReader {
   void put(PickleValue& container, PickleValue& item) {
     if (&container == &item) refuse("a container is put into itself");
     if (container.nested) refuse("a container changes that already stands inside another");
+    // An item stands on the stack for at least one byte, and OrderedDict copies those of its list once more.
+    if (++items_ > 2 * bytes_.size()) refuse("more items than its bytes account for", {{"limit", std::to_string(2 * bytes_.size())}});
     item.nested = true;
     container.items.push_back(&item);
     container.depth = std::max(container.depth, item.depth + 1);
@@ -374,6 +376,7 @@ class PickleReader {
   std::span<const std::byte> bytes_;
   const std::string& where_;
   std::size_t at_ = 0, begin_ = 0;  // the next byte | where the present operation began
+  std::size_t items_ = 0;           // of all containers
   std::vector<PickleValue*> stack_;
   std::vector<std::size_t> marks_;  // how high the stack was
   std::unordered_map<uint64_t, PickleValue*> memo_;

@@ -52,8 +52,8 @@ class Pickle {
 /// Calls: OrderedDict with nothing or a list of pairs gives a dict; of the rebuilding functions a `call`; nothing else may be called.
 /// where    for messages: the file and the entry
 /// errors   FileError naming `where`, byte and rule: any other opcode or global (by name), a stack or memo slot that is empty, nesting over
-///          64, strings over 1 MiB, more than 1,000,000 values, a container that changes after it was put into another, text that is not
-///          UTF-8, bytes after STOP
+///          64, strings over 1 MiB, more than 1,000,000 values, more items in containers than twice the bytes (one list made into many
+///          dicts), a container that changes after it was put into another, text that is not UTF-8, bytes after STOP
 /// source   the format's own description: Python, Lib/pickletools.py; the subset: torch, _weights_only_unpickler.py
 Pickle read_pickle(std::span<const std::byte> bytes, const std::string& where);
 

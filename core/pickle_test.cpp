@@ -100,6 +100,16 @@ TEST("pickle: containers, memo, OrderedDict and calls") {
   CHECK(called.root().items[1]->items[0]->integer == 1);
 }
 
+TEST("pickle: a file makes no more of its items than twice its bytes") {
+  std::string pairs = "]q\x01(";
+  for (int i = 0; i < 200; ++i) pairs += "K\x01N\x86";
+  pairs += "e";
+  const std::string dict = "ccollections\nOrderedDict\nh\x01\x85R";  // a copy of the whole list
+  const std::string once = kProto + pairs + dict + "\x86.";
+  CHECK(read_pickle(bytes_of(once), "x").root().items[1]->items.size() == 400);
+  check_refused("(" + pairs + repeated(dict, 100) + "t.", "more items than its bytes account for");
+}
+
 TEST("pickle: everything else is refused by name") {
   CHECK(refusal("").find("middle of an operation") != std::string::npos);
   CHECK(refusal("N.").find("PROTO") != std::string::npos);

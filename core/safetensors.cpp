@@ -109,15 +109,16 @@ class Reader {
       refuse("more axes than a tensor can have", {{"tensor", name}, {"shape", sizes.dump()}});
 
     Shape shape;
-    uint64_t elements = 1;
+    uint64_t elements = 1;  // with axes of size 0 counted as 1: the strides of an empty tensor must fit too
     for (const Json& size : sizes) {
       const uint64_t n = whole_number(name, size);
-      if (n != 0 && elements > kLargestInteger / n) refuse("the shape's product is over 2^48", {{"tensor", name}, {"shape", sizes.dump()}});
-      elements *= n;
+      const uint64_t counted = std::max<uint64_t>(n, 1);
+      if (elements > kLargestInteger / counted) refuse("the shape's product is over 2^48", {{"tensor", name}, {"shape", sizes.dump()}});
+      elements *= counted;
       shape.push_back(static_cast<int64_t>(n));
     }
     const uint64_t begin = whole_number(name, offsets[0]), end = whole_number(name, offsets[1]);
-    const uint64_t expected = elements * static_cast<uint64_t>(size_of(known->dtype));
+    const uint64_t expected = static_cast<uint64_t>(shape.numel() * size_of(known->dtype));
     if (end < begin || end > data_bytes_)
       refuse("data_offsets outside the file",
              {{"tensor", name}, {"data_offsets", offsets.dump()}, {"data bytes", std::to_string(data_bytes_)}});

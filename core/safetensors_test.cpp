@@ -100,6 +100,8 @@ TEST("each broken rule is refused by name") {
   CHECK(refused_for(file_of(R"({"__metadata__":{"k":1}})", ""), "not a string"));
   CHECK(refused_for(file_of(R"({"a\u0000b":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}})", data), "control character"));
   CHECK(refused_for(file_of(R"({"a":{"dtype":"F32","shape":[281474976710656,281474976710656],"data_offsets":[0,8]}})", data), "over 2^48"));
+  for (const char* shape : {"[0,140737488355328,140737488355328]", "[140737488355328,140737488355328,0]"})  // its strides overflow
+    CHECK(refused_for(file_of(std::string(R"({"a":{"dtype":"F32","shape":)") + shape + R"(,"data_offsets":[0,0]}})", ""), "over 2^48"));
 }
 
 TEST("a safetensors file cut off anywhere, or with more behind it, is refused") {

@@ -25,8 +25,9 @@ int64_t Shape::numel() const {
   constexpr int64_t kMostElements = int64_t{1} << 60;  // their bytes fit in 64 bits
   int64_t n = 1;
   for (int64_t size : *this)
-    if (__builtin_mul_overflow(n, size, &n) || n > kMostElements) throw ShapeError("shape: more than 2^60 elements", {{"shape", str()}});
-  return n;
+    if (__builtin_mul_overflow(n, std::max<int64_t>(size, 1), &n) || n > kMostElements)
+      throw ShapeError("shape: more than 2^60 elements", {{"shape", str()}});
+  return std::find(begin(), end(), 0) == end() ? n : 0;
 }
 
 bool Shape::operator==(const Shape& other) const {

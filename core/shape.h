@@ -22,7 +22,7 @@ class Shape {
   int64_t& operator[](int axis) { return sizes_[index(axis)]; }
   const int64_t* begin() const { return sizes_.data(); }
   const int64_t* end() const { return sizes_.data() + rank_; }
-  int64_t numel() const;  // ShapeError over 2^60
+  int64_t numel() const;  // ShapeError over 2^60; axes of size 0 count as 1 there, so that strides of empty tensors fit too
   void push_back(int64_t size);
   bool operator==(const Shape& other) const;
   std::string str() const;  // "[8, 2048, 1024]"

@@ -11,7 +11,6 @@
 namespace longhand {
 namespace {
 
-using Json = nlohmann::json;
 constexpr int kDeepestNesting = 8;
 
 // Deeper texts end the parse, before a tower of brackets can cost memory or stack.
@@ -19,6 +18,7 @@ struct TooDeep {};
 
 }  // namespace
 
+template <class Json>
 Json parse_strict_json(std::string_view text, const std::string& what, const std::string& file) {
   const auto refuse = [&](const std::string& rule, std::vector<ErrorRow> rows = {}) {
     rows.insert(rows.begin(), {"file", file});
@@ -29,12 +29,14 @@ Json parse_strict_json(std::string_view text, const std::string& what, const std
   const auto first = text.find_first_not_of(" \t\r\n");
   if (first == std::string_view::npos || (text[first] != '{' && text[first] != '[')) throw refuse("does not begin with {");
   std::vector<std::set<std::string>> keys;
-  const auto watch = [&](int depth, Json::parse_event_t event, Json& parsed) {
+  using Event = typename Json::parse_event_t;
+  const auto watch = [&](int depth, Event event, Json& parsed) {
     if (depth > kDeepestNesting) throw TooDeep{};
-    if (event == Json::parse_event_t::object_start) keys.emplace_back();
-    if (event == Json::parse_event_t::object_end) keys.pop_back();
-    if (event == Json::parse_event_t::key && !keys.back().insert(parsed.get<std::string>()).second)
-      throw refuse("has a key that stands twice", {{"key", printable(parsed.get<std::string>())}});
+    if (event == Event::object_start) keys.emplace_back();
+    if (event == Event::object_end) keys.pop_back();
+    if (event != Event::key) return true;
+    const auto key = parsed.template get<std::string>();
+    if (!keys.back().insert(key).second) throw refuse("has a key that stands twice", {{"key", printable(key)}});
     return true;
   };
   Json json;
@@ -42,11 +44,14 @@ Json parse_strict_json(std::string_view text, const std::string& what, const std
     json = Json::parse(text.begin(), text.end(), watch);
   } catch (const TooDeep&) {
     throw refuse("is nested deeper than 8 levels");
-  } catch (const Json::exception& problem) {
+  } catch (const typename Json::exception& problem) {
     throw refuse("is not valid JSON", {{"reason", problem.what()}});
   }
   if (!json.is_object()) throw refuse("is not a JSON object");
   return json;
 }
+
+template nlohmann::json parse_strict_json(std::string_view, const std::string&, const std::string&);
+template nlohmann::ordered_json parse_strict_json(std::string_view, const std::string&, const std::string&);
 
 }  // namespace longhand

@@ -7,9 +7,11 @@
 namespace longhand {
 
 /// One JSON object: UTF-8, only white space around it, no key twice on a level, not deeper than 8 levels, no NUL.
+/// Json     nlohmann::json or nlohmann::ordered_json
 /// what     how messages call the text: "safetensors: the header"
 /// file     where it stands
 /// errors   FileError beginning with `what`, naming `file` and the rule
-nlohmann::json parse_strict_json(std::string_view text, const std::string& what, const std::string& file);
+template <class Json = nlohmann::json>
+Json parse_strict_json(std::string_view text, const std::string& what, const std::string& file);
 
 }  // namespace longhand

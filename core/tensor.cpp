@@ -16,6 +16,7 @@ constexpr int64_t kRun = 1 << 14;  // elements that one thread takes at a time
 constexpr int64_t kParallelFrom = 1 << 18;
 
 Shape contiguous_strides(const Shape& shape) {
+  (void)shape.numel();  // refuses sizes whose strides would overflow
   Shape strides = shape;
   int64_t step = 1;
   for (int axis = shape.rank() - 1; axis >= 0; --axis) {

@@ -53,6 +53,10 @@ TEST("reshape splits and joins axes of a strided view without a copy") {
 TEST("a shape with more elements than can be counted is refused") {
   CHECK_THROWS_AS(Tensor::empty(kCpu, Dtype::f64, {int64_t{1} << 31, int64_t{1} << 30}), ShapeError);
   CHECK_THROWS_AS(Tensor::empty(kCpu, Dtype::u8, {int64_t{1} << 40, int64_t{1} << 40}), ShapeError);
+  for (const Shape& empty : {Shape{0, int64_t{1} << 40, int64_t{1} << 40}, Shape{int64_t{1} << 40, int64_t{1} << 40, 0}}) {
+    CHECK_THROWS_AS(Tensor::empty(kCpu, Dtype::u8, empty), ShapeError);  // no element, but strides that overflow
+    CHECK_THROWS_AS(Tensor::borrow(Dtype::u8, empty, &empty, nullptr), ShapeError);
+  }
 }
 
 TEST("rows are seen through strided views, and refused where there is no one stride") {

@@ -237,15 +237,15 @@ class Reader {
   Tensor view_of(const StorageView& view, int64_t offset, const std::vector<int64_t>& shape, const std::vector<int64_t>& strides,
                  const PickleValue& value) {
     int64_t numel = 1, last = plus(offset, 0), step = 1;  // elements | largest index in the storage | the row-major stride
-    for (const int64_t n : shape) numel = n == 0 ? 0 : times(numel, n);
+    for (const int64_t n : shape) numel = times(numel, std::max<int64_t>(n, 1));  // the strides of an empty tensor must fit too
+    if (std::find(shape.begin(), shape.end(), 0) != shape.end())
+      return Tensor::empty(Device::cpu(), *view.kind->dtype, Shape(shape.begin(), shape.end()));
     bool row_major = true;
-    for (std::size_t i = shape.size(); i-- > 0 && numel > 0;) {
+    for (std::size_t i = shape.size(); i-- > 0;) {
       last = plus(last, times(shape[i] - 1, strides[i]));
       row_major = row_major && (shape[i] == 1 || strides[i] == step);
       step = times(step, shape[i]);
     }
-    if (std::find(shape.begin(), shape.end(), 0) != shape.end())
-      return Tensor::empty(Device::cpu(), *view.kind->dtype, Shape(shape.begin(), shape.end()));
     const auto sizes_text = [&] {
       return Shape(shape.begin(), shape.end()).str() + ", strides " + Shape(strides.begin(), strides.end()).str();
     };

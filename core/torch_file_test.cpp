@@ -186,6 +186,13 @@ TEST("torch file: tensors are stored in another type where asked, and what does 
   CHECK(read_torch_file(scratch.file("a.bin")).at("a").to_vector<float>() == a.to(Dtype::f16).to_vector<float>());
   CHECK(read_safetensors(scratch.file("a.safetensors")).at("a").dtype() == Dtype::f16);
   CHECK(read_safetensors(scratch.file("a.safetensors")).at("ids").dtype() == Dtype::i64);
+  const Tensor small = Tensor::from(Device::cpu(), {5}, std::vector<float>{0, -0.0f, 0x1p-24f, 0x1p-26f, -1e-9f});
+  std::map<std::string, int64_t> zeroed;
+  TensorFileOptions counting = half;
+  counting.on_zeroed = [&](const std::string& name, int64_t values) { zeroed[name] += values; };
+  write_torch_file(scratch.file("a.bin"), {{"a", a}, {"small", small}}, counting);
+  write_safetensors(scratch.file("a.safetensors"), {{"a", a}, {"tiny", small}, {"ids", ids}}, {}, counting);
+  CHECK(zeroed == std::map<std::string, int64_t>{{"small", 2}, {"tiny", 2}});
   CHECK_THROWS_WITH_AS(write_torch_file(scratch.file("b.bin"), {{"large", large}}, half), doctest::Contains("large"), NumericError);
   CHECK_THROWS_WITH_AS(write_safetensors(scratch.file("b.safetensors"), {{"large", large}}, {}, half), doctest::Contains("100000"),
                        NumericError);
@@ -236,6 +243,7 @@ TEST("torch file: each broken rule of the state dict is refused by name") {
   check_refused(one(tensor(kSix, 0, {2}, {INT64_MAX})), "over 2^48");
   check_refused(one(tensor(kSix, 0, {int64_t{1} << 40, int64_t{1} << 40}, {0, 0})), "over 2^48");
   check_refused(one(tensor(kSix, 0, {int64_t{1} << 40, int64_t{1} << 40, 0}, {0, 0, 0})), "over 2^48");
+  check_refused(one(tensor(kSix, 0, {0, int64_t{1} << 40, int64_t{1} << 40}, {0, 0, 0})), "over 2^48");
   check_refused(one(tensor(kSix, 0, {1'000'000'000}, {0})), "more elements than its storage");
   check_refused(one(tensor(storage("FloatStorage", "0", 7), 0, {2}, {1})), "another size than its entry");
   check_refused(one(tensor(storage("FloatStorage", "0", int64_t{1} << 62), 0, {2}, {1})), "another size than its entry");

@@ -14,6 +14,10 @@ std::string vocabulary_fingerprint(const std::string& fingerprint) {
   return fingerprint.substr(0, fingerprint.size() - (fingerprint.ends_with(kSpecial) ? kSpecial.size() : 0));
 }
 
+bool same_vocabulary(const std::string& fingerprint, const std::string& other) {
+  return vocabulary_fingerprint(fingerprint) == vocabulary_fingerprint(other);
+}
+
 std::unique_ptr<Tokenizer> open_tokenizer(const std::string& name_or_path, TokenizerOptions options) {
   if (name_or_path == "bytes") return std::make_unique<ByteTokenizer>(options);
   return std::make_unique<BpeTokenizer>(read_tokenizer_json(name_or_path), options);

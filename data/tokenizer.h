@@ -49,6 +49,8 @@ class Tokenizer {
 
 /// Equal for two tokenizers when their ids mean the same: the fingerprint without whether special tokens are parsed in texts.
 std::string vocabulary_fingerprint(const std::string& fingerprint);
+/// Whether ids of one tokenizer are ids of the other: what models, states and token caches are held to.
+bool same_vocabulary(const std::string& fingerprint, const std::string& other);
 
 /// Opens "bytes" (byte values as ids, no file needed) or a byte-level BPE `tokenizer.json`.
 /// errors   FileError naming the part of the file that is missing, malformed or of a kind not supported

@@ -235,6 +235,13 @@ TEST("byte symbols: visible Latin-1 characters stand for themselves, the rest bo
   CHECK(token_bytes("a b") == "a b");  // a space is no byte symbol, so the token stands for itself
 }
 
+TEST("two fingerprints have the same vocabulary when they differ in nothing but special tokens in texts") {
+  CHECK(same_vocabulary("bytes", "bytes+special"));
+  CHECK(same_vocabulary("bytes+special", "bytes+special"));
+  CHECK_FALSE(same_vocabulary("bytes", "bpe-300-0"));
+  CHECK_FALSE(same_vocabulary("bytes", ""));
+}
+
 TEST("fingerprints tell definitions apart") {
   const Json json = small_json();
   const std::string original = open_small(json)->fingerprint();

@@ -21,7 +21,9 @@ constexpr int64_t kBlock = int64_t{1} << 22;  // elements that are checked, conv
 struct FoundConfig {
   ModelConfig config;
   const CheckpointLayout* layout;
+  SpecialTokens special_tokens;
 };
+constexpr const char *kBeginToken = "bos_token_id", *kEndToken = "eos_token_id", *kFillToken = "pad_token_id";
 
 FoundConfig find_config(const std::string& folder) {
   const std::string file = folder + "/config.json";
@@ -31,7 +33,10 @@ FoundConfig find_config(const std::string& folder) {
       if (!layout.matches(json)) continue;
       ModelConfig config = layout.read(json, file);
       config.complete();
-      return {std::move(config), &layout};
+      SpecialTokens tokens;
+      for (const char* key : {kBeginToken, kEndToken, kFillToken})
+        if (json.contains(key) && json[key].is_number_integer()) tokens[key] = ConfigReader(json, file).integer(key, 0);
+      return {std::move(config), &layout, std::move(tokens)};
     }
   }
   auto shown = [&](const char* key) { return json.contains(key) ? json[key].dump() : "(absent)"; };
@@ -49,16 +54,20 @@ Tensor flat(const Tensor& tensor) {
   return tensor.contiguous().reshape({tensor.numel()});
 }
 
-bool same_values(const Tensor& a, const Tensor& b) {
+// a, b  of `stored`
+bool same_values(const NamedTensors& stored, const Tensor& a, const Tensor& b) {
   if (!(a.shape() == b.shape())) return false;
   if (a.raw() == b.raw() && a.dtype() == b.dtype()) return true;
   const Tensor left = flat(a), right = flat(b);
   bool same = true;
   for_each_block(a.numel(), [&](int64_t begin, int64_t end) {
+    if (!same) return;
     const Tensor x = left.slice(0, begin, end), y = right.slice(0, begin, end);
-    if (!same || (x.dtype() == y.dtype() && std::memcmp(x.raw(), y.raw(), static_cast<std::size_t>(x.numel() * size_of(x.dtype()))) == 0))
-      return;
-    same = x.to_vector<double>() == y.to_vector<double>();
+    const bool same_bytes =
+        x.dtype() == y.dtype() && std::memcmp(x.raw(), y.raw(), static_cast<std::size_t>(x.numel() * size_of(x.dtype()))) == 0;
+    same = same_bytes || x.to_vector<double>() == y.to_vector<double>();
+    stored.release_pages(x);
+    stored.release_pages(y);
   });
   return same;
 }
@@ -102,7 +111,8 @@ void require_tensors(const StoredModel& model) {
   const std::string head = model.layout->tensor_name(family.head_name), embedding = model.layout->tensor_name(family.embedding_name);
   if (const auto second = stored.find(head); model.config.tie_embeddings && second != stored.end()) {
     used.insert(head);  // a second name for the embedding
-    if (const auto first = stored.find(embedding); first != stored.end() && !same_values(first->second, second->second))
+    if (const auto first = stored.find(embedding);
+        first != stored.end() && !same_values(model.weights.stored, first->second, second->second))
       problems.add("tied", head + " is another tensor than " + embedding + ", but the configuration ties them");
   }
   for (const auto& [name, tensor] : stored)
@@ -131,7 +141,7 @@ void fill_parameters(LanguageModel& model, const StoredModel& stored) {
 
 // Tensors by longhand's names, written under the layout's.
 void write_model(const ModelConfig& config, const std::map<std::string, Tensor>& tensors, const std::string& folder,
-                 const SaveOptions& options, std::function<void(const Tensor&)> on_written) {
+                 const SaveOptions& options, const SpecialTokens& tokens, std::function<void(const Tensor&)> on_written) {
   const CheckpointLayout& layout = find_layout(config, options.layout);
   const ModelFamily& family = model_family(config.family);
   const std::string file = weights_file_of(layout);
@@ -142,12 +152,19 @@ void write_model(const ModelConfig& config, const std::map<std::string, Tensor>&
   std::map<std::string, Tensor> named;
   for (const auto& [name, tensor] : tensors) named[layout.tensor_name(name)] = tensor;
   if (config.tie_embeddings && layout.lists_tied_head) named[layout.tensor_name(family.head_name)] = tensors.at(family.embedding_name);
-  const std::string config_text = python_json_text(layout.write(config));
+  nlohmann::ordered_json json = layout.write(config);
+  for (const char* key : {kBeginToken, kEndToken, kFillToken})
+    if (layout.names_special_tokens) json[key] = tokens.contains(key) ? nlohmann::ordered_json(tokens.at(key)) : nullptr;
   fs::create_directories(folder);
-  const TensorFileOptions write{.stored_as = options.dtype, .on_written = std::move(on_written)};
+  const TensorFileOptions write{.stored_as = options.dtype, .on_written = std::move(on_written), .on_zeroed = options.on_zeroed};
   if (layout.weights == CheckpointLayout::Weights::torch) write_torch_file(folder + "/" + file, named, write);
   else write_safetensors(folder + "/" + file, named, {{"format", "pt"}}, write);
-  write_file_atomically(folder + "/config.json", config_text);
+  write_file_atomically(folder + "/config.json", python_json_text(json));
+}
+
+SpecialTokens special_tokens(const SaveOptions& options) {
+  if (!options.end_of_text) return {};
+  return {{kBeginToken, *options.end_of_text}, {kEndToken, *options.end_of_text}};
 }
 
 bool same_configuration(const ModelConfig& a, const ModelConfig& b) {
@@ -163,7 +180,7 @@ ModelConfig read_model_config(const std::string& folder) {
 
 StoredModel open_model(const std::string& folder, Checksums checksums) {
   FoundConfig found = find_config(folder);
-  StoredModel model{folder, std::move(found.config), found.layout, read_weight_files(folder, checksums)};
+  StoredModel model{folder, std::move(found.config), found.layout, read_weight_files(folder, checksums), std::move(found.special_tokens)};
   if (model.layout->modernize != nullptr) model.layout->modernize(model.weights.stored.tensors, model.config, model.weights.stored.path);
   require_tensors(model);
   return model;
@@ -171,6 +188,7 @@ StoredModel open_model(const std::string& folder, Checksums checksums) {
 
 std::unique_ptr<LanguageModel> load_model(const std::string& folder, const Device& device, Dtype compute_dtype, Dtype master_dtype) {
   const StoredModel stored = open_model(folder);
+  stored.weights.warn();
   auto model = std::make_unique<LanguageModel>(stored.config, device, compute_dtype, master_dtype);
   fill_parameters(*model, stored);
   return model;
@@ -186,13 +204,15 @@ void load_weights(LanguageModel& model, const std::string& folder) {
     throw ConfigError("model: the folder holds a model of another configuration",
                       {{"folder", folder}, {"found", shown(found)}, {"expected", shown(model.config())}});
   }
-  fill_parameters(model, open_model(folder));
+  const StoredModel stored = open_model(folder);
+  stored.weights.warn();
+  fill_parameters(model, stored);
 }
 
 void save_model(const LanguageModel& model, const std::string& folder, const SaveOptions& options) {
   std::map<std::string, Tensor> tensors;
   for (const Parameter& p : model.parameters().all()) tensors[p.name] = p.master;
-  write_model(model.config(), tensors, folder, options, {});
+  write_model(model.config(), tensors, folder, options, special_tokens(options), {});
 }
 
 void convert_model(const StoredModel& model, const std::string& folder, const SaveOptions& options) {
@@ -205,7 +225,8 @@ void convert_model(const StoredModel& model, const std::string& folder, const Sa
     model.weights.stored.release_pages(tensor);
     tensors[p.name] = tensor;
   }
-  write_model(model.config, tensors, folder, options, [&](const Tensor& written) { model.weights.stored.release_pages(written); });
+  const SpecialTokens tokens = options.end_of_text ? special_tokens(options) : model.special_tokens;
+  write_model(model.config, tensors, folder, options, tokens, [&](const Tensor& written) { model.weights.stored.release_pages(written); });
 }
 
 const CheckpointLayout& find_layout(const ModelConfig& config, const std::string& wanted) {

@@ -5,9 +5,12 @@
 #include <limits>
 
 #include "core/error.h"
+#include "core/strict_json.h"
 
 namespace longhand {
 namespace {
+
+constexpr double kLargestInteger = 0x1p31;  // far above any size: products of two fit in 64 bits
 
 // Puts quotes around Infinity, -Infinity and NaN where they stand outside strings.
 std::string quote_bare_words(const std::string& text) {
@@ -39,13 +42,7 @@ std::string quote_bare_words(const std::string& text) {
 }  // namespace
 
 nlohmann::ordered_json parse_python_json(const std::string& text, const std::string& file) {
-  try {
-    auto json = nlohmann::ordered_json::parse(quote_bare_words(text));
-    if (!json.is_object()) throw ConfigError("config: not a JSON object", {{"file", file}});
-    return json;
-  } catch (const nlohmann::ordered_json::exception& problem) {
-    throw ConfigError("config: not valid JSON", {{"file", file}, {"reason", problem.what()}});
-  }
+  return parse_strict_json<nlohmann::ordered_json>(quote_bare_words(text), "config: the file", file);
 }
 
 std::string python_json_text(const nlohmann::ordered_json& json) {
@@ -65,9 +62,10 @@ nlohmann::ordered_json json_from_number(double value) {
 double json_number(const nlohmann::ordered_json& value) {
   if (value.is_number()) return value.get<double>();
   // transformers 5 writes {"__float__": "Infinity"} where older versions wrote the bare word.
-  if (value.is_object() && value.size() == 1 && value.contains("__float__")) return json_number(value.at("__float__"));
-  if (value == "Infinity") return std::numeric_limits<double>::infinity();
-  if (value == "-Infinity") return -std::numeric_limits<double>::infinity();
+  const bool wrapped = value.is_object() && value.size() == 1 && value.contains("__float__");
+  const nlohmann::ordered_json& word = wrapped ? value.at("__float__") : value;
+  if (word == "Infinity") return std::numeric_limits<double>::infinity();
+  if (word == "-Infinity") return -std::numeric_limits<double>::infinity();
   return std::numeric_limits<double>::quiet_NaN();
 }
 
@@ -93,8 +91,9 @@ double ConfigReader::number(const std::string& key, double fallback) {
 int64_t ConfigReader::integer(const std::string& key, int64_t fallback) {
   const auto v = value(key);
   if (v.is_null()) return fallback;
-  if (!v.is_number_integer()) refuse(key, "a whole number");
-  return v.get<int64_t>();
+  const auto n = v.is_number_integer() ? v.get<double>() : std::numeric_limits<double>::infinity();
+  if (std::abs(n) > kLargestInteger) refuse(key, "a whole number, not over 2^31");
+  return static_cast<int64_t>(n);
 }
 
 bool ConfigReader::boolean(const std::string& key, bool fallback) {

@@ -8,7 +8,7 @@
 namespace longhand {
 
 /// JSON as Python's json module writes it: the bare words Infinity, -Infinity and NaN stand as strings in the result (see ConfigReader).
-/// errors  ConfigError naming file and byte
+/// errors  those of parse_strict_json(): a text that is not one object, nested deeper than 8 levels, with a key twice
 nlohmann::ordered_json parse_python_json(const std::string& text, const std::string& file);
 
 /// The opposite: indented, the strings "Infinity" and "-Infinity" as bare words.
@@ -20,8 +20,8 @@ class ConfigReader {
   ConfigReader(const nlohmann::ordered_json& object, std::string file) : object_(object), file_(std::move(file)) {}
 
   bool has(const std::string& key) const { return object_.contains(key) && !object_.at(key).is_null(); }
-  double number(const std::string& key, double fallback);  // also "Infinity"
-  int64_t integer(const std::string& key, int64_t fallback);
+  double number(const std::string& key, double fallback);     // also "Infinity"
+  int64_t integer(const std::string& key, int64_t fallback);  // from -2^31 to 2^31
   bool boolean(const std::string& key, bool fallback);
   std::string text(const std::string& key, const std::string& fallback);
   nlohmann::ordered_json value(const std::string& key);  // null when absent
@@ -39,7 +39,7 @@ class ConfigReader {
   std::set<std::string> asked_;
 };
 
-/// A JSON value as a number; the strings "Infinity" and "-Infinity" count. NaN when it is none.
+/// A JSON value as a number; the strings "Infinity" and "-Infinity" count, alone or as {"__float__": "Infinity"}. NaN when it is none.
 double json_number(const nlohmann::ordered_json& value);
 
 /// `value` in a form that python_json_text writes and json_number reads.

@@ -4,9 +4,9 @@
 #include "autograd/tape.h"
 #include "core/error.h"
 #include "core/op_scope.h"
+#include "ops/common/gemm.h"
 #include "ops/cross_entropy/cross_entropy.h"
 #include "ops/embedding/embedding.h"
-#include "ops/linear/linear.h"
 #include "ops/rmsnorm/rmsnorm.h"
 
 namespace longhand {
@@ -16,7 +16,7 @@ LanguageModel::LanguageModel(ModelConfig config) : config_(std::move(config)), f
   const int64_t vocab = config_.padded_vocab(), d = config_.d_model;
   embedding_ = parameters_.declare(family_->embedding_name, {vocab, d}, {.init = family_->embedding_init(config_)});
   for (int64_t i = 0; i < config_.n_layer; ++i) layers_.push_back(family_->make_layer(config_, i, parameters_));
-  final_norm_ = parameters_.declare(family_->final_norm_name, {d}, {.init = init_constant(1), .decay = false, .full_precision = true});
+  final_norm_ = parameters_.declare(family_->final_norm_name, {d}, small_parameter(init_constant(1)));
   head_ = config_.tie_embeddings ? embedding_ : parameters_.declare(family_->head_name, {vocab, d}, {.init = family_->head_init(config_)});
 }
 
@@ -43,9 +43,8 @@ LanguageModel::Forward LanguageModel::forward(const Tensor& tokens, const Recurr
                      {{"state", std::to_string(h0.layers().size()) + " layers, " + std::to_string(h0.rows()) + " rows"},
                       {"tokens", tokens.describe()},
                       {"expected", std::to_string(layers_.size()) + " layers, one row per row of tokens"}});
-  const Dtype residual_dtype = compute_dtype() == Dtype::f64 ? Dtype::f64 : Dtype::f32;
-  Variable residual = embedding(tokens, embedding_->variable, residual_dtype);  // [B, T, d]
-  Variable branch;                                                              // what the last sublayer adds; absent before the first
+  Variable residual = embedding(tokens, embedding_->variable, wide_dtype());  // [B, T, d]
+  Variable branch;                                                            // what the last sublayer adds; absent before the first
   std::vector<LayerState> states(layers_.size());
   const LayerState absent;
   for (std::size_t i = 0; i < layers_.size(); ++i) {
@@ -65,9 +64,21 @@ LanguageModel::Forward LanguageModel::forward(const Tensor& tokens, const Recurr
   return {normed.y, RecurrentState(std::move(states))};
 }
 
-Variable LanguageModel::logits(const Variable& hidden) const {
+Tensor LanguageModel::logits(const Tensor& hidden) const {
   const LayerScope scope("lm_head");
-  return linear(hidden, head_->variable);
+  const Tensor head = head_->variable.value(), rows = as_matrix(hidden);  // [V, d_model], [R, d_model]
+  const OpScope op("logits", {&hidden, &head});
+  Shape shape = hidden.shape();
+  shape[-1] = head.dim(0);
+  const Tensor logits = Tensor::empty(device_, wide_dtype(), shape);
+  gemm(false, rows, true, head, logits.reshape({rows.dim(0), head.dim(0)}));
+  return record("logits", logits, {}, {}).value();  // a constant of the tape, looked at by LONGHAND_CHECK like every op's output
+}
+
+Tensor LanguageModel::token_loss(const Tensor& hidden, const Tensor& targets) const {
+  const LayerScope scope("lm_head");
+  const NoGrad no_grad;
+  return linear_cross_entropy(hidden, head_->variable, targets, {}).token_loss;
 }
 
 LanguageModel::Loss LanguageModel::loss(const TokenBatch& batch, const RecurrentState& h0, double loss_scale) const {

@@ -48,8 +48,17 @@ class LanguageModel {
   /// holds    forward of [0, s), then of [s, T) from that state, equals forward of [0, T) for every s
   Forward forward(const Tensor& tokens, const RecurrentState& h0 = {}) const;
 
-  /// hidden [.., d_model] -> [.., padded vocabulary]; use the last positions only where possible, whole logits are large.
-  Variable logits(const Variable& hidden) const;
+  /// logits = hidden head^T
+  /// hidden   [.., d_model]             compute type
+  /// returns  [.., padded vocabulary]   f32 (f64), also of a bf16 model: rounded to 8 bits, near tokens would tie
+  /// Without a gradient: training takes loss(). Use the last positions only where possible, whole logits are large.
+  Tensor logits(const Tensor& hidden) const;
+
+  /// -log softmax(logits)[target] at every position, in nats; the logits never exist as a whole.
+  /// hidden   [.., d_model]   compute type
+  /// targets  [..] i32        in [0, padded vocabulary)
+  /// returns  [..] f32 (f64), without a gradient
+  Tensor token_loss(const Tensor& hidden, const Tensor& targets) const;
 
   struct Loss {
     Variable loss;         // scalar: mean of -log softmax(logits)[target] over the positions that count, times loss_scale
@@ -65,7 +74,8 @@ class LanguageModel {
   int64_t non_embedding_parameter_count() const;
 
  private:
-  explicit LanguageModel(ModelConfig config);  // declares the parameters
+  explicit LanguageModel(ModelConfig config);                                                   // declares the parameters
+  Dtype wide_dtype() const { return compute_dtype() == Dtype::f64 ? Dtype::f64 : Dtype::f32; }  // of the residual stream and the logits
   ModelConfig config_;
   const ModelFamily* family_;
   Device device_ = Device::cpu();

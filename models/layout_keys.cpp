@@ -1,6 +1,8 @@
 // See layout_keys.h.
 #include "models/layout_keys.h"
 
+#include "models/mamba_backbone.h"
+
 namespace longhand {
 
 using Json = nlohmann::ordered_json;
@@ -13,6 +15,12 @@ bool is_text(const Json& json, const char* key, const char* text) {
 void require_silu(ConfigReader& reader, const char* fallback) {
   const std::string activation = reader.text("hidden_act", fallback);
   if (activation != "silu" && activation != "swish") reader.refuse("hidden_act", "silu or swish");
+}
+
+double number_of_either(ConfigReader& reader, const char* key, const char* flas_key, double fallback) {
+  const double flas = reader.number(flas_key, fallback), value = reader.number(key, flas);
+  if (reader.has(flas_key) && flas != value) reader.refuse(flas_key, std::string("what ") + key + " says");
+  return value;
 }
 
 void read_padded_vocab(ConfigReader& reader, const std::string& file, int64_t fallback, ModelConfig& c,
@@ -36,6 +44,10 @@ Json own_keys(const ModelConfig& c, std::initializer_list<const char*> options) 
   return own;
 }
 
+std::string own_name(const std::string& parameter) {
+  return parameter;
+}
+
 void read_state_spaces_skeleton(const Json& json, const std::string& file, ModelConfig& c) {
   ConfigReader reader(json, file);
   c.d_model = reader.integer("d_model", 2560);
@@ -52,6 +64,10 @@ void read_state_spaces_skeleton(const Json& json, const std::string& file, Model
   reader.ignore("attn_cfg");
   reader.ignore("ssm_cfg");  // the family's part
   reader.refuse_unknown();
+}
+
+std::string state_spaces_name(const std::string& parameter) {
+  return parameter == kMambaEmbedding ? "backbone.embedding.weight" : parameter;
 }
 
 std::string state_spaces_skeleton_obstacle(const ModelConfig& c) {

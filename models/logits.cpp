@@ -71,7 +71,7 @@ void write_logits(const LanguageModel& model, const Tensor& hidden, const Tensor
   for (int64_t b = 0; b < hidden.dim(0); ++b)
     for (int64_t begin = 0; begin < hidden.dim(1); begin += kRows) {
       const int64_t end = std::min(begin + kRows, hidden.dim(1));
-      copy(out.slice(0, b, b + 1).slice(1, begin, end), model.logits(hidden.slice(0, b, b + 1).slice(1, begin, end)).value());
+      copy(out.slice(0, b, b + 1).slice(1, begin, end), model.logits(hidden.slice(0, b, b + 1).slice(1, begin, end)));
     }
 }
 
@@ -99,7 +99,7 @@ std::map<std::string, Tensor> logits_and_loss(LanguageModel& model, const NamedT
       auto out = model.forward(part.tokens, state);
       write_logits(model, out.hidden.value(), logits.slice(1, begin, end));
       if (labels && !options.gradients) {
-        const auto loss = model.loss(part, state).token_loss.to_vector<double>();
+        const auto loss = model.token_loss(out.hidden.value(), part.targets).to_vector<double>();
         const auto mask = part.mask.to_vector<double>();
         for (std::size_t i = 0; i < loss.size(); ++i)
           if (mask[i] != 0) sum += loss[i], counted += 1;

@@ -6,6 +6,7 @@
 
 #include "autograd/tape.h"
 #include "core/error.h"
+#include "models/decay.h"
 #include "tests/support/check.h"
 
 using namespace longhand;
@@ -64,7 +65,7 @@ TEST("logits, loss and states are those of the model, whatever the chunk and the
   CHECK(whole.size() == 2 + 2 * 2);  // logits, loss, two states of two layers
   const NoGrad no_grad;
   auto direct = model.forward(Tensor::from(kCpu, {kB, kT}, tokens));
-  expect_close(whole.at("logits").to_vector<double>(), model.logits(direct.hidden).value().to_vector<double>(), 1e-6);
+  expect_close(whole.at("logits").to_vector<double>(), model.logits(direct.hidden.value()).to_vector<double>(), 1e-6);
   expect_close(whole.at("final_state.1.ssm").to_vector<double>(), direct.state.get(1, "ssm").value().to_vector<double>(), 1e-6);
 
   double loss = 0;  // from the logits, in f64
@@ -85,6 +86,14 @@ TEST("logits, loss and states are those of the model, whatever the chunk and the
   for (auto& [name, tensor] : wide.tensors) tensor = Tensor::from(kCpu, {kB, kT}, tensor.to_vector<int64_t>());
   CHECK(logits_and_loss(model, wide).at("logits").to_vector<float>() == whole.at("logits").to_vector<float>());
   CHECK_FALSE(logits_and_loss(model, input(tokens)).contains("loss"));
+}
+
+TEST("the loss is taken from the hidden states of the logits: every token goes through the layers once") {
+  LanguageModel model = small_model();
+  int64_t tokens = 0;
+  const DecayScope scope([&](const Decay& decay) { tokens += decay.rows * decay.tokens; });
+  logits_and_loss(model, input(ids(1), ids(4)), {.chunk = 4});
+  CHECK(tokens == kB * kT * model.config().n_layer);
 }
 
 TEST("gradients are those of the loss over the labels that count") {

@@ -42,6 +42,11 @@ inline Variable optional_variable(const Parameter* parameter) {
   return parameter != nullptr ? parameter->variable : Variable();
 }
 
+/// Options of a parameter that is small beside the matrices: used in the master's type whatever the compute type.
+inline ParameterOptions small_parameter(Initializer init, bool decay = false) {
+  return {std::move(init), decay, true};
+}
+
 /// residual <- residual + mixer(norm(residual))
 struct Sublayer {
   std::string scope;  // for messages and traces: "layers.3.mixer"
@@ -54,6 +59,7 @@ struct CheckpointLayout {
   const char* name;                                   // "hf" (transformers), "state-spaces", "fla": what `longhand convert --to` takes
   enum class Weights { safetensors, torch } weights;  // the file that the library opens: model.safetensors or pytorch_model.bin
   bool lists_tied_head;                               // whether a tied head is stored as a second name of the embedding
+  bool names_special_tokens;                          // whether config.json says which tokens begin, end and fill texts
 
   bool (*matches)(const nlohmann::ordered_json& config);
   /// errors  ConfigError naming `file` and the key

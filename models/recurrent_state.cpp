@@ -161,7 +161,9 @@ RecurrentState RecurrentState::from_named_tensors(const std::map<std::string, Te
     std::size_t layer = 0;
     const char* end = name.data() + name.size();
     const auto parsed = std::from_chars(name.data() + std::min(kPrefix.size(), name.size()), end, layer);
-    if (!name.starts_with(kPrefix) || parsed.ec != std::errc{} || end - parsed.ptr < 2 || *parsed.ptr != '.' || layer > 100'000)
+    // Each slot has one name: "layers.03.ssm" would be a second one for "layers.3.ssm".
+    if (parsed.ec != std::errc{} || end - parsed.ptr < 2 || layer > 100'000 ||
+        !name.starts_with(std::string(kPrefix) + std::to_string(layer) + "."))
       throw FileError("state: a name that is not layers.<number>.<tensor>", {{"file", source}, {"name", name}});
     const Tensor& first = tensors.begin()->second;
     if (tensor.rank() < 1 || tensor.dim(0) != first.dim(0))

@@ -94,6 +94,7 @@ TEST("a file that is not a whole state is refused with its path") {
   for (const auto& [tensors, reason] : std::vector<std::pair<std::map<std::string, Tensor>, std::string>>{
            {{{"ssm", t}}, "layers.<number>.<tensor>"},
            {{{"layers.0.", t}}, "layers.<number>.<tensor>"},
+           {{{"layers.0.ssm", t}, {"layers.1.ssm", t}, {"layers.01.ssm", t}}, "layers.<number>.<tensor>"},
            {{{"layers.0.ssm", t}, {"layers.2.ssm", t}}, "a layer is missing"},
            {{{"layers.0.ssm", t}, {"layers.1.ssm", t.slice(0, 0, 1)}}, "rows"}}) {
     CHECK_MESSAGE(refusal(tensors).find(reason) != std::string::npos, reason);

@@ -1,7 +1,8 @@
 // See weight_files.h.
 #include "models/weight_files.h"
 
-#include <algorithm>
+#include <fmt/core.h>
+
 #include <filesystem>
 #include <nlohmann/json.hpp>
 #include <set>
@@ -46,7 +47,7 @@ class IndexReader {
     result.stored.path = path_;
     for (const auto& [shard, names] : names_of) require_shard(shard, names.size());
     for (const auto& [shard, names] : names_of) add_shard(shard, names, result);
-    require_total(index, result);
+    check_total(index, result);
     return result;
   }
 
@@ -81,7 +82,7 @@ class IndexReader {
   }
 
   // Libraries count tensors of one storage once or each time.
-  void require_total(const nlohmann::json& index, const WeightFiles& result) const {
+  void check_total(const nlohmann::json& index, WeightFiles& result) const {
     const auto metadata = index.find("metadata");
     if (metadata == index.end() || metadata->is_null()) return;
     if (!metadata->is_object()) refuse("metadata is not an object");
@@ -95,8 +96,7 @@ class IndexReader {
       if (seen.emplace(tensor.raw(), bytes).second) once += bytes;
     }
     if (!total->is_number() || (total->get<double>() != static_cast<double>(each) && total->get<double>() != static_cast<double>(once)))
-      refuse("metadata.total_size is not the size of the tensors",
-             {{"total_size", total->dump()}, {"tensors", std::to_string(each) + " bytes"}});
+      result.doubt = fmt::format("{}: metadata.total_size says {}, the tensors have {} bytes", path_, total->dump(), each);
   }
 
   std::string path_, folder_;
@@ -109,6 +109,11 @@ int64_t WeightFiles::file_bytes() const {
   int64_t bytes = 0;
   for (const std::string& path : paths) bytes += static_cast<int64_t>(fs::file_size(path));
   return bytes;
+}
+
+void WeightFiles::warn() const {
+  for (const std::string& other : left_out) fmt::print(stderr, "warning: {} is not read: {} comes first\n", other, stored.path);
+  if (!doubt.empty()) fmt::print(stderr, "warning: {}\n", doubt);
 }
 
 std::vector<std::string> weight_file_names() {

@@ -33,7 +33,8 @@ void write_text(const std::string& path, const std::string& text) {
 
 TEST("command line: every help text exits 0 and says what each option does") {
   const auto help = all_help();
-  for (const char* path : {"train", "eval ppl", "tokenize", "data check", "data pack", "inspect", "bench ops", "bench data", "report"})
+  for (const char* path : {"train", "eval ppl", "generate", "logits", "tokenize", "data check", "data pack", "convert", "init", "inspect",
+                           "bench ops", "bench data", "report"})
     CHECK_MESSAGE(help.contains(path), path);
   for (const auto& [path, command] : help) {
     CHECK_MESSAGE(command.takes("--help"), path);

@@ -2,6 +2,7 @@
 #include <filesystem>
 #include <regex>
 
+#include "core/safetensors.h"
 #include "models/checkpoint.h"
 #include "tests/support/process.h"
 
@@ -135,6 +136,38 @@ TEST("command line: inspect reads folders and files of every kind") {
   CHECK(wrong.code == 1);
   CHECK(holds(wrong.out, "[196, 32]"));  // the table is printed all the same
   CHECK(holds(wrong.err, "expected [196, 32]"));
+}
+
+TEST("command line: convert says how many values f16 cannot hold, and which files it leaves out") {
+  const ScratchFolder scratch;
+  write_text(scratch.file("r.toml"), kRecipe);
+  REQUIRE(longhand({"init", "r.toml", "--out", "hf"}, scratch.path()).code == 0);
+  std::map<std::string, Tensor> tensors;
+  for (const auto& [name, tensor] : read_safetensors(scratch.file("hf/model.safetensors")).tensors) tensors[name] = tensor.clone();
+  const std::string first = "backbone.layers.0.norm.weight", second = "backbone.norm_f.weight";
+  fill(tensors.at(first).slice(0, 0, 3), 1e-9);
+  fill(tensors.at(second).slice(0, 5, 6), -1e-20);
+  write_safetensors(scratch.file("hf/model.safetensors"), tensors);
+  write_text(scratch.file("hf/pytorch_model.bin"), "not opened");
+  const ProcessResult half = longhand({"convert", "--model", "hf", "--to", "hf", "--out", "f16", "--dtype", "f16"}, scratch.path());
+  CHECK(half.code == 0);
+  CHECK(holds(half.err, "warning: 4 values of 2 tensors became 0, because f16 has none so small; the first stand in " + first));
+  CHECK(holds(half.err, "warning: hf/pytorch_model.bin is not read: hf/model.safetensors comes first"));
+  const ProcessResult brain = longhand({"convert", "--model", "hf", "--to", "hf", "--out", "bf16", "--dtype", "bf16"}, scratch.path());
+  CHECK_FALSE(holds(brain.err, "became 0"));
+}
+
+TEST("command line: inspect says on which side an option has no limit") {
+  const ScratchFolder scratch;
+  write_text(scratch.file("gla.toml"), "[model]\nfamily = \"gla\"\nvocab_size = 40\n");
+  write_text(scratch.file("mamba2.toml"), "[model]\nfamily = \"mamba2\"\nvocab_size = 40\n");
+  const ProcessResult lower = longhand({"inspect", "gla.toml"}, scratch.path());
+  CHECK_MESSAGE(std::regex_search(lower.out, std::regex("\n +clamp_min +-inf +lower limit")), lower.out);
+  const ProcessResult large = longhand({"inspect", "mamba2.toml", "--set", "model.dt_limit_max=1e30"}, scratch.path());
+  CHECK_MESSAGE(std::regex_search(large.out, std::regex("\n +dt_limit_max +1e\\+30 +upper clamp")), large.out);
+  CHECK_MESSAGE(std::regex_search(large.out, std::regex("\n +d_state +128 +")), large.out);
+  const ProcessResult upper = longhand({"inspect", "mamba2.toml"}, scratch.path());
+  CHECK_MESSAGE(std::regex_search(upper.out, std::regex("\n +dt_limit_max +unlimited +upper clamp")), upper.out);
 }
 
 TEST("command line: inspect counts the parameters of the published sizes") {

@@ -328,6 +328,23 @@ TEST("generate: Ctrl-C ends cleanly, with the text so far and the state to go on
   CHECK_FALSE(find_invalid_utf8(interrupted.out));
 }
 
+TEST("generate: the state is saved too when stdout is full, or its reader goes away") {
+  const Workshop shop;
+  const std::string state = shop.file("state.safetensors");
+  const std::string command = std::string("'") + LONGHAND_BINARY + "' generate --model '" + shop.file("model") +
+                              "' --tokenizer bytes --device cpu --prompt Once --temperature 0 --save-state '" + state + "' --max-tokens ";
+  for (const std::string& line : {command + "100000000 > /dev/full", command + "0 --echo > /dev/full", command + "3 --json > /dev/full",
+                                  "(" + command + "100000000; echo code $? >&2) | true"}) {
+    CAPTURE(line);
+    fs::remove(state);
+    const ProcessResult result = run_process({"/bin/sh", "-c", line}, {});
+    CHECK((result.code == 1 || holds(result.err, "code 1\n")));
+    CHECK(holds(result.err, "generate: stdout could not take all of the text"));
+    REQUIRE(fs::exists(state));
+    CHECK(shop.generate({"--load-state", state, "--max-tokens", "2"}).code == 0);
+  }
+}
+
 TEST("generate: the tokenizer is the run's, or lies beside the model, or must be named") {
   const Workshop shop;
   const std::vector<std::string> words{"generate", "--model", shop.file("model"), "--prompt", "a", "--max-tokens", "2", "--device", "cpu"};
@@ -367,6 +384,8 @@ TEST("generate and logits: mistakes are named") {
   CHECK(holds(longhand({"generate", "--model", "gone", "--prompt", "a", "--top-p", "0"}).err, "sampling: "));  // before any file is read
   CHECK(shop.generate({"--prompt", "\xFF"}).code == 1);
   CHECK(holds(shop.generate({"--prompt", "a", "--stop", ""}).err, "stop string is empty"));
+  CHECK(
+      longhand({"generate", "--model", "gone", "--prompt", "a"}).err.starts_with("error: model: there is no such folder\n  model  gone\n"));
 
   write_safetensors(shop.file("tokens.safetensors"), {{"input_ids", Tensor::from(Device::cpu(), {1, 3}, Ids{1, 2, 257})}});
   const std::vector<std::string> words{

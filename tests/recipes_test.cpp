@@ -114,4 +114,21 @@ TEST("recipes: every family has a small size, and every size file is in the tabl
   }
 }
 
+TEST("recipes: post-training has a recipe for every initial state, and they differ in nothing else") {
+  const Recipe zero = read_recipe(kFolder + "posttrain-zero.toml");
+  CHECK(zero.train.steps == 500);
+  CHECK(zero.optimizer.warmup_fraction == 0.1);
+  CHECK(zero.optimizer.min_lr == 1e-5);
+  CHECK_FALSE(zero.init_from.empty());
+  for (const std::string& key : zero.given) CHECK_FALSE(key.starts_with("model."));
+  for (const InitialStateStrategy& strategy : initial_state_strategies()) {
+    CAPTURE(strategy.name);
+    const Recipe recipe = read_recipe(kFolder + "posttrain-" + strategy.name + ".toml");
+    CHECK(recipe.initial_state == strategy.name);
+    for (const RecipeDifference& difference : recipe_differences(zero, recipe))
+      CHECK_MESSAGE((difference.key == "name" || difference.key.starts_with("initial_state") || difference.key == "data.arrangement"),
+                    difference.key);
+  }
+}
+
 }  // namespace longhand::test

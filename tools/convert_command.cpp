@@ -36,8 +36,15 @@ void add_convert_options(CLI::App& command, ConvertCommand& options) {
 }
 
 int run_convert(const ConvertCommand& options) {
+  int64_t zeroed = 0, tensors = 0;
+  std::string first;
   const SaveOptions save{.layout = options.layout,
-                         .dtype = options.dtype == "keep" ? std::nullopt : std::optional(parse_dtype(options.dtype))};
+                         .dtype = options.dtype == "keep" ? std::nullopt : std::optional(parse_dtype(options.dtype)),
+                         .end_of_text = {},
+                         .on_zeroed = [&](const std::string& name, int64_t values) {
+                           zeroed += values;
+                           if (tensors++ == 0) first = name;
+                         }};
   const StoredModel model = open_model(find_model(options.model).model_folder, options.skip_checksums ? Checksums::none : Checksums::all);
   write_folder_atomically(options.out, [&](const std::string& folder) {
     convert_model(model, folder, save);
@@ -46,7 +53,10 @@ int run_convert(const ConvertCommand& options) {
         write_file_atomically(folder + "/" + name, read_text_file(from));
   });
   fmt::print("from {} ({}, {})\n", model.folder, model.layout->name, fs::path(model.weights.stored.path).filename().string());
-  for (const std::string& other : model.weights.left_out) fmt::print("not read {}\n", other);
+  model.weights.warn();
+  if (zeroed > 0)
+    fmt::print(stderr, "warning: {} values of {} tensors became 0, because {} has none so small; the first stand in {}\n", zeroed, tensors,
+               options.dtype, first);
   print_written_model(options.out);
   return 0;
 }

@@ -18,7 +18,7 @@ struct ConvertCommand {
 void add_convert_options(CLI::App& command, ConvertCommand& options);
 
 /// Writes the model in another layout, every tensor bit for bit unless a dtype is asked for; copies tokenizer files. `out` appears whole or
-/// not at all.
+/// not at all. Files that were not read, and values that the dtype turned into 0, are told on stderr.
 /// returns  0
 /// errors   FileError when `out` exists and is not empty; ConfigError when the layout cannot hold the model; those of open_model()
 int run_convert(const ConvertCommand& options);

@@ -5,10 +5,14 @@
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
+#include <cerrno>
+#include <csignal>
 #include <cstdio>
+#include <cstring>
 #include <filesystem>
 #include <iostream>
 #include <iterator>
+#include <limits>
 #include <nlohmann/json.hpp>
 #include <sstream>
 
@@ -28,7 +32,7 @@ namespace {
 namespace fs = std::filesystem;
 
 std::string read_input(const std::string& path) {
-  if (path != "-") return read_text_file(path);
+  if (path != "-") return read_text_file(path, std::numeric_limits<std::size_t>::max());
   std::string text{std::istreambuf_iterator<char>(std::cin), {}};
   if (std::cin.bad()) throw FileError("generate: stdin could not be read");
   return text;
@@ -74,10 +78,9 @@ std::unique_ptr<Tokenizer> tokenizer_for(const GenerateCommand& options, const M
     throw ConfigError("generate: the tokenizer of the model is not known", rows);
   }
   auto tokenizer = open_tokenizer(name, {.parse_special = options.parse_special});
-  const std::string vocabulary = vocabulary_fingerprint(tokenizer->fingerprint());
-  if (record.fingerprint && vocabulary != vocabulary_fingerprint(*record.fingerprint))
+  if (record.fingerprint && !same_vocabulary(tokenizer->fingerprint(), *record.fingerprint))
     throw ConfigError("generate: the tokenizer is not the one that the model was trained with",
-                      {{"tokenizer", name}, {"fingerprint", vocabulary}, {"trained with", *record.fingerprint}});
+                      {{"tokenizer", name}, {"fingerprint", tokenizer->fingerprint()}, {"trained with", *record.fingerprint}});
   return tokenizer;
 }
 
@@ -90,7 +93,8 @@ std::optional<int32_t> end_of_text_of(const Tokenizer& tokenizer, const Language
   }
 }
 
-// Writes rows to stdout as they become known.
+// Writes rows to stdout as they become known. Once stdout has not taken a text, nothing more is written: the caller asks for the failure
+// when the state is safe.
 class Printer {
  public:
   Printer(const GenerateCommand& options, std::vector<std::string> echoes) : options_(options), echoes_(std::move(echoes)) {}
@@ -122,19 +126,22 @@ class Printer {
     write(json.dump() + "\n");
   }
 
+  const std::string& failure() const { return failure_; }  // the system's words; empty: none
+
  private:
   std::string echo(std::size_t row) const {
     if (!options_.echo || echoes_.empty()) return "";
     return echoes_[echoes_.size() == 1 ? 0 : row];
   }
-  static void write(std::string_view text) {
-    std::fwrite(text.data(), 1, text.size(), stdout);
-    if (std::fflush(stdout) != 0) throw FileError("generate: stdout could not take all of the text");
+  void write(std::string_view text) {
+    if (!failure_.empty()) return;
+    if (std::fwrite(text.data(), 1, text.size(), stdout) != text.size() || std::fflush(stdout) != 0) failure_ = std::strerror(errno);
   }
 
   const GenerateCommand& options_;
   std::vector<std::string> echoes_;
   std::size_t printed_ = 0;
+  std::string failure_;
 };
 
 void print_speed(const GenerationSpeed& speed) {
@@ -201,6 +208,7 @@ int run_generate(const GenerateCommand& options) {
   }
 
   const InterruptGuard guard;
+  std::signal(SIGPIPE, SIG_IGN);  // a reader that goes away is a write that fails
   fmt::print(stderr, "{} on {}, {}\n", place.model_folder, choice.device.description(), name_of(choice.dtype));
   Printer printer(options, texts);
   const bool single = std::max(prompts.size(), from.sequences.size()) == 1;
@@ -215,7 +223,7 @@ int run_generate(const GenerateCommand& options) {
                                .tokenizer = tokenizer.get(),
                                .keep_state = !options.save_state.empty(),
                                .on_token = {},
-                               .should_stop = [&] { return guard.signal() != 0; }};
+                               .should_stop = [&] { return guard.signal() != 0 || !printer.failure().empty(); }};
   generation.on_token = [&](std::size_t row, const GeneratedRow& so_far) {
     if (single) return printer.stream(so_far);
     if (so_far.stop == StopReason::none) return;
@@ -226,11 +234,16 @@ int run_generate(const GenerateCommand& options) {
   };
   if (single) printer.begin_stream();
   const Generation result = generate(*model, prompts, generation, from);
+  if (!options.save_state.empty()) result.state.save(options.save_state, *model);
   if (single) printer.end_stream(result.rows.front());
   else
     for (; printed < result.rows.size(); ++printed) printer.print(printed, result.rows[printed]);
   print_speed(result.speed);
-  if (!options.save_state.empty()) result.state.save(options.save_state, *model);
+  if (!printer.failure().empty()) {
+    std::vector<ErrorRow> rows{{"reason", printer.failure()}};
+    if (!options.save_state.empty()) rows.push_back({"try", "--load-state " + options.save_state + ", which is as far as this came"});
+    throw FileError("generate: stdout could not take all of the text", std::move(rows));
+  }
   if (guard.signal() == 0) return 0;
   fmt::print(stderr, "interrupted{}\n", options.save_state.empty() ? "" : "; go on with --load-state " + options.save_state);
   return 128 + guard.signal();

@@ -36,8 +36,8 @@ void add_generate_options(CLI::App& command, GenerateCommand& options);
 /// One prompt: its continuation on stdout, token by token; several: each when it is whole, in order, with a newline after it. Speed on
 /// stderr.
 /// returns  0, or 128 + the signal that ended it; the state is saved then too
-/// errors   ConfigError when there is no prompt and no state, or the tokenizer is unknown or another than the run's; FileError; those of
-///          generate()
+/// errors   ConfigError when there is no prompt and no state, or the tokenizer is unknown or another than the run's; FileError, when stdout
+///          takes no more or its reader goes away too: the state is saved first; those of generate()
 int run_generate(const GenerateCommand& options);
 
 }  // namespace longhand

@@ -23,8 +23,8 @@ namespace {
 namespace fs = std::filesystem;
 
 std::string option_text(double value) {
-  if (std::isinf(value)) return "unlimited";
-  return value == std::floor(value) ? fmt::format("{}", static_cast<int64_t>(value)) : fmt::format("{}", value);
+  if (std::isinf(value)) return value > 0 ? "unlimited" : "-inf";
+  return fmt::format("{}", value);
 }
 
 // "backbone.layers.3.mixer.D" -> "backbone.layers.*.mixer.D"
@@ -102,7 +102,7 @@ void print_weights(const StoredModel& model) {
   for (const std::string& path : weights.paths)
     fmt::print("  {:<28}{} bytes\n", fs::path(path).filename().string(), grouped(static_cast<int64_t>(fs::file_size(path))));
   fmt::print("  {:<28}{}, {}\n", "tensors", weights.stored.tensors.size(), dtypes_text(weights.stored.tensors));
-  for (const std::string& other : weights.left_out) fmt::print("  {:<28}not read\n", fs::path(other).filename().string());
+  weights.warn();
   fmt::print("  names and shapes are those of the configuration\n");
 }
 
@@ -129,6 +129,7 @@ void print_folder(const std::string& folder, bool all_parameters) {
 void print_tensors(const std::string& file) {
   const WeightFiles files = read_tensor_file(file);
   const NamedTensors& stored = files.stored;
+  files.warn();
   for (const auto& [key, value] : stored.metadata) fmt::print("metadata {}: {}\n", key, value);
   if (files.paths.size() > 1 || files.paths.front() != file)
     for (const std::string& path : files.paths) fmt::print("shard {}\n", path);

@@ -81,6 +81,7 @@ std::function<double(const LanguageModel&)> make_validation(const Recipe& recipe
   options.threads = static_cast<int>(recipe.data.threads);
   options.skip_bad_lines = recipe.data.skip_bad_lines;
   const int64_t batches = recipe.train.val_batches * recipe.train.grad_accumulation;
+  const auto said = std::make_shared<int64_t>(0);  // bad lines told of so far: the same ones come every time
   return [=](const LanguageModel& model) {
     BatchStream stream(options, tokenizer);
     auto next = [&](TokenBatch& out) {
@@ -91,7 +92,12 @@ std::function<double(const LanguageModel&)> make_validation(const Recipe& recipe
              Tensor::from(model.device(), shape, std::vector<float>(batch.mask.begin(), batch.mask.end()))};
       return true;
     };
-    return validation_loss(model, next, batches).loss;
+    const double loss = validation_loss(model, next, batches).loss;
+    if (const BadLines& bad = stream.bad_lines(); bad.count() > *said) {
+      *said = bad.count();
+      fmt::print(stderr, "{} bad lines of the validation data were left out, the first:\n{}\n", bad.count(), bad.first().front());
+    }
+    return loss;
   };
 }
 
@@ -104,7 +110,7 @@ void remove_if_nothing_happened(const RunFolder& folder) {
 // The ids of a model mean the tokens it was trained with; a model of another library says nothing about them.
 void require_same_tokenizer(const Recipe& recipe, const Tokenizer& tokenizer) {
   const auto trained_with = read_run_record(find_model(recipe.init_from)).fingerprint;
-  if (trained_with && *trained_with != tokenizer.fingerprint())
+  if (trained_with && !same_vocabulary(*trained_with, tokenizer.fingerprint()))
     throw ConfigError("train: the model to start from was trained with another tokenizer",
                       {{"init_from", recipe.init_from},
                        {"trained with", *trained_with},

@@ -15,6 +15,7 @@ class HostLink {
 
   /// Copies host values to the device, behind the work queued there; the host memory may change right after the call.
   Tensor upload(std::span<const int32_t> values, const Shape& shape) { return upload_bytes(Dtype::i32, shape, values.data()); }
+  Tensor upload(std::span<const int64_t> values, const Shape& shape) { return upload_bytes(Dtype::i64, shape, values.data()); }
   Tensor upload(std::span<const float> values, const Shape& shape) { return upload_bytes(Dtype::f32, shape, values.data()); }
 
   /// Asks for the present values of a small f64 tensor, behind the work queued so far. At most two requests may be open.

@@ -50,6 +50,11 @@ constexpr Key kKeys[] = {
      "which state tensors the strategy sets: all, or ssm (convolution window from zeros)", -kAny, kAny, "all|ssm"},
     {"initial_state_options.probability", FIELD(initial_state_options.probability), "of a row being treated; the others start from zero", 0,
      1},
+    {"initial_state_options.sigma", FIELD(initial_state_options.sigma), "random-noise: standard deviation of every element", 0, 1e6},
+    {"initial_state_options.statistics_per", FIELD(initial_state_options.statistics_per),
+     "fitted-noise: a mean and deviation per head, tensors without heads being one; or per channel of these", -kAny, kAny, "head|channel"},
+    {"initial_state_options.statistics_decay", FIELD(initial_state_options.statistics_decay),
+     "fitted-noise: by which a final state's weight falls with every step; 1: all of the run count the same, 0: only the last step", 0, 1},
 
     {"model.family", FIELD(model.family), "kind of model"},
     {"model.d_model", FIELD(model.d_model), "width of the residual stream", 1},
@@ -391,6 +396,12 @@ void require_consistent(const Recipe& r, const std::string& origin) {
     refuse_values("the last learning rate is larger than the peak", {{"optimizer.lr", written(r.optimizer.lr)},
                                                                      {"optimizer.min_lr", written(r.optimizer.min_lr)},
                                                                      {"try", "set optimizer.min_lr as well"}});
+  for (const InitialStateStrategy& strategy : initial_state_strategies())
+    if (r.initial_state == strategy.name && strategy.arrangement != nullptr && r.data.arrangement != strategy.arrangement)
+      refuse_values("this initial state needs another arrangement of the data", {{"initial_state", r.initial_state},
+                                                                                 {"data.arrangement", r.data.arrangement},
+                                                                                 {"expected", strategy.arrangement},
+                                                                                 {"because", strategy.because}});
   if (r.name.find_first_of("/\\") != std::string::npos || r.name == "." || r.name == "..")
     refuse_values("a run's name is one folder name", {{"name", r.name}});
 }

@@ -106,6 +106,10 @@ TEST("recipe: wrong types, ranges and choices are refused") {
   expect_refused("[data]\nfiles = [1, 2]\n", {"a list that holds", "data.files"});
   expect_refused("[data]\narrangement = \"pakced\"\n", {"unknown choice", "known    packed, streams", "nearest  packed"});
   expect_refused("initial_state = \"state_passing\"\n", {"unknown choice", "nearest  state-passing"});
+  expect_refused("initial_state = \"random_noise\"\n", {"unknown choice", "zero, random-noise, fitted-noise, state-passing, tbtt"});
+  expect_refused("[initial_state_options]\nsigma = -0.1\n", {"out of range", "initial_state_options.sigma", "at least 0"});
+  expect_refused("[initial_state_options]\nstatistics_decay = 2\n", {"out of range", "at least 0, at most 1"});
+  expect_refused("[initial_state_options]\nstatistics_per = \"heads\"\n", {"unknown choice", "nearest  head"});
   expect_refused("[model]\nfamily = \"mamba22\"\n", {"unknown choice", "nearest  mamba2"});
   expect_refused("[model]\nd_state = \"x\"\n", {"wrong type", "model.d_state"});
   expect_refused("[train]\nbatch_size = 6\ngrad_accumulation = 4\n", {"micro-batches"});
@@ -114,6 +118,18 @@ TEST("recipe: wrong types, ranges and choices are refused") {
   expect_refused("name = \"a/b\"\n", {"one folder name"});
   expect_refused("", {"not key=value"}, {"train.steps"});
   expect_refused("", {"wrong type", "whole number", "abc"}, {"train.steps=abc"});
+}
+
+TEST("recipe: an initial state that needs another arrangement of the data is refused, with the reason") {
+  const std::string streams = "[data]\narrangement = \"streams\"\n", packed = "[data]\narrangement = \"packed\"\n";
+  expect_refused("initial_state = \"tbtt\"\n", {"another arrangement", "packed", "expected          streams", "go on with the text"});
+  expect_refused("initial_state = \"tbtt\"\n" + packed, {"another arrangement", "r.toml"});
+  expect_refused("initial_state = \"state-passing\"\n" + streams, {"expected          packed", "called tbtt"});
+  expect_refused("initial_state = \"fitted-noise\"\n" + streams, {"expected          packed", "padding"});
+  for (const char* accepted : {"zero", "random-noise", "tbtt"})
+    CHECK(parse_recipe("", "r.toml", {"data.arrangement=streams", std::string("initial_state=") + accepted}).initial_state == accepted);
+  for (const char* accepted : {"zero", "random-noise", "fitted-noise", "state-passing"})
+    CHECK(parse_recipe("", "r.toml", {std::string("initial_state=") + accepted}).initial_state == accepted);
 }
 
 TEST("recipe: the vocabulary is the tokenizer's unless it is given") {

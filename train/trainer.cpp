@@ -36,6 +36,7 @@ Trainer::Trainer(const Recipe& recipe, LanguageModel& model)
       link_(make_host_link(model.device())),
       initial_state_(make_initial_state(recipe.initial_state, {.zero_state = [&model](int64_t rows) { return model.zero_state(rows); },
                                                                .device = model.device(),
+                                                               .link = *link_,
                                                                .seed = static_cast<uint64_t>(recipe.seed),
                                                                .options = recipe.initial_state_options})),
       optimizer_(model.parameters(), optimizer_options(recipe, model)),
@@ -91,11 +92,11 @@ void Trainer::step(const Batch& batch) {
   ++steps_done_;
 }
 
-void Trainer::save(const std::string& folder) const {
-  save_model(model_, folder);
+void Trainer::save(const std::string& folder, std::optional<int64_t> end_of_text) const {
+  save_model(model_, folder, {.end_of_text = end_of_text});
   write_safetensors(folder + kOptimizerFile, optimizer_.save(), {{"format", "longhand adamw"}});
   if (const auto carried = initial_state_->save(); !carried.empty())
-    write_safetensors(folder + kCarriedFile, carried, {{"format", "longhand recurrent state"}, {"strategy", recipe_.initial_state}});
+    write_safetensors(folder + kCarriedFile, carried, {{"format", "longhand initial state"}, {"strategy", recipe_.initial_state}});
 }
 
 void Trainer::load(const std::string& folder, int64_t steps_done) {

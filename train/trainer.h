@@ -8,6 +8,7 @@
 // The files around it: training_loop.h (logging, checkpoints, interruption), run_folder.h (where things lie).
 #pragma once
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "data/batcher.h"
@@ -44,7 +45,8 @@ class Trainer {
   const HostLink& link() const { return *link_; }
 
   /// model.safetensors, config.json, optimizer.safetensors and, where the strategy carries something, carried_state.safetensors.
-  void save(const std::string& folder) const;
+  /// end_of_text  id that closes a document, for the libraries that open the model
+  void save(const std::string& folder, std::optional<int64_t> end_of_text = {}) const;
   /// Goes on after `steps_done` steps from what save() wrote.
   void load(const std::string& folder, int64_t steps_done);
 

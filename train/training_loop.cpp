@@ -224,7 +224,7 @@ class Loop {
 
   void save() {
     job_.folder.write_checkpoint(done_.step, recipe_.train.keep_last, [&](const std::string& folder) {
-      trainer_.save(folder);
+      trainer_.save(folder, job_.tokenizer->end_of_text());
       nlohmann::ordered_json json{{"format", kCheckpointFormat},
                                   {"step", done_.step},
                                   {"steps", recipe_.train.steps},

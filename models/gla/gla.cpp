@@ -10,6 +10,7 @@
 
 #include "autograd/tape.h"
 #include "core/error.h"
+#include "models/decay.h"
 #include "models/gla/gla_layouts.h"
 #include "models/model_family.h"
 #include "ops/causal_conv1d/causal_conv1d.h"
@@ -87,10 +88,6 @@ Initializer init_matrix(const ModelConfig& c) {
   return init_normal(c.option("initializer_range"));
 }
 
-ParameterOptions small(Initializer init, bool decay = false) {
-  return {std::move(init), decay, true};
-}
-
 class Attention final : public Mixer {
  public:
   Attention(const ModelConfig& config, const std::string& prefix, ParameterSet& parameters)
@@ -104,7 +101,7 @@ class Attention final : public Mixer {
       return parameters.declare(prefix + name, {rows, columns}, {.init = init_matrix(config)});
     };
     auto convolution = [&](const char* name, int64_t channels) {
-      return parameters.declare(prefix + name, {channels, 1, s.d_conv}, small(init_matrix(config), true));
+      return parameters.declare(prefix + name, {channels, 1, s.d_conv}, small_parameter(init_matrix(config), true));
     };
     q_proj_ = matrix("q_proj.weight", s.keys(), s.d_model);
     k_proj_ = matrix("k_proj.weight", s.keys(), s.d_model);
@@ -116,10 +113,10 @@ class Attention final : public Mixer {
     }
     gate_down_ = matrix("gk_proj.0.weight", s.rank, s.d_model);
     gate_up_ = matrix("gk_proj.1.weight", s.keys(), s.rank);
-    gate_bias_ = parameters.declare(prefix + "gk_proj.1.bias", {s.keys()}, small(init_constant(0)));
+    gate_bias_ = parameters.declare(prefix + "gk_proj.1.bias", {s.keys()}, small_parameter(init_constant(0)));
     if (config.flag("use_output_gate")) g_proj_ = matrix("g_proj.weight", s.values(), s.d_model);
-    norm_weight_ =
-        parameters.declare(prefix + (g_proj_ != nullptr ? "g_norm_swish_gate.weight" : "g_norm.weight"), {s.Dv}, small(init_constant(1)));
+    norm_weight_ = parameters.declare(prefix + (g_proj_ != nullptr ? "g_norm_swish_gate.weight" : "g_norm.weight"), {s.Dv},
+                                      small_parameter(init_constant(1)));
     o_proj_ = matrix("o_proj.weight", s.d_model, s.values());
   }
 
@@ -139,6 +136,7 @@ class Attention final : public Mixer {
     const Variable v = reshape(projected(v_proj_, v_conv_, "conv_v"), value_heads);
     const Variable gate = linear(linear(x, gate_down_->variable), gate_up_->variable, gate_bias_->variable);  // logits [B, T, H * Dk]
     const auto mixed = longhand::gla(q, k, v, reshape(gate, key_heads), state_tensor(h0, "ssm"), gla_);
+    DecayScope::observe([&] { return decay_of_gates(gate.value(), s.heads, gla_.gate_normalizer, gla_.gate_min); });
     h_T["ssm"] = mixed.h_T;
     const Variable heads = g_proj_ == nullptr ? rmsnorm(mixed.o, norm_weight_->variable, norm_.eps)
                                               : gated_rmsnorm(mixed.o, reshape(linear(x, g_proj_->variable), value_heads),
@@ -199,7 +197,7 @@ class Mlp final : public Mixer {
 
 std::vector<Sublayer> make_layer(const ModelConfig& config, int64_t layer, ParameterSet& parameters) {
   const std::string scope = "layers." + std::to_string(layer) + ".", prefix = "model." + scope;
-  auto norm = [&](const char* name) { return parameters.declare(prefix + name, {config.d_model}, small(init_constant(1))); };
+  auto norm = [&](const char* name) { return parameters.declare(prefix + name, {config.d_model}, small_parameter(init_constant(1))); };
   std::vector<Sublayer> sublayers;
   Parameter* attention_norm = norm("attn_norm.weight");
   sublayers.push_back({scope + "attn", attention_norm, std::make_unique<Attention>(config, prefix + "attn.", parameters)});

@@ -121,10 +121,6 @@ Json fla_write(const ModelConfig& c) {
           {"longhand", own_keys(c)}};
 }
 
-std::string fla_name(const std::string& parameter) {
-  return parameter;
-}  // longhand's own names are these
-
 // Files written with fuse_norm false call the head norm g_norm; files from before February 2025 hold gate_proj and up_proj as one matrix.
 void fla_modernize(std::map<std::string, Tensor>& tensors, const ModelConfig& c, const std::string& file) {
   const int64_t width = c.count("intermediate_size");
@@ -151,7 +147,7 @@ void fla_modernize(std::map<std::string, Tensor>& tensors, const ModelConfig& c,
 }
 
 constexpr CheckpointLayout kTable[] = {
-    {"fla", CheckpointLayout::Weights::safetensors, false, fla_matches, fla_read, fla_obstacle, fla_write, fla_name, fla_modernize},
+    {"fla", CheckpointLayout::Weights::safetensors, false, true, fla_matches, fla_read, fla_obstacle, fla_write, own_name, fla_modernize},
 };
 
 }  // namespace

@@ -42,6 +42,12 @@ TEST("gla: greedy continuation, one token at a time from the carried state, is t
   expect_greedy({.model = "fla-gla"});
 }
 
+TEST("gla: on a GPU bf16 stays near f32 in every reference case") {
+  if (!folder_from("LONGHAND_GOLDEN")) SKIP("LONGHAND_GOLDEN is not set");
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  expect_bf16_near_f32({.model = "fla-gla"});
+}
+
 TEST("gla: a sequence in pieces from the carried state gives the logits of the whole") {
   for (const Kind kind : kKinds) expect_pieces_equal_whole(tiny(kind));
 }

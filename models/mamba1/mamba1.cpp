@@ -8,9 +8,9 @@
 #include <cmath>
 
 #include "autograd/tape.h"
+#include "models/decay.h"
 #include "models/mamba1/mamba1_layouts.h"
-#include "models/mamba_initializers.h"
-#include "models/model_family.h"
+#include "models/mamba_backbone.h"
 #include "ops/causal_conv1d/causal_conv1d.h"
 #include "ops/linear/linear.h"
 #include "ops/selective_scan/selective_scan.h"
@@ -62,21 +62,21 @@ class Mamba1Mixer final : public Mixer {
     const Sizes& s = sizes_;
     const double residual_scale = 1 / std::sqrt(static_cast<double>(config.n_layer));
     const double dt_bound = config.option("dt_scale") / std::sqrt(static_cast<double>(s.dt_rank));
-    auto small = [](Initializer init, bool decay = false) { return ParameterOptions{std::move(init), decay, true}; };
 
     in_proj_ = parameters.declare(prefix + "in_proj.weight", {2 * s.d_inner, s.d_model}, {.init = init_fan_in(s.d_model)});
-    conv_weight_ = parameters.declare(prefix + "conv1d.weight", {s.d_inner, 1, s.d_conv}, small(init_fan_in(s.d_conv), true));
-    if (config.flag("conv_bias")) conv_bias_ = parameters.declare(prefix + "conv1d.bias", {s.d_inner}, small(init_fan_in(s.d_conv)));
+    conv_weight_ = parameters.declare(prefix + "conv1d.weight", {s.d_inner, 1, s.d_conv}, small_parameter(init_fan_in(s.d_conv), true));
+    if (config.flag("conv_bias"))
+      conv_bias_ = parameters.declare(prefix + "conv1d.bias", {s.d_inner}, small_parameter(init_fan_in(s.d_conv)));
     x_proj_ = parameters.declare(prefix + "x_proj.weight", {s.dt_rank + 2 * s.d_state, s.d_inner}, {.init = init_fan_in(s.d_inner)});
     dt_proj_ = parameters.declare(prefix + "dt_proj.weight", {s.d_inner, s.dt_rank},
                                   {.init = config.flag("dt_init_constant") ? init_constant(dt_bound) : init_uniform(-dt_bound, dt_bound)});
-    dt_bias_ = parameters.declare(prefix + "dt_proj.bias", {s.d_inner}, small(init_dt_bias(config)));
-    A_log_ = parameters.declare(prefix + "A_log", {s.d_inner, s.d_state}, small(init_A_log(s.d_state)));
-    D_ = parameters.declare(prefix + "D", {s.d_inner}, small(init_constant(1)));
+    dt_bias_ = parameters.declare(prefix + "dt_proj.bias", {s.d_inner}, small_parameter(init_dt_bias(config)));
+    A_log_ = parameters.declare(prefix + "A_log", {s.d_inner, s.d_state}, small_parameter(init_A_log(s.d_state)));
+    D_ = parameters.declare(prefix + "D", {s.d_inner}, small_parameter(init_constant(1)));
     out_proj_ = parameters.declare(prefix + "out_proj.weight", {s.d_model, s.d_inner}, {.init = init_fan_in(s.d_inner, residual_scale)});
     if (config.flag("bias")) {
-      in_bias_ = parameters.declare(prefix + "in_proj.bias", {2 * s.d_inner}, small(init_constant(0)));
-      out_bias_ = parameters.declare(prefix + "out_proj.bias", {s.d_model}, small(init_constant(0)));
+      in_bias_ = parameters.declare(prefix + "in_proj.bias", {2 * s.d_inner}, small_parameter(init_constant(0)));
+      out_bias_ = parameters.declare(prefix + "out_proj.bias", {s.d_model}, small_parameter(init_constant(0)));
     }
   }
 
@@ -89,6 +89,7 @@ class Mamba1Mixer final : public Mixer {
     const Variable dt = linear(selected[0], dt_proj_->variable);  // [B, T, d_inner]; its bias is added in the scan, in f32
     const auto scan = selective_scan(conv.y, dt, A_log_->variable, selected[1], selected[2], D_->variable, parts[1], dt_bias_->variable,
                                      state_tensor(h0, "ssm"));
+    DecayScope::observe([&] { return decay_of_steps(dt.value(), dt_bias_->variable.value(), A_log_->variable.value(), 1); });
     h_T["conv"] = conv.window;
     h_T["ssm"] = scan.h_T;
     return linear(scan.y, out_proj_->variable, optional_variable(out_bias_));  // [B, T, d_model]
@@ -119,16 +120,6 @@ class Mamba1Mixer final : public Mixer {
   Parameter *in_bias_ = nullptr, *out_bias_ = nullptr;
 };
 
-std::vector<Sublayer> make_layer(const ModelConfig& config, int64_t layer, ParameterSet& parameters) {
-  const std::string prefix = "backbone.layers." + std::to_string(layer) + ".";
-  Parameter* norm =
-      parameters.declare(prefix + "norm.weight", {config.d_model}, {.init = init_constant(1), .decay = false, .full_precision = true});
-  std::vector<Sublayer> sublayers;
-  sublayers.push_back(
-      {"layers." + std::to_string(layer) + ".mixer", norm, std::make_unique<Mamba1Mixer>(config, prefix + "mixer.", parameters)});
-  return sublayers;
-}
-
 }  // namespace
 
 extern const ModelFamily kFamily;
@@ -136,12 +127,12 @@ const ModelFamily kFamily{.name = "mamba1",
                           .options = kOptions,
                           .defaults = defaults,
                           .settle = settle,
-                          .embedding_name = "backbone.embeddings.weight",
-                          .final_norm_name = "backbone.norm_f.weight",
+                          .embedding_name = kMambaEmbedding,
+                          .final_norm_name = kMambaFinalNorm,
                           .head_name = "lm_head.weight",
                           .embedding_init = init_mamba_embedding,
                           .head_init = init_mamba_head,
-                          .make_layer = make_layer,
+                          .make_layer = make_mamba_layer<Mamba1Mixer>,
                           .layouts = kLayouts};
 
 }  // namespace longhand::models::mamba1

@@ -1,4 +1,5 @@
-// Keys and names of Mamba-1 checkpoints. Facts: huggingface/transformers models/mamba, state-spaces/mamba models/config_mamba.py.
+// Keys and names of Mamba-1 checkpoints. Facts: huggingface/transformers models/mamba, state-spaces/mamba models/config_mamba.py,
+// fla-org/flash-linear-attention fla/models/mamba.
 #include "models/mamba1/mamba1_layouts.h"
 
 #include "models/layout_keys.h"
@@ -14,7 +15,7 @@ void read_dt_rank(ConfigReader& reader, const char* key, ModelConfig& c) {
   if (rank.is_null() || rank == "auto") {
     c.options["dt_rank"] = 0;
   } else {
-    if (!rank.is_number_integer() || rank.get<int64_t>() < 1) reader.refuse(key, "\"auto\" or a whole number above 0");
+    if (!rank.is_number_integer() || reader.integer(key, 0) < 1) reader.refuse(key, "\"auto\" or a whole number above 0");
     c.options["dt_rank"] = rank.get<double>();
   }
 }
@@ -29,7 +30,7 @@ const char* dt_init_text(const ModelConfig& c) {
   return c.flag("dt_init_constant") ? "constant" : "random";
 }
 
-// --- transformers ---------------------------------------------------------------------------------------------
+// --- transformers, and FLA's class of the same model_type -----------------------------------------------------
 
 bool transformers_matches(const Json& json) {
   return is_text(json, "model_type", "mamba");
@@ -43,7 +44,7 @@ ModelConfig transformers_read(const Json& json, const std::string& file) {
   c.d_model = reader.integer("hidden_size", 768);
   c.n_layer = reader.integer("num_hidden_layers", 32);
   c.tie_embeddings = reader.boolean("tie_word_embeddings", true);
-  c.norm_eps = reader.number("layer_norm_epsilon", 1e-5);
+  c.norm_eps = number_of_either(reader, "layer_norm_epsilon", "norm_eps", 1e-5);
   int64_t expand = reader.integer("expand", 2);
   if (reader.has("intermediate_size")) {  // comes before expand
     const int64_t d_inner = reader.integer("intermediate_size", 0);
@@ -92,30 +93,29 @@ Json transformers_write(const ModelConfig& c) {
           {"time_step_min", c.option("dt_min")},
           {"time_step_max", c.option("dt_max")},
           {"time_step_floor", c.option("dt_init_floor")},
-          {"bos_token_id", 0},
-          {"eos_token_id", 0},
-          {"pad_token_id", 0},
           {"longhand", own_keys(c)}};
 }
 
-std::string transformers_name(const std::string& parameter) {
-  return parameter;
-}  // longhand's own names are these
-
 // --- state-spaces ---------------------------------------------------------------------------------------------
+
+// ssm_cfg; absent means {}.
+Json block_of(const Json& json) {
+  const auto block = json.find("ssm_cfg");
+  return block == json.end() || block->is_null() ? Json::object() : *block;
+}
 
 // Mamba-1 is what a file without ssm_cfg.layer means. Converted files of transformers may hold these keys too, as leftovers.
 bool state_spaces_matches(const Json& json) {
-  const auto block = json.find("ssm_cfg");
-  return json.contains("d_model") && !json.contains("model_type") && block != json.end() && block->is_object() &&
-         (!block->contains("layer") || is_text(*block, "layer", "Mamba1"));
+  if (!json.contains("d_model") || json.contains("model_type")) return false;
+  const Json block = block_of(json);
+  return block.is_object() && (!block.contains("layer") || is_text(block, "layer", "Mamba1"));
 }
 
 ModelConfig state_spaces_read(const Json& json, const std::string& file) {
   ModelConfig c;
   c.family = "mamba1";
   read_state_spaces_skeleton(json, file, c);
-  const Json& block = json.at("ssm_cfg");
+  const Json block = block_of(json);
   ConfigReader ssm(block, file + " (ssm_cfg)");
   ssm.ignore("layer");
   ssm.ignore("use_fast_path");
@@ -155,16 +155,12 @@ Json state_spaces_write(const ModelConfig& c) {
   return json;
 }
 
-std::string state_spaces_name(const std::string& parameter) {
-  return parameter == "backbone.embeddings.weight" ? "backbone.embedding.weight" : parameter;
-}
-
 using Weights = CheckpointLayout::Weights;
 constexpr CheckpointLayout kTable[] = {
-    {"hf", Weights::safetensors, false, transformers_matches, transformers_read, transformers_obstacle, transformers_write,
-     transformers_name, nullptr},
-    {"state-spaces", Weights::torch, true, state_spaces_matches, state_spaces_read, state_spaces_skeleton_obstacle, state_spaces_write,
-     state_spaces_name, nullptr},
+    {"hf", Weights::safetensors, false, true, transformers_matches, transformers_read, transformers_obstacle, transformers_write, own_name,
+     nullptr},
+    {"state-spaces", Weights::torch, true, false, state_spaces_matches, state_spaces_read, state_spaces_skeleton_obstacle,
+     state_spaces_write, state_spaces_name, nullptr},
 };
 
 }  // namespace

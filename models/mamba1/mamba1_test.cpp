@@ -39,6 +39,12 @@ TEST("mamba1: greedy continuation, one token at a time from the carried state, i
   expect_greedy({.model = "hf-mamba1"});
 }
 
+TEST("mamba1: on a GPU bf16 stays near f32 in every reference case") {
+  if (!folder_from("LONGHAND_GOLDEN")) SKIP("LONGHAND_GOLDEN is not set");
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  for (const char* name : {"hf-mamba1", "ss-mamba1"}) expect_bf16_near_f32({.model = name, .expected = "hf-mamba1"});
+}
+
 TEST("mamba1: a sequence in pieces from the carried state gives the logits of the whole") {
   for (const bool odd : {false, true}) expect_pieces_equal_whole(tiny(odd));
 }
@@ -136,6 +142,15 @@ TEST("mamba1: configurations of transformers") {
   refused(R"("state_size": 0)", "d_state");
 }
 
+TEST("mamba1: configurations of FLA, whose class has the same model_type") {
+  const std::string published = R"({"model_type": "mamba", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 96, "state_size": 16,
+    "expand": 2, "conv_kernel": 4, "use_bias": false, "use_conv_bias": true, "hidden_act": "silu", "time_step_rank": 4, "fuse_norm": true,
+    "tie_word_embeddings": false, "norm_eps": 1e-6)";
+  CHECK(config_from("mamba1", "hf", published + "}").norm_eps == 1e-6);
+  CHECK(config_from("mamba1", "hf", published + R"(, "layer_norm_epsilon": 1e-6})").norm_eps == 1e-6);
+  CHECK(refusal_of_config("mamba1", "hf", published + R"(, "layer_norm_epsilon": 1e-5})").find("norm_eps") != std::string::npos);
+}
+
 TEST("mamba1: configurations of state-spaces") {
   const std::string published = R"("d_model": 32, "n_layer": 3, "vocab_size": 96, "rms_norm": true, "residual_in_fp32": true,
     "fused_add_norm": true, "pad_vocab_size_multiple": 8)";
@@ -144,6 +159,8 @@ TEST("mamba1: configurations of state-spaces") {
   CHECK(plain.tie_embeddings);
   CHECK(plain.norm_eps == 1e-5);
   CHECK(plain.options == config_from("mamba1", "state-spaces", text(R"(, "ssm_cfg": {"dt_rank": 2, "dt_init": "random"})")).options);
+  CHECK(plain.options == config_from("mamba1", "state-spaces", text("")).options);  // absent means {}
+  CHECK(plain.options == config_from("mamba1", "state-spaces", text(R"(, "ssm_cfg": null)")).options);
   CHECK(plain.count("dt_rank") == 2);
   const ModelConfig other =
       config_from("mamba1", "state-spaces",

@@ -11,9 +11,9 @@
 #include "autograd/tape.h"
 #include "core/error.h"
 #include "core/philox.h"
+#include "models/decay.h"
 #include "models/mamba2/mamba2_layouts.h"
-#include "models/mamba_initializers.h"
-#include "models/model_family.h"
+#include "models/mamba_backbone.h"
 #include "ops/causal_conv1d/causal_conv1d.h"
 #include "ops/gated_rmsnorm/gated_rmsnorm.h"
 #include "ops/linear/linear.h"
@@ -97,21 +97,20 @@ class Mamba2Mixer final : public Mixer {
               .norm_before_gate = config.flag("norm_before_gate")} {
     const Sizes& s = sizes_;
     const double conv_init = config.option("conv_init"), residual_scale = 1 / std::sqrt(static_cast<double>(config.n_layer));
-    auto small = [](Initializer init, bool decay = false) { return ParameterOptions{std::move(init), decay, true}; };
 
     in_proj_ = parameters.declare(prefix + "in_proj.weight", {s.projection(), s.d_model}, {.init = init_fan_in(s.d_model)});
     conv_weight_ = parameters.declare(prefix + "conv1d.weight", {s.conv_channels(), 1, s.d_conv},
-                                      small(conv_init > 0 ? init_uniform(-conv_init, conv_init) : init_fan_in(s.d_conv), true));
+                                      small_parameter(conv_init > 0 ? init_uniform(-conv_init, conv_init) : init_fan_in(s.d_conv), true));
     if (config.flag("conv_bias"))
-      conv_bias_ = parameters.declare(prefix + "conv1d.bias", {s.conv_channels()}, small(init_fan_in(s.d_conv)));
-    dt_bias_ = parameters.declare(prefix + "dt_bias", {s.heads}, small(init_dt_bias(config)));
-    A_log_ = parameters.declare(prefix + "A_log", {s.heads}, small(init_A_log(config)));
-    D_ = parameters.declare(prefix + "D", config.flag("D_has_hdim") ? Shape{s.d_inner} : Shape{s.heads}, small(init_constant(1)));
-    if (config.flag("rmsnorm")) norm_weight_ = parameters.declare(prefix + "norm.weight", {s.d_inner}, small(init_constant(1)));
+      conv_bias_ = parameters.declare(prefix + "conv1d.bias", {s.conv_channels()}, small_parameter(init_fan_in(s.d_conv)));
+    dt_bias_ = parameters.declare(prefix + "dt_bias", {s.heads}, small_parameter(init_dt_bias(config)));
+    A_log_ = parameters.declare(prefix + "A_log", {s.heads}, small_parameter(init_A_log(config)));
+    D_ = parameters.declare(prefix + "D", config.flag("D_has_hdim") ? Shape{s.d_inner} : Shape{s.heads}, small_parameter(init_constant(1)));
+    if (config.flag("rmsnorm")) norm_weight_ = parameters.declare(prefix + "norm.weight", {s.d_inner}, small_parameter(init_constant(1)));
     out_proj_ = parameters.declare(prefix + "out_proj.weight", {s.d_model, s.d_inner}, {.init = init_fan_in(s.d_inner, residual_scale)});
     if (config.flag("bias")) {
-      in_bias_ = parameters.declare(prefix + "in_proj.bias", {s.projection()}, small(init_constant(0)));
-      out_bias_ = parameters.declare(prefix + "out_proj.bias", {s.d_model}, small(init_constant(0)));
+      in_bias_ = parameters.declare(prefix + "in_proj.bias", {s.projection()}, small_parameter(init_constant(0)));
+      out_bias_ = parameters.declare(prefix + "out_proj.bias", {s.d_model}, small_parameter(init_constant(0)));
     }
   }
 
@@ -126,6 +125,9 @@ class Mamba2Mixer final : public Mixer {
     const auto scan = ssd(reshape(xBC[0], {B, T, s.heads, s.headdim}), parts[2], A_log_->variable,  //
                           reshape(xBC[1], {B, T, s.groups, s.d_state}), reshape(xBC[2], {B, T, s.groups, s.d_state}), D_skip,
                           dt_bias_->variable, state_tensor(h0, "ssm"), ssd_);
+    DecayScope::observe([&] {
+      return decay_of_steps(parts[2].value(), dt_bias_->variable.value(), A_log_->variable.value(), s.heads, ssd_.dt_min, ssd_.dt_max);
+    });
     h_T["conv"] = conv.window;
     h_T["ssm"] = scan.h_T;
     const Variable gated = gated_rmsnorm(reshape(scan.y, {B, T, s.d_inner}), parts[0], optional_variable(norm_weight_), norm_);
@@ -164,16 +166,6 @@ class Mamba2Mixer final : public Mixer {
   Parameter *in_bias_ = nullptr, *out_bias_ = nullptr;
 };
 
-std::vector<Sublayer> make_layer(const ModelConfig& config, int64_t layer, ParameterSet& parameters) {
-  const std::string prefix = "backbone.layers." + std::to_string(layer) + ".";
-  Parameter* norm =
-      parameters.declare(prefix + "norm.weight", {config.d_model}, {.init = init_constant(1), .decay = false, .full_precision = true});
-  std::vector<Sublayer> sublayers;
-  sublayers.push_back(
-      {"layers." + std::to_string(layer) + ".mixer", norm, std::make_unique<Mamba2Mixer>(config, prefix + "mixer.", parameters)});
-  return sublayers;
-}
-
 }  // namespace
 
 extern const ModelFamily kFamily;
@@ -181,12 +173,12 @@ const ModelFamily kFamily{.name = "mamba2",
                           .options = kOptions,
                           .defaults = defaults,
                           .settle = settle,
-                          .embedding_name = "backbone.embeddings.weight",
-                          .final_norm_name = "backbone.norm_f.weight",
+                          .embedding_name = kMambaEmbedding,
+                          .final_norm_name = kMambaFinalNorm,
                           .head_name = "lm_head.weight",
                           .embedding_init = init_mamba_embedding,
                           .head_init = init_mamba_head,
-                          .make_layer = make_layer,
+                          .make_layer = make_mamba_layer<Mamba2Mixer>,
                           .layouts = kLayouts};
 
 }  // namespace longhand::models::mamba2

@@ -1,4 +1,5 @@
-// Keys and names of Mamba-2 checkpoints. Facts: huggingface/transformers models/mamba2, state-spaces/mamba models/config_mamba.py.
+// Keys and names of Mamba-2 checkpoints. Facts: huggingface/transformers models/mamba2, state-spaces/mamba models/config_mamba.py,
+// fla-org/flash-linear-attention fla/models/mamba2.
 #include "models/mamba2/mamba2_layouts.h"
 
 #include <cmath>
@@ -26,15 +27,32 @@ void write_limits(Json& json, const char* key, const ModelConfig& config) {
   if (low > 0 || std::isfinite(high)) json[key] = {json_from_number(low), json_from_number(high)};
 }
 
-// --- transformers ---------------------------------------------------------------------------------------------
+void read_A_range(ConfigReader& reader, ModelConfig& config) {
+  const Json range = reader.value("A_init_range");
+  if (range.is_null()) return;
+  if (!range.is_array() || range.size() != 2 || !range[0].is_number() || !range[1].is_number())
+    reader.refuse("A_init_range", "a list of two numbers");
+  config.options["A_init_min"] = range[0].get<double>();
+  config.options["A_init_max"] = range[1].get<double>();
+}
+
+// --- transformers, and FLA's class of the same model_type -----------------------------------------------------
 
 // Options that transformers has no key for.
-constexpr auto kOwnOptions = {"norm_per_group", "A_init_min", "A_init_max", "conv_init"};
+constexpr auto kOwnOptions = {"A_init_min", "A_init_max", "conv_init"};
 
 bool transformers_matches(const Json& json) {
   return is_text(json, "model_type", "mamba2");
 }
 
+// transformers once wrote norm_before_gate true, and has always gated first: there it says nothing.
+void read_norm_of_fla(ConfigReader& reader, ModelConfig& c) {
+  if (!reader.has("norm_eps")) return;
+  c.options["norm_before_gate"] = reader.boolean("norm_before_gate", false) ? 1 : 0;
+  if (c.option("ngroups") != 1) reader.refuse("n_groups", "1: FLA's versions do not take the norm over several groups in one way");
+}
+
+// Keys that are not read here are leftovers of conversions or say how to run: they may contradict what is read.
 ModelConfig transformers_read(const Json& json, const std::string& file) {
   ConfigReader reader(json, file);
   ModelConfig c;
@@ -42,7 +60,7 @@ ModelConfig transformers_read(const Json& json, const std::string& file) {
   c.d_model = reader.integer("hidden_size", 4096);
   c.n_layer = reader.integer("num_hidden_layers", 64);
   c.tie_embeddings = reader.boolean("tie_word_embeddings", false);
-  c.norm_eps = reader.number("layer_norm_epsilon", 1e-5);
+  c.norm_eps = number_of_either(reader, "layer_norm_epsilon", "norm_eps", 1e-5);
   const int64_t heads = reader.integer("num_heads", 128), headdim = reader.integer("head_dim", 64), expand = reader.integer("expand", 2);
   if (heads * headdim != expand * c.d_model) reader.refuse("num_heads", "num_heads * head_dim = expand * hidden_size");
   c.options = {{"d_state", static_cast<double>(reader.integer("state_size", 128))},
@@ -53,11 +71,17 @@ ModelConfig transformers_read(const Json& json, const std::string& file) {
                {"chunk_size", static_cast<double>(reader.integer("chunk_size", 256))},
                {"bias", reader.boolean("use_bias", false) ? 1.0 : 0.0},
                {"conv_bias", reader.boolean("use_conv_bias", true) ? 1.0 : 0.0},
-               {"dt_min", reader.number("time_step_min", 0.001)},
-               {"dt_max", reader.number("time_step_max", 0.1)},
-               {"dt_init_floor", reader.number("time_step_floor", 1e-4)},
+               {"dt_min", number_of_either(reader, "time_step_min", "dt_min", 0.001)},
+               {"dt_max", number_of_either(reader, "time_step_max", "dt_max", 0.1)},
+               {"dt_init_floor", number_of_either(reader, "time_step_floor", "dt_init_floor", 1e-4)},
+               {"conv_init", reader.number("conv_init", 0)},
+               {"rmsnorm", reader.boolean("rmsnorm", true) ? 1.0 : 0.0},
+               {"D_has_hdim", reader.boolean("D_has_hdim", false) ? 1.0 : 0.0},
                {"norm_per_group", 0.0}};
-  read_limits(reader, "time_step_limit", c);
+  read_norm_of_fla(reader, c);
+  read_A_range(reader, c);
+  if (reader.has("time_step_limit")) reader.require("dt_limit", reader.value("time_step_limit"));
+  read_limits(reader, reader.has("dt_limit") ? "dt_limit" : "time_step_limit", c);
   reader.require("rms_norm", true);
   require_silu(reader, "silu");
   read_padded_vocab(reader, file, 32768, c, kOwnOptions);
@@ -94,18 +118,11 @@ Json transformers_write(const ModelConfig& c) {
             {"tie_word_embeddings", c.tie_embeddings},
             {"time_step_min", c.option("dt_min")},
             {"time_step_max", c.option("dt_max")},
-            {"time_step_floor", c.option("dt_init_floor")},
-            {"bos_token_id", 0},
-            {"eos_token_id", 0},
-            {"pad_token_id", 0}};
+            {"time_step_floor", c.option("dt_init_floor")}};
   write_limits(json, "time_step_limit", c);
   json["longhand"] = own_keys(c, kOwnOptions);
   return json;
 }
-
-std::string transformers_name(const std::string& parameter) {
-  return parameter;
-}  // longhand's own names are these
 
 // --- state-spaces ---------------------------------------------------------------------------------------------
 
@@ -133,13 +150,7 @@ ModelConfig state_spaces_read(const Json& json, const std::string& file) {
   c.options["conv_init"] = ssm.number("conv_init", 0);
   c.options["norm_per_group"] = 1;
   read_limits(ssm, "dt_limit", c);
-  const Json range = ssm.value("A_init_range");
-  if (!range.is_null()) {
-    if (!range.is_array() || range.size() != 2 || !range[0].is_number() || !range[1].is_number())
-      ssm.refuse("A_init_range", "a list of two numbers");
-    c.options["A_init_min"] = range[0].get<double>();
-    c.options["A_init_max"] = range[1].get<double>();
-  }
+  read_A_range(ssm, c);
   ssm.refuse_unknown();
   return c;
 }
@@ -182,15 +193,11 @@ Json state_spaces_write(const ModelConfig& c) {
           {"tie_embeddings", c.tie_embeddings}};
 }
 
-std::string state_spaces_name(const std::string& parameter) {
-  return parameter == "backbone.embeddings.weight" ? "backbone.embedding.weight" : parameter;
-}
-
 using Weights = CheckpointLayout::Weights;
 constexpr CheckpointLayout kTable[] = {
-    {"hf", Weights::safetensors, false, transformers_matches, transformers_read, transformers_obstacle, transformers_write,
-     transformers_name, nullptr},
-    {"state-spaces", Weights::torch, true, state_spaces_matches, state_spaces_read, state_spaces_obstacle, state_spaces_write,
+    {"hf", Weights::safetensors, false, true, transformers_matches, transformers_read, transformers_obstacle, transformers_write, own_name,
+     nullptr},
+    {"state-spaces", Weights::torch, true, false, state_spaces_matches, state_spaces_read, state_spaces_obstacle, state_spaces_write,
      state_spaces_name, nullptr},
 };
 

@@ -54,6 +54,13 @@ TEST("mamba2: greedy continuation, one token at a time from the carried state, i
   for (const char* name : {"hf-mamba2-g1", "hf-mamba2-g2", "ss-mamba2-g2"}) expect_greedy({.model = name});
 }
 
+TEST("mamba2: on a GPU bf16 stays near f32 in every reference case") {
+  if (!folder_from("LONGHAND_GOLDEN")) SKIP("LONGHAND_GOLDEN is not set");
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  for (const char* name : {"hf-mamba2-g1", "hf-mamba2-g2", "ss-mamba2-g2"}) expect_bf16_near_f32({.model = name});
+  expect_bf16_near_f32({.model = "ss-mamba2-fp16", .expected = "hf-mamba2-g1"});
+}
+
 TEST("mamba2: a sequence in pieces from the carried state gives the logits of the whole") {
   for (const bool odd : {false, true}) expect_pieces_equal_whole(tiny(odd));
 }
@@ -190,6 +197,26 @@ TEST("mamba2: with one group both libraries' norms are the same, and so are thei
   CHECK_FALSE(two.flag("norm_per_group"));
 }
 
+TEST("mamba2: how the norm takes its mean is in no file: the layout says it, and one group leaves nothing to say") {
+  for (const int groups : {1, 2}) {
+    ModelConfig c = tiny();
+    c.options["ngroups"] = groups;
+    for (const int per_group : {0, 1}) {
+      c.options["norm_per_group"] = per_group;
+      ModelConfig whole = c;
+      whole.complete();
+      int written = 0;
+      for (const CheckpointLayout& layout : model_family("mamba2").layouts) {
+        if (!layout.obstacle(whole).empty()) continue;
+        CHECK(layout.write(whole).dump().find("norm_per_group") == std::string::npos);
+        ++written;
+      }
+      CHECK(written == (groups == 1 ? 2 : 1));
+      expect_config_survives_layouts(c);
+    }
+  }
+}
+
 TEST("mamba2: limits of dt survive a file, the unlimited end too") {
   for (const double upper : {0.5, std::numeric_limits<double>::infinity()}) {
     ModelConfig c = tiny();
@@ -206,4 +233,47 @@ TEST("mamba2: a state of another model is refused") {
   RecurrentState state = model.zero_state(1);
   state.layers()[1]["h"] = state.layers()[1].at("ssm");
   CHECK_THROWS_AS(model.forward(token_pattern(kCpu, 1, 3, 19), state), ValueError);
+}
+
+TEST("mamba2: configurations of FLA, whose class has the same model_type") {
+  const std::string published = R"({"model_type": "mamba2", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 96, "state_size": 16,
+    "expand": 2, "num_heads": 8, "head_dim": 16, "conv_kernel": 4, "use_bias": false, "use_conv_bias": true, "hidden_act": "silu",
+    "chunk_size": 64, "fuse_norm": true, "tie_word_embeddings": false, "norm_eps": 1e-6, "n_groups": )";
+  const auto text = [&](const std::string& more) { return published + "1" + more + "}"; };
+  const ModelConfig plain = config_from("mamba2", "hf", text(""));
+  CHECK(plain.norm_eps == 1e-6);
+  CHECK(std::isinf(plain.option("dt_limit_max")));
+  const ModelConfig other = config_from("mamba2", "hf", text(R"(, "rmsnorm": true, "norm_before_gate": true, "D_has_hdim": true,
+    "dt_min": 0.01, "dt_max": 0.2, "dt_init_floor": 1e-3, "dt_limit": [0.5, 2], "A_init_range": [2, 8], "conv_init": 0.1)"));
+  for (const auto& [option, value] : {std::pair{"norm_before_gate", 1.0},
+                                      {"D_has_hdim", 1.0},
+                                      {"dt_min", 0.01},
+                                      {"dt_max", 0.2},
+                                      {"dt_init_floor", 1e-3},
+                                      {"dt_limit_min", 0.5},
+                                      {"dt_limit_max", 2.0},
+                                      {"A_init_min", 2.0},
+                                      {"A_init_max", 8.0},
+                                      {"conv_init", 0.1}})
+    CHECK_MESSAGE(other.option(option) == value, option);
+  CHECK_FALSE(config_from("mamba2", "hf", text(R"(, "rmsnorm": false)")).flag("rmsnorm"));
+  for (const auto& [keys, part] : {std::pair{R"(, "layer_norm_epsilon": 1e-5)", "norm_eps"},
+                                   {R"(, "dt_limit": [0, 2], "time_step_limit": [0, 1])", "dt_limit"},
+                                   {R"(, "dt_min": 0.01, "time_step_min": 0.001)", "dt_min"}}) {
+    const std::string message = refusal_of_config("mamba2", "hf", text(keys));
+    CHECK_MESSAGE(message.find(part) != std::string::npos, message, " lacks ", part);
+  }
+  CHECK(refusal_of_config("mamba2", "hf", published + "2}").find("n_groups") != std::string::npos);
+
+  // transformers itself once wrote norm_before_gate, and gates first all the same.
+  const ModelConfig transformers =
+      config_from("mamba2", "hf", R"({"model_type": "mamba2", "layer_norm_epsilon": 1e-5, "norm_before_gate": true})");
+  CHECK_FALSE(transformers.flag("norm_before_gate"));
+}
+
+TEST("mamba2: sizes of a file that no product can hold are refused") {
+  for (const char* keys : {R"("vocab_size": 9223372036854775807)", R"("num_heads": 9223372036854775807, "head_dim": 2)",
+                           R"("expand": 4294967296, "hidden_size": 4294967296)", R"("vocab_size": 18446744073709551615)",
+                           R"("longhand": {"vocab_size": 9223372036854775807, "pad_vocab_size_multiple": 16})"})
+    CHECK_MESSAGE(!refusal_of_config("mamba2", "hf", std::string(R"({"model_type": "mamba2", )") + keys + "}").empty(), keys);
 }

@@ -19,6 +19,8 @@ namespace longhand::test {
 
 // What the golden README asks of f32: logits relative to the largest, gradients relative to each tensor's largest.
 constexpr double kLogitTolerance = 2e-5, kGradientTolerance = 1e-4;
+// Every tensor between two ops is rounded to bf16, 2^-9 = 2e-3 of itself; the roundings of a few layers add up to a few times that.
+constexpr double kBf16Tolerance = 2e-2;
 // Two orders of the same f32 sums.
 constexpr double kPiecesTolerance = 1e-5;
 
@@ -41,7 +43,7 @@ inline std::vector<double> logits_of(const LanguageModel& model, const Tensor& t
   const NoGrad no_grad;
   auto out = model.forward(tokens, h0);
   if (h_T != nullptr) *h_T = out.state;
-  return model.logits(out.hidden).value().to_vector<double>();
+  return model.logits(out.hidden.value()).to_vector<double>();
 }
 
 /// Every row of logits [B, T, V], positions [begin, end).
@@ -113,6 +115,16 @@ inline void expect_reference(const ReferenceCase& c) {
     CHECK(compared == std::count_if(expected.tensors.begin(), expected.tensors.end(),
                                     [](const auto& named) { return named.first.starts_with("grad."); }));
   }
+}
+
+/// On a GPU: the logits of a bf16 model are near those of the f32 model, and not rounded themselves.
+inline void expect_bf16_near_f32(const ReferenceCase& c) {
+  const Device gpu = Device::cuda();
+  const auto wide = load_model(c.folder(), gpu, Dtype::f32), narrow = load_model(c.folder(), gpu, Dtype::bf16);
+  const Tensor tokens = c.values().at("input_ids").to(gpu);
+  expect_close(logits_of(*narrow, tokens), logits_of(*wide, tokens), kBf16Tolerance, 1e-30, c.model + " bf16 logits");
+  const NoGrad no_grad;
+  CHECK(narrow->logits(narrow->forward(tokens).hidden.value()).dtype() == Dtype::f32);
 }
 
 /// The 8 tokens that greedily follow row 0, one step at a time from the carried state.

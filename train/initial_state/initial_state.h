@@ -18,10 +18,15 @@
 
 namespace longhand {
 
+class HostLink;
+
 /// Settings that strategies share; each uses those that mean something for it.
 struct InitialStateOptions {
-  std::string cover = "all";  // "all": every state tensor | "ssm": the convolution window starts from zeros
-  double probability = 1;     // of a row being treated; the others start from zero
+  std::string cover = "all";            // "all": every state tensor | "ssm": the convolution window starts from zeros
+  double probability = 1;               // of a row being treated; the others start from zero
+  double sigma = 0.1;                   // random-noise: standard deviation of every element
+  std::string statistics_per = "head";  // fitted-noise: "head" | "channel"; see state_groups() in row_kernels.h
+  double statistics_decay = 0.99;       // fitted-noise: by which a state's weight falls with every step; 1: never
 };
 
 /// What a strategy may know about a micro-batch. With gradient accumulation the rows of a step are cut into micro-batches of equal size;
@@ -60,6 +65,7 @@ class InitialState {
 struct InitialStateContext {
   std::function<RecurrentState(int64_t rows)> zero_state;  // LanguageModel::zero_state
   Device device;
+  HostLink& link;  // to that device; outlives the strategy
   uint64_t seed = 0;
   InitialStateOptions options;
 };
@@ -68,10 +74,12 @@ struct InitialStateStrategy {
   const char* name;
   const char* meaning;
   std::unique_ptr<InitialState> (*make)(const InitialStateContext&);
+  const char* arrangement = nullptr;  // of the data that it needs, and why; null: any
+  const char* because = nullptr;
 };
 std::span<const InitialStateStrategy> initial_state_strategies();
 
-/// errors  ConfigError naming the nearest known strategy; an unknown cover or a probability outside [0, 1]
+/// errors  ConfigError naming the nearest known strategy; an option that is unknown or out of its range
 std::unique_ptr<InitialState> make_initial_state(const std::string& name, const InitialStateContext& context);
 
 }  // namespace longhand

@@ -1,5 +1,5 @@
-// See mamba_initializers.h.
-#include "models/mamba_initializers.h"
+// See mamba_backbone.h.
+#include "models/mamba_backbone.h"
 
 #include <algorithm>
 #include <cmath>
