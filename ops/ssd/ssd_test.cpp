@@ -450,6 +450,7 @@ SsdInputs slow_decay_inputs(const Sizes& s, uint64_t seed, const Given& given = 
   return in;
 }
 
+/// tolerance_f32  of everything but the gradients that sum over many tokens: A_log, dt_bias, D_skip, and dt, which has sums over a chunk
 void expect_parity(const Sizes& s, const SsdInputs& in, const SsdOptions& options = {}, double tolerance_f32 = kSsdToleranceF32) {
   const Results exact = run_on(Device::cpu(), Dtype::f64, s, in, options);
   for (Dtype dtype : {Dtype::f32, Dtype::bf16}) {
@@ -459,7 +460,11 @@ void expect_parity(const Sizes& s, const SsdInputs& in, const SsdOptions& option
       const std::string what = std::string(kResultNames[k]) + " " + name_of(dtype) + " B" + std::to_string(s.B) + " T" +
                                std::to_string(s.T) + " H" + std::to_string(s.H) + " P" + std::to_string(s.P) + " G" + std::to_string(s.G) +
                                " N" + std::to_string(s.N);
-      expect_close(actual.values[k], exact.values[k], dtype == Dtype::f32 ? tolerance_f32 : kSsdToleranceBf16, 1e-30, what);
+      expect_close(actual.values[k], exact.values[k],
+                   dtype == Dtype::bf16 ? kSsdToleranceBf16
+                   : k >= 5 && k <= 8   ? kSsdToleranceF32
+                                        : tolerance_f32,
+                   1e-30, what);
     }
   }
 }

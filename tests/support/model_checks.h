@@ -118,11 +118,21 @@ inline void expect_reference(const ReferenceCase& c) {
 }
 
 /// On a GPU: the logits of a bf16 model are near those of the f32 model, and not rounded themselves.
+/// The reference cases are tiny and random, and some are ill-conditioned: rounding the weights of ss-mamba2-g2 to bf16 moves its logits by
+/// up to 9e-2 in f64 arithmetic. Computing in bf16 rounds about as often once more, so twice what the weights alone do is allowed.
 inline void expect_bf16_near_f32(const ReferenceCase& c) {
   const Device gpu = Device::cuda();
   const auto wide = load_model(c.folder(), gpu, Dtype::f32), narrow = load_model(c.folder(), gpu, Dtype::bf16);
   const Tensor tokens = c.values().at("input_ids").to(gpu);
-  expect_close(logits_of(*narrow, tokens), logits_of(*wide, tokens), kBf16Tolerance, 1e-30, c.model + " bf16 logits");
+  const auto exact = logits_of(*wide, tokens);
+  for (Parameter& p : wide->parameters().all()) copy(p.master, narrow->parameters().find(p.name)->variable.value().to(Dtype::f32));
+  const auto rounded = logits_of(*wide, tokens);
+  double largest = 0, moved = 0;
+  for (std::size_t i = 0; i < exact.size(); ++i) {
+    largest = std::max(largest, std::abs(exact[i]));
+    moved = std::max(moved, std::abs(rounded[i] - exact[i]));
+  }
+  expect_close(logits_of(*narrow, tokens), exact, std::max(kBf16Tolerance, 2 * moved / largest), 1e-30, c.model + " bf16 logits");
   const NoGrad no_grad;
   CHECK(narrow->logits(narrow->forward(tokens).hidden.value()).dtype() == Dtype::f32);
 }
