@@ -51,4 +51,15 @@ DataCursor DataCursor::from_json(std::string_view text) {
   }
 }
 
+void require_made_with(const DataCursor& cursor, const std::vector<std::pair<std::string, std::string>>& now) {
+  for (const auto& [name, value] : now) {
+    std::string before = "(not set)";
+    for (const auto& [other, other_value] : cursor.made_with)
+      if (other == name) before = other_value;
+    if (before != value)
+      throw ConfigError("data: the cursor was made with another \"" + name + "\"",
+                        {{"cursor", before}, {"now", value}, {"try", "resume with the settings and the data the run was started with"}});
+  }
+}
+
 }  // namespace longhand

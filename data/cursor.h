@@ -41,4 +41,7 @@ struct DataCursor {
   static DataCursor from_json(std::string_view text);
 };
 
+/// errors  ConfigError naming the first of the settings `now` that the cursor was made with otherwise
+void require_made_with(const DataCursor& cursor, const std::vector<std::pair<std::string, std::string>>& now);
+
 }  // namespace longhand

@@ -6,8 +6,6 @@
 #include <exception>
 #include <thread>
 
-#include "core/error.h"
-
 namespace longhand {
 namespace {
 
@@ -56,18 +54,6 @@ std::vector<std::pair<std::string, std::string>> made_with(const DataOptions& op
   return out;
 }
 
-void require_same(const std::vector<std::pair<std::string, std::string>>& then,
-                  const std::vector<std::pair<std::string, std::string>>& now) {
-  for (const auto& [name, value] : now) {
-    std::string before = "(not set)";
-    for (const auto& [other, other_value] : then)
-      if (other == name) before = other_value;
-    if (before != value)
-      throw ConfigError("data: the cursor was made with another \"" + name + "\"",
-                        {{"cursor", before}, {"now", value}, {"try", "resume with the settings and the data the run was started with"}});
-  }
-}
-
 }  // namespace
 
 struct BatchStream::State {
@@ -88,10 +74,14 @@ struct BatchStream::State {
     if (resume_at) cursor = *resume_at;
     DocumentSource source(source_options(options, &bad_lines), std::move(tokenizer), start_of(cursor));
     auto settings = made_with(options, source);
-    if (resume_at) require_same(resume_at->made_with, settings);
+    if (resume_at) require_made_with(*resume_at, settings);
     cursor.made_with = std::move(settings);
     batcher = make_batcher(shape, std::move(source), cursor);
     if (options.threads > 0) thread = std::thread([this] { prepare(); });
+  }
+
+  State(std::unique_ptr<Batcher> batches_of, const DataCursor& start, bool in_background) : cursor(start), batcher(std::move(batches_of)) {
+    if (in_background) thread = std::thread([this] { prepare(); });
   }
 
   ~State() {
@@ -155,6 +145,8 @@ struct BatchStream::State {
 
 BatchStream::BatchStream(const DataOptions& options, std::shared_ptr<const Tokenizer> tokenizer, const std::optional<DataCursor>& resume_at)
     : state_(std::make_unique<State>(options, std::move(tokenizer), resume_at)) {}
+BatchStream::BatchStream(std::unique_ptr<Batcher> batcher, const DataCursor& start, bool in_background)
+    : state_(std::make_unique<State>(std::move(batcher), start, in_background)) {}
 BatchStream::~BatchStream() = default;
 BatchStream::BatchStream(BatchStream&&) noexcept = default;
 BatchStream& BatchStream::operator=(BatchStream&&) noexcept = default;

@@ -36,6 +36,8 @@ class BatchStream {
  public:
   /// errors  ConfigError if `resume_at` was made with other settings, data or tokenizer (the first that differs is named)
   BatchStream(const DataOptions& options, std::shared_ptr<const Tokenizer> tokenizer, const std::optional<DataCursor>& resume_at = {});
+  /// The batches of another source, which stands at `start`.
+  BatchStream(std::unique_ptr<Batcher> batcher, const DataCursor& start, bool in_background);
   ~BatchStream();
   BatchStream(BatchStream&&) noexcept;
   BatchStream& operator=(BatchStream&&) noexcept;

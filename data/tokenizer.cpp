@@ -3,6 +3,7 @@
 
 #include "data/bpe_tokenizer.h"
 #include "data/byte_tokenizer.h"
+#include "data/tasks/letter_tokenizer.h"
 #include "data/tokenizer_json.h"
 
 namespace longhand {
@@ -18,8 +19,13 @@ bool same_vocabulary(const std::string& fingerprint, const std::string& other) {
   return vocabulary_fingerprint(fingerprint) == vocabulary_fingerprint(other);
 }
 
+bool is_built_in_tokenizer(const std::string& name) {
+  return name == "bytes" || name.starts_with("letters:");
+}
+
 std::unique_ptr<Tokenizer> open_tokenizer(const std::string& name_or_path, TokenizerOptions options) {
   if (name_or_path == "bytes") return std::make_unique<ByteTokenizer>(options);
+  if (auto letters = LetterTokenizer::from_name(name_or_path)) return letters;
   return std::make_unique<BpeTokenizer>(read_tokenizer_json(name_or_path), options);
 }
 

@@ -41,7 +41,7 @@ class Tokenizer {
   virtual int32_t vocab_size() const = 0;
   /// The id that closes a document. errors   ValueError if the tokenizer has none
   virtual int32_t end_of_text() const = 0;
-  /// "bytes", or the name of the file the tokenizer came from.
+  /// "bytes", "letters:N", or the name of the file the tokenizer came from.
   virtual std::string name() const = 0;
   /// Equal for two tokenizers exactly when they encode every text alike by the same definition: the key of a token cache.
   virtual std::string fingerprint() const = 0;
@@ -52,7 +52,11 @@ std::string vocabulary_fingerprint(const std::string& fingerprint);
 /// Whether ids of one tokenizer are ids of the other: what models, states and token caches are held to.
 bool same_vocabulary(const std::string& fingerprint, const std::string& other);
 
-/// Opens "bytes" (byte values as ids, no file needed) or a byte-level BPE `tokenizer.json`.
+/// Whether the name stands for a tokenizer that needs no file: "bytes", "letters:N".
+bool is_built_in_tokenizer(const std::string& name);
+
+/// Opens "bytes" (byte values as ids), "letters:N" (the alphabet of the copying task, data/tasks/letter_tokenizer.h) or a byte-level BPE
+/// `tokenizer.json`.
 /// errors   FileError naming the part of the file that is missing, malformed or of a kind not supported
 std::unique_ptr<Tokenizer> open_tokenizer(const std::string& name_or_path, TokenizerOptions options = {});
 

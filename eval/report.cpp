@@ -15,6 +15,7 @@
 #include "eval/measure_figures.h"
 #include "eval/plot.h"
 #include "eval/report_page.h"
+#include "eval/task_figures.h"
 
 namespace longhand {
 namespace {
@@ -137,9 +138,17 @@ void add_speed(const Runs& runs, std::vector<Figure>& figures) {
 }
 
 // In the order of the page.
-constexpr void (*kFigures[])(const Runs&, std::vector<Figure>&) = {
-    add_perplexity_figures, add_remembrance_figures, add_state_figures, add_forgetting_figures, add_loss,
-    add_learning_rate,      add_grad_norm,           add_speed};
+constexpr void (*kFigures[])(const Runs&, std::vector<Figure>&) = {add_perplexity_figures,
+                                                                   add_remembrance_figures,
+                                                                   add_state_figures,
+                                                                   add_forgetting_figures,
+                                                                   add_passkey_figures,
+                                                                   add_copy_figures,
+                                                                   add_babilong_figures,
+                                                                   add_loss,
+                                                                   add_learning_rate,
+                                                                   add_grad_norm,
+                                                                   add_speed};
 
 // --- the page --------------------------------------------------------------------------------------------------
 
@@ -275,7 +284,9 @@ RunData read_run(const std::string& folder) {
     run.problems.push_back(error_sentence(error));
   }
   read_measurements(run);
-  if (run.metrics.values.empty() && run.curves.empty() && run.remembrance.empty() && run.states.empty() && run.forgetting.empty()) {
+  read_task_results(run);
+  if (run.metrics.values.empty() && run.curves.empty() && run.remembrance.empty() && run.states.empty() && run.forgetting.empty() &&
+      run.tasks.empty()) {
     std::vector<ErrorRow> rows{{"run", folder}};
     for (const std::string& problem : run.problems) rows.push_back({"found", problem});
     throw FileError("report: the run has neither metrics nor evaluations that can be read", rows);

@@ -48,6 +48,22 @@ struct ForgettingMeasurement : Measurement {
   std::vector<ForgettingLine> lines;
 };
 
+/// A line of a task's table.
+struct TaskLine {
+  std::string row;  // passkey: "depth 0.1"; babilong: "qa1"
+  int64_t length = 0, samples = 0;
+  double accuracy = 0;  // copy: of characters
+  double string_accuracy = 0;
+};
+
+/// One RUN/eval/TASK-NAME.csv and what its .json says.
+struct TaskResult {
+  std::string task, file;
+  std::string settings;  // results with the same share a figure
+  int64_t step = -1;     // of the checkpoint; -1: unknown
+  std::vector<TaskLine> lines;
+};
+
 struct RunData {
   std::string name;  // unique among the runs of a page
   std::string folder;
@@ -58,6 +74,7 @@ struct RunData {
   std::vector<RemembranceCurve> remembrance;
   std::vector<StateMeasurement> states;
   std::vector<ForgettingMeasurement> forgetting;
+  std::vector<TaskResult> tasks;
   std::vector<std::string> problems;  // what could not be read, as sentences
 };
 

@@ -34,7 +34,8 @@ bool only_caches(const std::vector<std::string>& files) {
 std::shared_ptr<const Tokenizer> tokenizer_for(const EvalOptions& options, const RunRecord& record) {
   if (!options.tokenizer.empty()) return open_tokenizer(options.tokenizer);
   if (only_caches(options.data)) return nullptr;
-  if (record.tokenizer && (*record.tokenizer == "bytes" || fs::exists(*record.tokenizer))) return open_tokenizer(*record.tokenizer);
+  if (record.tokenizer && (is_built_in_tokenizer(*record.tokenizer) || fs::exists(*record.tokenizer)))
+    return open_tokenizer(*record.tokenizer);
   std::vector<ErrorRow> rows{{"model", options.model}};
   if (record.tokenizer) rows.push_back({"recorded", *record.tokenizer + ", which is not there"});
   rows.push_back({"try", "--tokenizer with the tokenizer.json of the training, or bytes"});

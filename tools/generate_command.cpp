@@ -68,7 +68,8 @@ std::unique_ptr<Tokenizer> tokenizer_for(const GenerateCommand& options, const M
   const RunRecord record = read_run_record(place);
   const std::string beside = (fs::path(place.model_folder) / "tokenizer.json").string();
   std::string name = options.tokenizer;
-  if (name.empty() && record.tokenizer && (*record.tokenizer == "bytes" || fs::exists(*record.tokenizer))) name = *record.tokenizer;
+  if (name.empty() && record.tokenizer && (is_built_in_tokenizer(*record.tokenizer) || fs::exists(*record.tokenizer)))
+    name = *record.tokenizer;
   if (name.empty() && fs::exists(beside)) name = beside;
   if (name.empty()) {
     std::vector<ErrorRow> rows{{"model", options.model}};

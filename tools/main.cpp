@@ -47,6 +47,11 @@ void add_train(CLI::App& app, Action& action) {
   command->add_option("--init-from", options->init_from, "Start from the weights of this model, checkpoint or run folder")
       ->type_name("DIR");
   command->add_option("--name", options->name, "Name of the run: its folder is runs/NAME (default: the recipe's)")->type_name("NAME");
+  command
+      ->add_option("--verify-determinism", options->verify_determinism,
+                   "Instead of training do the first N steps twice, and compare every loss, weight and moment bit for bit")
+      ->type_name("N")
+      ->check(at_least(1));
   command->add_flag("--help-recipe", options->help_recipe, "List every key of a recipe with type, default and meaning");
   command->callback([=, &action] { action = [=] { return run_train(*options); }; });
 }

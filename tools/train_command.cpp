@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 
 #include <filesystem>
+#include <memory>
 
 #include "core/error.h"
 #include "core/files.h"
@@ -12,7 +13,9 @@
 #include "eval/perplexity.h"
 #include "eval/run_folder.h"
 #include "models/checkpoint.h"
+#include "train/determinism.h"
 #include "train/recipe.h"
+#include "train/run_batches.h"
 #include "train/run_folder.h"
 #include "train/training_loop.h"
 
@@ -36,7 +39,7 @@ void print_recipe_keys() {
 }
 
 void require_paths(const Recipe& recipe) {
-  if (recipe.data.files.empty())
+  if (recipe.data.files.empty() && recipe.data.task == kTextRows)
     throw ConfigError("recipe: no training data", {{"key", "data.files"}, {"try", "--set data.files=FILE.jsonl.zst"}});
   auto require = [](const char* key, const std::string& path) {
     if (!fs::exists(path))
@@ -46,7 +49,8 @@ void require_paths(const Recipe& recipe) {
   };
   for (const std::string& path : recipe.data.files) require("data.files", path);
   for (const std::string& path : recipe.data.val_files) require("data.val_files", path);
-  if (recipe.data.tokenizer != "bytes") require("data.tokenizer", recipe.data.tokenizer);
+  for (const std::string& path : recipe.task.babi) require("task.babi", path);
+  if (!is_built_in_tokenizer(recipe.data.tokenizer)) require("data.tokenizer", recipe.data.tokenizer);
 }
 
 // The recipe of a run that goes on, with the settings that may change.
@@ -67,23 +71,14 @@ Recipe recipe_to_resume(const RunFolder& folder, const std::vector<std::string>&
   return after;
 }
 
-// Mean loss over the first batches of the held-out files, in the order of the text, every row from the zero state.
+// Mean loss over the first batches of validation_source(), every row from the zero state.
 std::function<double(const LanguageModel&)> make_validation(const Recipe& recipe, std::shared_ptr<const Tokenizer> tokenizer) {
-  if (recipe.data.val_files.empty()) return {};
-  DataOptions options;
-  options.files = recipe.data.val_files;
-  options.tokenizer = recipe.data.tokenizer;
-  options.rows = recipe.train.batch_size / recipe.train.grad_accumulation;
-  options.length = recipe.train.length;
-  options.shuffle = false;
-  options.pad_tail = true;
-  options.epochs = 1;
-  options.threads = static_cast<int>(recipe.data.threads);
-  options.skip_bad_lines = recipe.data.skip_bad_lines;
+  if (!has_validation(recipe)) return {};
+  const std::function<BatchStream()> open = validation_source(recipe, tokenizer);
   const int64_t batches = recipe.train.val_batches * recipe.train.grad_accumulation;
   const auto said = std::make_shared<int64_t>(0);  // bad lines told of so far: the same ones come every time
   return [=](const LanguageModel& model) {
-    BatchStream stream(options, tokenizer);
+    BatchStream stream = open();
     auto next = [&](TokenBatch& out) {
       Batch batch;
       if (!stream.next(batch)) return false;
@@ -117,6 +112,24 @@ void require_same_tokenizer(const Recipe& recipe, const Tokenizer& tokenizer) {
                        {"data.tokenizer", recipe.data.tokenizer + ", " + tokenizer.fingerprint()}});
 }
 
+std::unique_ptr<LanguageModel> fresh_model(const Recipe& recipe, const Device& device) {
+  auto model = std::make_unique<LanguageModel>(recipe.model, device, parse_dtype(recipe.train.dtype));
+  model->initialize(static_cast<uint64_t>(recipe.seed));
+  if (!recipe.init_from.empty()) load_weights(*model, recipe.init_from);
+  return model;
+}
+
+// No run folder is made: nothing is left behind.
+int verify(const Recipe& recipe, const std::shared_ptr<const Tokenizer>& tokenizer, const Device& device, int64_t steps) {
+  if (!recipe.init_from.empty()) require_same_tokenizer(recipe, *tokenizer);
+  const DeterminismReport report = verify_determinism(recipe, tokenizer, steps, [&] { return fresh_model(recipe, device); });
+  fmt::print(
+      "deterministic: {} steps twice on {}, with {} and {} data threads: the same bits in every loss and gradient norm, in {} weights and "
+      "{} moments\n",
+      report.steps, device.name(), report.threads[0], report.threads[1], report.weights, report.moments);
+  return 0;
+}
+
 int train(TrainingJob& job, const Device& device) {
   const Dtype dtype = parse_dtype(job.recipe.train.dtype);
   if (!job.recipe.init_from.empty() && !job.resume) require_same_tokenizer(job.recipe, *job.tokenizer);
@@ -142,6 +155,9 @@ int run_train(const TrainCommand& command) {
     return 0;
   }
   const bool resume = !command.resume.empty();
+  if (resume && command.verify_determinism > 0)
+    throw ConfigError("train: determinism is verified from a recipe's start, not from a checkpoint",
+                      {{"try", "longhand train RECIPE.toml --init-from " + command.resume + " --verify-determinism N"}});
   if (resume && !(command.recipe.empty() && command.init_from.empty() && command.name.empty()))
     throw ConfigError("train: a resumed run has its recipe, its start and its name",
                       {{"try", "longhand train --resume RUN [--set key=value]"}});
@@ -169,6 +185,7 @@ int run_train(const TrainCommand& command) {
   const std::shared_ptr<const Tokenizer> tokenizer = open_tokenizer(recipe.data.tokenizer);
   resolve_model(recipe, tokenizer->vocab_size());
   if (recipe.train.dtype == "auto") recipe.train.dtype = device.is_cuda() ? "bf16" : "f32";
+  if (command.verify_determinism > 0) return verify(recipe, tokenizer, device, command.verify_determinism);
   TrainingJob job{.recipe = recipe,
                   .folder = RunFolder::create(kRuns, recipe.name),
                   .tokenizer = tokenizer,

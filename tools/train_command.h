@@ -1,5 +1,6 @@
 // `longhand train RECIPE.toml` and `longhand train --resume RUN`: a run folder under runs/.
 #pragma once
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -12,6 +13,7 @@ struct TrainCommand {
   std::string device;                  // "" : the first GPU if there is one, else the CPU
   std::string init_from;               // stands for init_from of the recipe
   std::string name;                    // stands for name of the recipe
+  int64_t verify_determinism = 0;      // do so many steps twice and compare, instead of training
   bool help_recipe = false;            // only list the keys of a recipe
 };
 

@@ -25,6 +25,7 @@ std::string to_json(const LoggedStep& s) {
   if (s.mfu > 0) line["mfu"] = s.mfu;
   if (s.val_loss) line["val_loss"] = *s.val_loss;
   if (s.skipped > 0) line["skipped"] = s.skipped;
+  if (!s.first_non_finite.empty()) line["first_non_finite"] = s.first_non_finite;
   line["device"] = s.device;
   return line.dump();
 }
@@ -39,7 +40,13 @@ MetricsFile::~MetricsFile() {
 void MetricsFile::write(const LoggedStep& step) {
   const std::string line = to_json(step) + "\n";
   if (std::fwrite(line.data(), 1, line.size(), file_) != line.size() || std::fflush(file_) != 0)
-    throw FileError("metrics: cannot write", {{"file", path_}, {"reason", std::strerror(errno)}});
+    throw FileError("metrics: cannot write",
+                    {{"file", path_}, {"reason", std::strerror(errno)}, {"try", "make room, then resume the run"}});
+}
+
+void MetricsFile::sync() {
+  if (::fsync(::fileno(file_)) != 0)
+    throw FileError("metrics: cannot sync", {{"file", path_}, {"reason", std::strerror(errno)}, {"try", "make room, then resume the run"}});
 }
 
 std::string duration_text(double seconds) {

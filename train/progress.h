@@ -21,6 +21,7 @@ struct LoggedStep {
   int64_t peak_memory_bytes = 0;   // most bytes of tensors alive at once on the device, since the program started
   std::optional<double> val_loss;  // nats per token
   std::string device;
+  std::string first_non_finite;  // of a step that was left out: op, layer and index, as far as they are known
 };
 
 /// As one JSON object without a line break; numbers that are not finite become null.
@@ -35,6 +36,8 @@ class MetricsFile {
   MetricsFile(const MetricsFile&) = delete;
   MetricsFile& operator=(const MetricsFile&) = delete;
   void write(const LoggedStep& step);
+  /// Returns when the lines written so far are on the disk.
+  void sync();
 
  private:
   std::string path_;

@@ -64,9 +64,10 @@ constexpr Key kKeys[] = {
     {"model.tie_embeddings", FIELD(model.tie_embeddings), "the head is the embedding"},
     {"model.norm_eps", FIELD(model.norm_eps), "added to the mean square in every norm", 0},
 
+    {"data.task", FIELD(data.task), "what rows are made of: text, or samples of a task (docs/tasks.md), of which only the answers count"},
     {"data.files", FIELD(data.files), "training text: shards, token caches, folders of them; relative to the current directory"},
     {"data.val_files", FIELD(data.val_files), "held-out text, likewise"},
-    {"data.tokenizer", FIELD(data.tokenizer), "bytes, or the path of a tokenizer.json"},
+    {"data.tokenizer", FIELD(data.tokenizer), "bytes, letters:N (for the task copy), or the path of a tokenizer.json"},
     {"data.arrangement", FIELD(data.arrangement), "packed: shuffled rows; streams: row b goes on where row b of the batch before ended",
      -kAny, kAny, "packed|streams"},
     {"data.stream_unit", FIELD(data.stream_unit), "streams: a row is documents one after the other (packed), or one document at a time",
@@ -76,6 +77,17 @@ constexpr Key kKeys[] = {
     {"data.skip_bad_lines", FIELD(data.skip_bad_lines), "leave bad lines out and count them, instead of stopping", -kAny, kAny, nullptr,
      true},
 
+    {"task.min_length", FIELD(task.min_length),
+     "copy: letters of the shortest words, 0: 8; passkey: tokens of the shortest samples, 0: max_length", 0},
+    {"task.max_length", FIELD(task.max_length),
+     "copy: letters of the longest words, 0: 50; passkey: tokens of the longest samples, 0: a row", 0},
+    {"task.variant", FIELD(task.variant), "copy: what is asked for", -kAny, kAny, "copy|prefix-ngram|suffix-ngram"},
+    {"task.ngram", FIELD(task.ngram), "copy: letters of the n-grams", 1},
+    {"task.answer_length", FIELD(task.answer_length), "copy: letters of the answer; 0: all", 0},
+    {"task.digits", FIELD(task.digits), "passkey: digits of the key; 0: a number from 1 to 50000", 0, 18},
+    {"task.babi", FIELD(task.babi), "babilong: bAbI files; every sample takes one of them"},
+    {"task.lengths", FIELD(task.lengths), "babilong: lengths such as 0k, 16k (k is 1000 tokens); every sample takes one of them; none: 0k"},
+
     {"train.steps", FIELD(train.steps), "optimizer steps", 1, kAny, nullptr, true},
     {"train.batch_size", FIELD(train.batch_size), "rows of one optimizer step", 1},
     {"train.length", FIELD(train.length), "tokens of a row", 1},
@@ -83,7 +95,9 @@ constexpr Key kKeys[] = {
     {"train.dtype", FIELD(train.dtype), "compute type; auto: bf16 on a GPU, f32 on the CPU", -kAny, kAny, "auto|f32|bf16"},
     {"train.log_every", FIELD(train.log_every), "steps between lines of metrics.jsonl", 1, kAny, nullptr, true},
     {"train.checkpoint_every", FIELD(train.checkpoint_every), "steps between checkpoints; 0: only at the end", 0, kAny, nullptr, true},
-    {"train.keep_last", FIELD(train.keep_last), "checkpoints kept; 0: all", 0, kAny, nullptr, true},
+    {"train.keep_last", FIELD(train.keep_last), "newest checkpoints that are kept; 0: all", 0, kAny, nullptr, true},
+    {"train.keep_every", FIELD(train.keep_every), "checkpoints of steps that are multiples of this are kept as well; 0: none", 0, kAny,
+     nullptr, true},
     {"train.val_every", FIELD(train.val_every), "steps between validations; 0: only at the end, when there are val_files", 0, kAny, nullptr,
      true},
     {"train.val_batches", FIELD(train.val_batches), "batches of a validation", 1, kAny, nullptr, true},
@@ -102,11 +116,14 @@ constexpr Key kKeys[] = {
 };
 #undef FIELD
 
-// What a text may be; empty: anything. Two keys choose from tables that other files own.
+// What a text may be; empty: anything. Three keys choose from tables that other files own.
 std::vector<std::string> choices_of(const Key& key) {
   std::vector<std::string> known;
   if (key.name == std::string_view("initial_state")) {
     for (const InitialStateStrategy& strategy : initial_state_strategies()) known.emplace_back(strategy.name);
+  } else if (key.name == std::string_view("data.task")) {
+    known.emplace_back(kTextRows);
+    for (const TaskKind& task : task_kinds()) known.emplace_back(task.name);
   } else if (key.name == std::string_view(kFamilyKey)) {
     for (const ModelFamily* family : model_families()) known.emplace_back(family->name);
   } else if (key.choices != nullptr) {
@@ -402,6 +419,8 @@ void require_consistent(const Recipe& r, const std::string& origin) {
                                                                                  {"data.arrangement", r.data.arrangement},
                                                                                  {"expected", strategy.arrangement},
                                                                                  {"because", strategy.because}});
+  if (r.data.task != kTextRows && r.data.stream_unit != "packed")
+    refuse_values("the streams of a task are packed", {{"data.task", r.data.task}, {"data.stream_unit", r.data.stream_unit}});
   if (r.name.find_first_of("/\\") != std::string::npos || r.name == "." || r.name == "..")
     refuse_values("a run's name is one folder name", {{"name", r.name}});
 }
@@ -476,7 +495,7 @@ ModelConfig recipe_model_config(const std::string& path, const std::vector<std::
   int64_t vocab = 0;
   if (recipe.model.vocab_size == kVocabOfTokenizer && recipe.init_from.empty()) {
     const std::string& tokenizer = recipe.data.tokenizer;
-    if (tokenizer != "bytes" && !fs::exists(tokenizer))
+    if (!is_built_in_tokenizer(tokenizer) && !fs::exists(tokenizer))
       throw FileError("recipe: the size of the vocabulary is that of a tokenizer which is not there",
                       {{"recipe", path}, {"data.tokenizer", tokenizer}, {"try", "--set model.vocab_size=N or --set data.tokenizer=FILE"}});
     vocab = open_tokenizer(tokenizer)->vocab_size();

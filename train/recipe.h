@@ -6,10 +6,14 @@
 #include <string>
 #include <vector>
 
+#include "data/tasks/task.h"
 #include "models/model_config.h"
 #include "train/initial_state/initial_state.h"
 
 namespace longhand {
+
+/// The value of data.task for rows of text.
+inline constexpr const char* kTextRows = "text";
 
 struct Recipe {
   std::string name;  // of the run folder; empty: the recipe's file name
@@ -20,6 +24,7 @@ struct Recipe {
   ModelConfig model{.vocab_size = 0, .options = {}};
 
   struct Data {
+    std::string task = kTextRows;
     std::vector<std::string> files, val_files;
     std::string tokenizer = "bytes";
     std::string arrangement = "packed";
@@ -28,6 +33,8 @@ struct Recipe {
     int64_t shuffle_rows = 0;
     bool skip_bad_lines = false;
   } data;
+
+  TaskOptions task;
 
   struct Train {
     int64_t steps = 1000;
@@ -38,6 +45,7 @@ struct Recipe {
     int64_t log_every = 10;
     int64_t checkpoint_every = 1000;
     int64_t keep_last = 2;
+    int64_t keep_every = 0;
     int64_t val_every = 0;
     int64_t val_batches = 10;
   } train;

@@ -8,6 +8,7 @@
 
 #include "core/error.h"
 #include "core/files.h"
+#include "train/run_lock.h"
 
 namespace longhand {
 namespace {
@@ -24,26 +25,71 @@ std::optional<int64_t> step_of(const std::string& folder) {
   return parsed.ec == std::errc{} && parsed.ptr == end ? std::optional(step) : std::nullopt;
 }
 
+void make_folders(const std::string& path) {
+  std::error_code error;
+  fs::create_directories(path, error);
+  if (error)
+    throw FileError("run: the run folder cannot be written to",
+                    {{"folder", path}, {"reason", error.message()}, {"try", "another folder or disk, or change its permissions"}});
+}
+
+bool is_unfinished(const std::string& file) {
+  return file.starts_with(kUnfinished) || file.find(".tmp-") != std::string::npos;
+}
+
+// What processes that were killed left half written.
+void remove_unfinished(const std::string& folder) {
+  std::vector<fs::path> gone;
+  for (const auto& entry : fs::directory_iterator(folder))
+    if (is_unfinished(entry.path().filename().string())) gone.push_back(entry.path());
+  for (const fs::path& path : gone) fs::remove_all(path);
+}
+
+// An error's first line as a row, and its rows but for the way out.
+std::vector<ErrorRow> cause(const std::exception& error) {
+  const std::string text = error.what();
+  std::vector<ErrorRow> rows{{"because", text.substr(0, text.find('\n'))}};
+  if (const auto* ours = dynamic_cast<const Error*>(&error))
+    for (const ErrorRow& row : ours->rows())
+      if (row.name != "try") rows.push_back(row);
+  return rows;
+}
+
+// Whether a folder holds nothing but what a start makes before its config.toml.
+bool is_bare(const std::string& path) {
+  for (const auto& entry : fs::directory_iterator(path)) {
+    const std::string name = entry.path().filename().string();
+    if (name != RunLock::kFile && !is_unfinished(name) && !(name == "checkpoints" && entry.is_directory() && fs::is_empty(entry.path())))
+      return false;
+  }
+  return true;
+}
+
 }  // namespace
+
+RunFolder::RunFolder(std::string path) : path_(std::move(path)), lock_(std::make_shared<const RunLock>(path_)) {}
 
 RunFolder RunFolder::create(const std::string& runs, const std::string& name) {
   const std::string path = runs + "/" + name;
-  if (fs::exists(path))
+  if (fs::exists(path) && !(fs::is_directory(path) && is_bare(path)))
     throw FileError(
         "run: a run of this name exists already",
         {{"folder", path}, {"try", "--resume " + name + " to continue it, --name OTHER to start another, or remove the folder"}});
-  fs::create_directories(path + "/checkpoints");
-  return RunFolder(path);
+  make_folders(path + "/checkpoints");
+  RunFolder run(path);
+  remove_unfinished(path);
+  return run;
 }
 
 RunFolder RunFolder::open(const std::string& runs, const std::string& path_or_name) {
   for (std::string path : {path_or_name, runs + "/" + path_or_name}) {
     while (path.size() > 1 && path.back() == '/') path.pop_back();
     if (!fs::exists(path + "/config.toml")) continue;
-    fs::create_directories(path + "/checkpoints");
-    for (const auto& entry : fs::directory_iterator(path + "/checkpoints"))
-      if (entry.path().filename().string().starts_with(kUnfinished)) fs::remove_all(entry.path());
-    return RunFolder(path);
+    RunFolder run(path);  // first: what looks unfinished may be another process's work
+    make_folders(path + "/checkpoints");
+    remove_unfinished(path);
+    remove_unfinished(path + "/checkpoints");
+    return run;
   }
   throw FileError("run: there is no such run",
                   {{"looked for", path_or_name + "/config.toml, " + runs + "/" + path_or_name + "/config.toml"},
@@ -73,26 +119,45 @@ std::optional<int64_t> RunFolder::latest_step() const {
   return all.empty() ? std::nullopt : std::optional(all.back());
 }
 
-void RunFolder::write_checkpoint(int64_t step, int64_t keep_last, const std::function<void(const std::string&)>& fill) const {
-  const std::string folder = path_ + "/checkpoints", name = "step-" + std::to_string(step);
-  const std::string unfinished = folder + "/" + kUnfinished + name, complete = folder + "/" + name;
+// A checkpoint leaves its name before its files go, so that no folder of that name is ever half there.
+void RunFolder::remove_checkpoint(int64_t step) const {
+  const std::string unfinished = path_ + "/checkpoints/" + kUnfinished + "removed";
   fs::remove_all(unfinished);
-  fs::create_directories(unfinished);
-  fill(unfinished);
-  sync_folder(unfinished);
-  fs::remove_all(complete);  // only a step that is written again, when it was not the latest
-  fs::rename(unfinished, complete);
-  sync_folder(folder);
-  const std::string link = folder + "/" + kUnfinished + "latest";
-  fs::remove(link);
-  fs::create_directory_symlink(name, link);
-  fs::rename(link, folder + "/latest");
-  sync_folder(folder);
-  if (keep_last <= 0) return;
+  fs::rename(checkpoint(step), unfinished);
+  fs::remove_all(unfinished);
+}
+
+void RunFolder::write_checkpoint(int64_t step, const KeptCheckpoints& keep, const std::function<void(const std::string&)>& fill) const {
+  const std::string folder = path_ + "/checkpoints", name = "step-" + std::to_string(step);
+  const std::string unfinished = folder + "/" + kUnfinished + name;
+  try {
+    fs::remove_all(unfinished);
+    fs::create_directories(unfinished);
+    fill(unfinished);
+    sync_folder(unfinished);
+    if (fs::exists(checkpoint(step))) remove_checkpoint(step);  // a step that is written again: it was not the latest
+    fs::rename(unfinished, checkpoint(step));
+    sync_folder(folder);
+    const std::string link = folder + "/" + kUnfinished + "latest";
+    fs::remove(link);
+    fs::create_directory_symlink(name, link);
+    fs::rename(link, folder + "/latest");
+    sync_folder(folder);
+  } catch (const std::exception& error) {
+    std::error_code ignored;
+    fs::remove_all(unfinished, ignored);  // gives the space back
+    const auto last = latest_step();
+    std::vector<ErrorRow> rows = cause(error);
+    rows.push_back({"checkpoint", last ? checkpoint(*last) + " is the latest still" : "none yet"});
+    rows.push_back({"try", "make room, or make the folder writable; then longhand train --resume " + path_});
+    throw FileError("run: the checkpoint of step " + std::to_string(step) + " cannot be written", rows);
+  }
+  if (keep.last <= 0) return;
   auto all = steps();
   all.erase(std::remove_if(all.begin(), all.end(), [&](int64_t s) { return s > step; }),
             all.end());  // of a later part of the run that was left behind
-  for (std::size_t i = 0; i + static_cast<std::size_t>(keep_last) < all.size(); ++i) fs::remove_all(checkpoint(all[i]));
+  for (std::size_t i = 0; i + static_cast<std::size_t>(keep.last) < all.size(); ++i)
+    if (keep.every <= 0 || all[i] % keep.every != 0) remove_checkpoint(all[i]);
 }
 
 void RunFolder::truncate_metrics(int64_t step) const {

@@ -7,6 +7,7 @@
 #include "autograd/tape.h"
 #include "core/error.h"
 #include "core/safetensors.h"
+#include "core/switches.h"
 #include "models/checkpoint.h"
 #include "models/model_family.h"
 
@@ -51,6 +52,36 @@ TokenBatch Trainer::upload(const Batch& rows) {
   return out;
 }
 
+Batch Trainer::micro_batch(const Batch& batch, int64_t m) const {
+  const int64_t rows = batch.rows / recipe_.train.grad_accumulation;
+  return rows_of(batch, m * rows, (m + 1) * rows);
+}
+
+std::string Trainer::first_non_finite_of(const Batch& batch, int64_t step) {
+  for (const Parameter& p : model_.parameters().all())
+    if (const int64_t index = first_non_finite(p.master); index >= 0)
+      return "weight " + p.name + " " + p.shape.str() + ", index " + std::to_string(index);
+  const SwitchScope check([](Switches& s) { s.check = true; });
+  std::string found;
+  try {
+    for (int64_t m = 0; m < recipe_.train.grad_accumulation; ++m) {
+      const Batch rows = micro_batch(batch, m);
+      if (positions_that_count(rows) == 0) continue;
+      const bool same_start = step + 1 == steps_done_ && static_cast<std::size_t>(m) < begun_.size();
+      const RecurrentState h0 = same_start ? begun_[static_cast<std::size_t>(m)] : RecurrentState();
+      model_.parameters().clear_grads();  // each micro-batch by itself
+      backward(model_.loss(upload(rows), h0, 1.0 / static_cast<double>(recipe_.train.grad_accumulation)).loss);
+    }
+  } catch (const NumericError& error) {
+    const std::string text = error.what();
+    found = text.substr(0, text.find(" is not finite"));
+    for (const ErrorRow& row : error.rows())
+      if (row.name == "layer" || row.name == "index") found += ", " + row.name + " " + row.value;
+  }
+  model_.parameters().clear_grads();
+  return found;
+}
+
 void Trainer::step(const Batch& batch) {
   const Recipe::Train& train = recipe_.train;
   if (batch.rows != train.batch_size || batch.length != train.length)
@@ -60,10 +91,11 @@ void Trainer::step(const Batch& batch) {
   if (positions == 0) throw ValueError("train: a batch in which no position counts", {{"step", std::to_string(steps_done_)}});
   const bool streams = recipe_.data.arrangement == "streams";
   const int64_t micro_rows = batch.rows / train.grad_accumulation;
+  begun_.clear();
   model_.parameters().clear_grads();
   Tensor loss;  // of the whole batch
   for (int64_t m = 0; m < train.grad_accumulation; ++m) {
-    const Batch cut = train.grad_accumulation > 1 ? rows_of(batch, m * micro_rows, (m + 1) * micro_rows) : Batch{};
+    const Batch cut = train.grad_accumulation > 1 ? micro_batch(batch, m) : Batch{};
     const Batch& rows = train.grad_accumulation > 1 ? cut : batch;
     const BatchInfo info{.step = steps_done_,
                          .micro = m,
@@ -72,6 +104,7 @@ void Trainer::step(const Batch& batch) {
                          .row_ids = rows.row_ids};
     const int64_t counted = positions_that_count(rows);
     const RecurrentState h0 = initial_state_->begin(info);
+    if (!model_.device().is_cuda()) begun_.push_back(h0);
     if (counted == 0) {  // all padding: nothing to learn, but its state goes on
       const NoGrad no_grad;
       initial_state_->end(info, model_.forward(upload(rows).tokens, h0).state);

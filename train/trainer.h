@@ -10,6 +10,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "data/batcher.h"
 #include "models/language_model.h"
@@ -35,6 +36,12 @@ class Trainer {
   void request_report() { link_->request(optimizer_.control()); }
   StepReport receive_report() { return AdamW::report_of(link_->receive()); }
 
+  /// Where a step that was left out went wrong: computes it again, with the present weights, and looks at everything on the way.
+  /// batch    of that step; only the last one starts from the states that it had, and only on a CPU: others start from zeros
+  /// returns  what was the first not to be finite: a weight by its name, else op, output or gradient, layer and index; "" when all was
+  /// finite
+  std::string first_non_finite_of(const Batch& batch, int64_t step);
+
   /// To be called when a report says that a step was left out: no state is carried on from it.
   void forget_carried_state() { initial_state_->forget(); }
 
@@ -52,6 +59,7 @@ class Trainer {
 
  private:
   TokenBatch upload(const Batch& rows);
+  Batch micro_batch(const Batch& batch, int64_t m) const;
 
   Recipe recipe_;
   LanguageModel& model_;
@@ -61,6 +69,8 @@ class Trainer {
   Schedule lr_;
   DecaySchedule decay_;
   int64_t steps_done_ = 0;
+  std::vector<RecurrentState>
+      begun_;  // h0 of the last step's micro-batches, until the next step: they cost no memory at its peak; CPU only
 };
 
 }  // namespace longhand

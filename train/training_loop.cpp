@@ -6,6 +6,7 @@
 
 #include <chrono>
 #include <cmath>
+#include <deque>
 #include <nlohmann/json.hpp>
 
 #include "core/allocator.h"
@@ -13,7 +14,9 @@
 #include "core/files.h"
 #include "data/dataset.h"
 #include "data/tokenizer.h"
+#include "train/data_record.h"
 #include "train/interrupt.h"
+#include "train/run_batches.h"
 #include "train/trainer.h"
 
 namespace longhand {
@@ -33,21 +36,6 @@ struct Progress {
   std::optional<DataCursor> cursor;
 };
 
-DataOptions data_options(const Recipe& r) {
-  DataOptions options;
-  options.files = r.data.files;
-  options.tokenizer = r.data.tokenizer;
-  options.arrangement = r.data.arrangement;
-  options.stream_unit = r.data.stream_unit;
-  options.rows = r.train.batch_size;
-  options.length = r.train.length;
-  options.seed = static_cast<uint64_t>(r.seed);
-  options.shuffle_rows = r.data.shuffle_rows;
-  options.threads = static_cast<int>(r.data.threads);
-  options.skip_bad_lines = r.data.skip_bad_lines;
-  return options;
-}
-
 class Loop {
  public:
   Loop(const TrainingJob& job, LanguageModel& model)
@@ -56,6 +44,7 @@ class Loop {
         model_(model),
         trainer_(recipe_, model),
         line_(job.messages),
+        data_(record_data(recipe_.data.files)),
         start_(restore()),
         done_(start_),
         metrics_file_(job.folder.file("metrics.jsonl")) {}
@@ -68,7 +57,7 @@ class Loop {
       outcome.step = done_.step;
       return outcome;
     }
-    BatchStream batches(data_options(recipe_), job_.tokenizer, done_.cursor);
+    BatchStream batches = training_batches(recipe_, job_.tokenizer, done_.cursor);
     const InterruptGuard interrupt;
     Batch batch;
     begin_s_ = now_s();
@@ -79,6 +68,7 @@ class Loop {
       trainer_.step(batch);
       trainer_.request_report();
       ++open_reports_;
+      open_batches_.push_back(batch);
       // A GPU works on this step while the numbers of the step before are read. A CPU has done it: read now, its time is its own.
       const int64_t left_open = model_.device().is_cuda() || pause_due ? 1 : 0;
       while (open_reports_ > left_open) take_report();
@@ -122,12 +112,20 @@ class Loop {
         throw FileError("train: a checkpoint of another format or step", {{"file", file}});
       progress = {*step, json.at("tokens").get<int64_t>(), json.at("elapsed_s").get<double>(),
                   DataCursor::from_json(json.at("cursor").dump())};
+      if (json.contains("data")) require_same_data(data_from(json["data"]), data_);  // older checkpoints have none
     } catch (const nlohmann::json::exception& error) {
       throw FileError("train: training.json cannot be read", {{"file", file}, {"reason", error.what()}});
     }
     trainer_.load(folder, *step);
     job_.folder.truncate_metrics(*step);  // only now that the run can go on from there
     return progress;
+  }
+
+  static std::vector<DataFileRecord> data_from(const nlohmann::json& rows) {
+    std::vector<DataFileRecord> out;
+    for (const auto& row : rows)
+      out.push_back({row.at("file").get<std::string>(), row.at("bytes").get<int64_t>(), row.at("check").get<uint32_t>()});
+    return out;
   }
 
   void introduce() {
@@ -142,6 +140,7 @@ class Loop {
                           name_of(model_.compute_dtype())));
     std::string files;
     for (const std::string& name : recipe_.data.files) files += (files.empty() ? "" : ", ") + name;
+    if (recipe_.data.task != kTextRows) files = "samples of " + recipe_.data.task + (files.empty() ? "" : " from " + files);
     line_.say(fmt::format("data        {} in {}, tokenizer {} ({} tokens)", files, recipe_.data.arrangement, job_.tokenizer->name(),
                           job_.tokenizer->vocab_size()));
     line_.say(fmt::format("start       {}, initial states: {}", recipe_.init_from.empty() ? "fresh weights" : recipe_.init_from,
@@ -157,9 +156,11 @@ class Loop {
   void take_report(std::optional<double> val_loss = {}) {
     report_ = trainer_.receive_report();
     --open_reports_;
+    const Batch batch = std::move(open_batches_.front());
+    open_batches_.pop_front();
     ++done_.step;
     done_.tokens += recipe_.train.batch_size * recipe_.train.length;
-    if (report_.skipped_in_a_row > 0) note_skipped();
+    if (report_.skipped_in_a_row > 0) note_skipped(batch);
     if (done_.step == 1 && recipe_.init_from.empty()) check_first_loss();
     log(val_loss);
   }
@@ -175,6 +176,7 @@ class Loop {
     s.skipped = report_.skipped;
     s.val_loss = val_loss;
     s.device = model_.device().name();
+    if (report_.skipped_in_a_row > 0) s.first_non_finite = first_non_finite_;
     const double busy = busy_s(), seconds = busy - interval_busy_s_;
     s.elapsed_s = elapsed_s();
     s.peak_memory_bytes = peak_memory_bytes();
@@ -206,7 +208,9 @@ class Loop {
       }
     }
     while (open_reports_ > 0) take_report(open_reports_ == 1 ? val_loss : std::nullopt);
-    if (last || failed || due(recipe_.train.checkpoint_every, step)) not_counted([&] { save(); });
+    // While steps are being left out no checkpoint is written, so that the good ones are not pushed out.
+    const bool save_due = due(recipe_.train.checkpoint_every, step) && report_.skipped_in_a_row == 0;
+    if (last || failed || save_due) not_counted([&] { save(); });
     if (failed) std::rethrow_exception(failed);
   }
 
@@ -223,7 +227,9 @@ class Loop {
   }
 
   void save() {
-    job_.folder.write_checkpoint(done_.step, recipe_.train.keep_last, [&](const std::string& folder) {
+    metrics_file_.sync();  // no checkpoint without the metrics before it
+    const KeptCheckpoints keep{recipe_.train.keep_last, recipe_.train.keep_every};
+    job_.folder.write_checkpoint(done_.step, keep, [&](const std::string& folder) {
       trainer_.save(folder, job_.tokenizer->end_of_text());
       nlohmann::ordered_json json{{"format", kCheckpointFormat},
                                   {"step", done_.step},
@@ -237,22 +243,29 @@ class Loop {
                                   {"skipped", report_.skipped},
                                   {"tokenizer", recipe_.data.tokenizer},
                                   {"tokenizer_fingerprint", job_.tokenizer->fingerprint()}};
+      for (const DataFileRecord& file : data_) json["data"].push_back({{"file", file.file}, {"bytes", file.bytes}, {"check", file.check}});
       json["cursor"] = nlohmann::ordered_json::parse(done_.cursor->to_json());
       write_file_atomically(folder + "/training.json", json.dump(1) + "\n");
     });
   }
 
-  void note_skipped() {
-    trainer_.forget_carried_state();
+  void note_skipped(const Batch& batch) {
     line_.say(fmt::format("step {}: loss {} and grad_norm {} are not both finite; the step was left out, {} so far", done_.step,
                           report_.loss, report_.grad_norm, report_.skipped));
+    if (report_.skipped_in_a_row == 1) {
+      not_counted([&] { first_non_finite_ = trainer_.first_non_finite_of(batch, done_.step - 1); });
+      if (first_non_finite_.empty()) first_non_finite_ = "not known: computed again, everything was finite";
+      line_.say("            first not finite: " + first_non_finite_);
+    }
+    trainer_.forget_carried_state();
     if (report_.skipped_in_a_row < kMostSkippedInARow) return;
     const auto last = job_.folder.latest_step();
     throw NumericError("train: no finite loss and gradient for too many steps in a row",
                        {{"steps", std::to_string(report_.skipped_in_a_row)},
                         {"last", "step " + std::to_string(done_.step)},
+                        {"first", first_non_finite_},
                         {"checkpoint", last ? job_.folder.checkpoint(*last) : "none yet"},
-                        {"try", "a smaller optimizer.lr, or LONGHAND_CHECK=1, which names the first tensor that is not finite"}});
+                        {"try", "a smaller optimizer.lr, or LONGHAND_CHECK=1, which stops at the first tensor that is not finite"}});
   }
 
   void check_first_loss() {
@@ -267,15 +280,33 @@ class Loop {
   LanguageModel& model_;
   Trainer trainer_;
   ProgressLine line_;
+  const std::vector<DataFileRecord> data_;  // as this start found the files
   Progress start_, done_;  // where this start began | steps whose report has come, with the cursor behind the last batch at a pause
   MetricsFile metrics_file_;
   StepReport report_;  // of step done_.step
   int open_reports_ = 0;
-  int64_t interval_step_ = 0;  // of the logged step before
+  std::deque<Batch> open_batches_;  // of those steps
+  std::string first_non_finite_;    // of the latest steps that were left out in a row
+  int64_t interval_step_ = 0;       // of the logged step before
   double begin_s_ = 0, paused_s_ = 0, interval_busy_s_ = 0;
 };
 
 }  // namespace
+
+DataOptions training_data(const Recipe& r) {
+  DataOptions options;
+  options.files = r.data.files;
+  options.tokenizer = r.data.tokenizer;
+  options.arrangement = r.data.arrangement;
+  options.stream_unit = r.data.stream_unit;
+  options.rows = r.train.batch_size;
+  options.length = r.train.length;
+  options.seed = static_cast<uint64_t>(r.seed);
+  options.shuffle_rows = r.data.shuffle_rows;
+  options.threads = static_cast<int>(r.data.threads);
+  options.skip_bad_lines = r.data.skip_bad_lines;
+  return options;
+}
 
 TrainingOutcome run_training(const TrainingJob& job, LanguageModel& model) {
   return Loop(job, model).run();

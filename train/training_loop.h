@@ -12,6 +12,7 @@
 namespace longhand {
 
 class Tokenizer;
+struct DataOptions;
 
 struct TrainingJob {
   Recipe recipe;     // resolved
@@ -31,11 +32,15 @@ struct TrainingOutcome {
 };
 
 /// Trains `model`, whose weights are set, from the folder's latest checkpoint or from the start, to recipe.train.steps. SIGINT and SIGTERM
-/// end it after the step in hand, with a checkpoint. On a GPU the numbers of a step are read while the next one runs.
+/// end it after the step in hand, with a checkpoint. On a GPU the numbers of a step are read while the next one runs. A step whose loss or
+/// gradient is not finite changes nothing, is counted, and is computed again to name the op and layer where that began.
 /// holds    a run that is interrupted and resumed writes the same losses and ends with the same weights, bit for bit
 /// errors   NumericError naming the last checkpoint after kMostSkippedInARow steps in a row whose loss or gradient was not finite;
 ///          those of the data room and of the file system
 TrainingOutcome run_training(const TrainingJob& job, LanguageModel& model);
+
+/// The batches that a recipe trains on.
+DataOptions training_data(const Recipe& recipe);
 
 inline constexpr int64_t kMostSkippedInARow = 10;
 

@@ -88,7 +88,8 @@ TEST("training: a run that was cut off goes back to its last checkpoint and drop
 TEST("training: what a run leaves behind") {
   const ScratchFolder scratch;
   const RunResult result = run(scratch, {.name = "run", .settings = {"initial_state=state-passing"}}, false);
-  const RunFolder folder = RunFolder::open(scratch.path(), "run");
+  std::optional<RunFolder> opened = RunFolder::open(scratch.path(), "run");
+  const RunFolder& folder = *opened;
   CHECK(folder.latest_step() == 12);
   CHECK_FALSE(fs::exists(folder.checkpoint(5)));  // keep_last = 2
   CHECK(fs::exists(folder.checkpoint(10)));
@@ -103,6 +104,7 @@ TEST("training: what a run leaves behind") {
   CHECK(json["tokenizer_fingerprint"] == "bytes");
   CHECK_THROWS_WITH_AS(RunFolder::create(scratch.path(), "run"), doctest::Contains("--resume run"), FileError);
   CHECK_THROWS_WITH_AS(RunFolder::open(scratch.path(), "other"), doctest::Contains("no such run"), FileError);
+  opened.reset();  // one at a time works on a run
   const RunResult finished = run(scratch, {.name = "run", .settings = {"initial_state=state-passing"}}, true);
   CHECK(finished.losses.empty());
   CHECK(finished.weights == result.weights);
@@ -238,6 +240,73 @@ TEST("training: numbers that are not finite are reported, and end the run after 
   CHECK(read_text_file(job.folder.file("metrics.jsonl")).find("\"loss\":null") != std::string::npos);
 }
 
+// A run of which one weight is set to `value` after its second step: its messages, and the error that ends it.
+struct BrokenRun {
+  std::string messages, error, metrics;
+};
+
+BrokenRun break_run(const std::string& parameter, double value, const std::vector<std::string>& settings = {}, int64_t mended_after = 0) {
+  const ScratchFolder scratch;
+  write_shard(scratch.file("shard.jsonl"));
+  auto all = settings;
+  all.insert(all.end(), {"train.steps=20", "train.checkpoint_every=2", "data.files=" + scratch.file("shard.jsonl")});
+  const Recipe recipe = tiny_recipe(all);
+  const auto model = tiny_model(recipe);
+  const Parameter* p = model->parameters().find(parameter);
+  REQUIRE(p != nullptr);
+  const Tensor one = p->master.reshape({p->shape.numel()}).slice(0, 3, 4);
+  const double sound = one.item();
+  std::FILE* messages = std::fopen(scratch.file("messages").c_str(), "w");
+  REQUIRE(messages != nullptr);
+  const TrainingJob job{.recipe = recipe,
+                        .folder = RunFolder::create(scratch.path(), "broken"),
+                        .tokenizer = open_tokenizer("bytes"),
+                        .resume = false,
+                        .evaluate = {},
+                        .messages = messages,
+                        .on_step = [&](const LoggedStep& s) {
+                          if (s.step == 2) fill(one, value);
+                          if (mended_after > 0 && s.step == mended_after) fill(one, sound);
+                        }};
+  BrokenRun result;
+  try {
+    run_training(job, *model);
+  } catch (const NumericError& error) {
+    result.error = error.what();
+  }
+  std::fclose(messages);
+  result.messages = read_text_file(scratch.file("messages"));
+  result.metrics = read_text_file(job.folder.file("metrics.jsonl"));
+  return result;
+}
+
+TEST("training: a step that is left out says which weight, or which op of which layer, was the first not to be finite") {
+  const std::string weight = "backbone.layers.1.mixer.in_proj.weight";
+  const BrokenRun nan = break_run(weight, NAN);
+  CHECK(nan.messages.find("first not finite: weight " + weight) != std::string::npos);
+  CHECK(nan.messages.find("index 3") != std::string::npos);
+  CHECK(nan.error.find("weight " + weight) != std::string::npos);
+  CHECK(nan.error.find("checkpoints/step-2") != std::string::npos);  // the last good one
+  CHECK(nan.metrics.find("\"first_non_finite\":\"weight " + weight) != std::string::npos);
+
+  const BrokenRun overflow = break_run(weight, 3e38);  // finite itself; the product that it enters is not
+  CHECK_MESSAGE(overflow.messages.find("first not finite: linear: output 0, layer layers.1.mixer, index ") != std::string::npos,
+                overflow.messages);
+  CHECK(overflow.messages.find("weight " + weight) == std::string::npos);
+  CHECK(overflow.metrics.find("\"first_non_finite\":\"") != std::string::npos);
+}
+
+TEST("training: a run whose numbers become finite again goes on, with the skipped steps counted") {
+  for (const char* strategy : {"initial_state=zero", "initial_state=state-passing"}) {
+    const BrokenRun mended = break_run("backbone.layers.0.mixer.in_proj.weight", NAN, {strategy, "train.grad_accumulation=2"}, 6);
+    CHECK(mended.error.empty());
+    CHECK(mended.messages.find("the step was left out, 4 so far") != std::string::npos);
+    CHECK(mended.messages.find("the step was left out, 5 so far") == std::string::npos);
+    CHECK(mended.messages.find("step 20/20") != std::string::npos);
+    CHECK(mended.metrics.find("\"skipped\":4") != std::string::npos);
+  }
+}
+
 TEST("progress: durations and metrics lines") {
   CHECK(duration_text(0.2) == "0s");
   CHECK(duration_text(65) == "1m 05s");
@@ -259,7 +328,8 @@ TEST("progress: durations and metrics lines") {
                .elapsed_s = 1.5,
                .peak_memory_bytes = 4096,
                .val_loss = {},
-               .device = "cpu"};
+               .device = "cpu",
+               .first_non_finite = {}};
   CHECK(
       to_json(s) ==
       R"({"step":3,"tokens":96,"loss":5.5,"lr":0.001,"weight_decay":0.01,"grad_norm":null,"tokens_per_s":10.0,"elapsed_s":1.5,"peak_memory_bytes":4096,"skipped":1,"device":"cpu"})");

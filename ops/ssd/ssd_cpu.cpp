@@ -282,7 +282,7 @@ void row_dots(int64_t m, int64_t n, const T* a, int64_t a_stride, const T* b, in
 template <class T>
 void chunked_bwd(const SsdInputs& in, const SsdOptions& options, const Tensor& grad_y, const Tensor& grad_h_T, const SsdGradients& out) {
   const Operands<T> op(in, options);
-  const auto [B, T_, H, P, G, N] = op.s;
+  const int64_t B = op.s.B, T_ = op.s.T, H = op.s.H, P = op.s.P, G = op.s.G, N = op.s.N;  // plain: lambdas below capture them
   const int64_t Q = std::max<int64_t>(1, std::min(options.chunk_size, T_)), size = op.state_size(), chunks = (T_ + Q - 1) / Q;
   const std::vector<Unit> units = units_of(op.s);
   const auto count = static_cast<int64_t>(units.size());

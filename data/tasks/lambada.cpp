@@ -1,0 +1,30 @@
+// See lambada.h.
+#include "data/tasks/lambada.h"
+
+#include "core/error.h"
+#include "data/shard_reader.h"
+
+namespace longhand {
+
+LambadaSample split_last_word(const std::string& text) {
+  const auto blank = text.rfind(' ');
+  if (blank == std::string::npos || blank == 0 || blank + 1 == text.size())
+    throw ValueError("lambada: a text without a last word behind a blank", {{"text", text.substr(0, 80)}});
+  return {text.substr(0, blank), text.substr(blank)};
+}
+
+std::vector<LambadaSample> read_lambada(const std::string& path) {
+  std::vector<LambadaSample> samples;
+  ShardReader reader(path);
+  for (Document document; reader.next(document);) {
+    try {
+      samples.push_back(split_last_word(document.text));
+    } catch (const ValueError&) {
+      throw FileError("lambada: a text without a last word behind a blank",
+                      {{"file", path}, {"line", std::to_string(document.line)}, {"byte", std::to_string(document.byte_offset)}});
+    }
+  }
+  return samples;
+}
+
+}  // namespace longhand

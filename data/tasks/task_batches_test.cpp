@@ -1,0 +1,199 @@
+// Batches of tasks: worked by hand for copying, the same on any number of threads, resumed anywhere.
+#include "data/tasks/task_batches.h"
+
+#include <fstream>
+
+#include "core/error.h"
+#include "data/tasks/copying.h"
+#include "tests/support/check.h"
+
+namespace longhand {
+namespace {
+
+TaskContext copy_context(int64_t row_tokens, const TaskOptions& options = {}) {
+  return {.options = options, .tokenizer = open_tokenizer("letters:5"), .files = {}, .row_tokens = row_tokens};
+}
+
+BatchStream copies(const TaskBatchOptions& options, const std::optional<DataCursor>& at = {}) {
+  return task_batches(options, "copy", copy_context(options.length + 1), at);
+}
+
+void expect_same(const Batch& a, const Batch& b) {
+  CHECK(a.tokens == b.tokens);
+  CHECK(a.targets == b.targets);
+  CHECK(a.mask == b.mask);
+  CHECK(a.resets == b.resets);
+  CHECK(a.row_ids == b.row_ids);
+  CHECK(a.cursor_after == b.cursor_after);
+}
+
+// The text of row b with its last target, and under each character whether it counts.
+std::pair<std::string, std::string> row_of(const Batch& batch, int64_t b, const Tokenizer& letters) {
+  std::vector<int32_t> ids(batch.row(b).begin(), batch.row(b).end());
+  ids.push_back(batch.targets[static_cast<std::size_t>((b + 1) * batch.length - 1)]);
+  std::string mask = "0";
+  for (int64_t i = 0; i < batch.length; ++i) mask += batch.mask[static_cast<std::size_t>(b * batch.length + i)] != 0 ? '1' : '0';
+  return {letters.decode(ids), mask};
+}
+
+// What counts in a row of whole copies whose last one may be cut.
+std::string expected_mask(const std::string& text, bool cut_counts) {
+  std::string mask;
+  for (std::size_t at = 0; at < text.size();) {
+    const auto end = text.find('.', at), bar = text.find('|', at);
+    const bool cut = end == std::string::npos;
+    const std::size_t next = cut ? text.size() : end + 1;
+    for (; at < next; ++at) mask += (!cut || cut_counts) && bar != std::string::npos && at > bar ? '1' : '0';
+  }
+  return mask;
+}
+
+TEST("task batches: rows are whole examples one behind the other, the last one cut and not counted") {
+  const auto letters = open_tokenizer("letters:5");
+  BatchStream stream = copies({.rows = 3, .length = 219, .seed = 4});
+  Batch batch;
+  for (int64_t k = 0; k < 3; ++k) {
+    REQUIRE(stream.next(batch));
+    CHECK(batch.resets == std::vector<uint8_t>(3, 1));
+    for (int64_t b = 0; b < 3; ++b) {
+      CHECK(batch.row_ids[static_cast<std::size_t>(b)] == 3 * k + b);
+      const auto [text, mask] = row_of(batch, b, *letters);
+      CHECK(text.size() == 220);
+      CHECK(text.front() == '$');
+      CHECK(mask == expected_mask(text, false));
+      CHECK(mask.find('1') != std::string::npos);
+      for (int64_t i = 1; i < 219; ++i)
+        CHECK(batch.tokens[static_cast<std::size_t>(b * 219 + i)] == batch.targets[static_cast<std::size_t>(b * 219 + i - 1)]);
+    }
+  }
+}
+
+TEST("task batches: in streams examples go on from batch to batch") {
+  const auto letters = open_tokenizer("letters:5");
+  BatchStream stream = copies({.arrangement = Arrangement::streams, .rows = 2, .length = 120, .seed = 4});
+  std::string text, mask;
+  Batch batch;
+  for (int k = 0; k < 6; ++k) {
+    REQUIRE(stream.next(batch));
+    CHECK(batch.resets == std::vector<uint8_t>(2, k == 0 ? 1 : 0));
+    const auto [part, counts] = row_of(batch, 1, *letters);
+    if (k > 0) CHECK(text.back() == part.front());
+    text += part.substr(k == 0 ? 0 : 1);
+    mask += counts.substr(k == 0 ? 0 : 1);
+  }
+  CHECK(text.size() == 721);
+  CHECK(mask == expected_mask(text, true));
+}
+
+TEST("task batches: the same for any number of threads, and resumed after any batch") {
+  for (const Arrangement arrangement : {Arrangement::packed, Arrangement::streams}) {
+    const TaskBatchOptions options{.arrangement = arrangement, .rows = 5, .length = 150, .seed = 9, .threads = 0};
+    std::vector<Batch> whole(6);
+    BatchStream stream = copies(options);
+    for (Batch& batch : whole) stream.next(batch);
+    for (const int threads : {1, 4}) {
+      TaskBatchOptions other = options;
+      other.threads = threads;
+      BatchStream again = copies(other);
+      Batch batch;
+      for (const Batch& expected : whole) {
+        again.next(batch);
+        expect_same(batch, expected);
+      }
+      for (std::size_t k = 0; k + 1 < whole.size(); ++k) {
+        BatchStream resumed = copies(other, DataCursor::from_json(whole[k].cursor_after.to_json()));
+        resumed.next(batch);
+        expect_same(batch, whole[k + 1]);
+      }
+    }
+    TaskBatchOptions other_seed = options;
+    other_seed.seed = 10;
+    CHECK_THROWS_AS(copies(other_seed, whole[0].cursor_after), ConfigError);
+    Batch batch;
+    copies(other_seed).next(batch);
+    CHECK(batch.tokens != whole[0].tokens);
+  }
+}
+
+TEST("task batches: passkey rows are filled to their last token, and the key counts") {
+  const std::shared_ptr<const Tokenizer> bytes = open_tokenizer("bytes");
+  TaskContext context{.options = {.digits = 5}, .tokenizer = bytes, .files = {}, .row_tokens = 401};
+  BatchStream stream = task_batches({.rows = 2, .length = 400}, "passkey", context);
+  Batch batch;
+  stream.next(batch);
+  for (std::size_t b = 0; b < 2; ++b) {
+    std::vector<int32_t> answer;
+    for (std::size_t i = 0; i < 400; ++i)
+      if (batch.mask[b * 400 + i] != 0) answer.push_back(batch.targets[b * 400 + i]);
+    REQUIRE(answer.size() == 8);  // " 12345." and the end of text
+    CHECK(answer.back() == bytes->end_of_text());
+    const std::string key = bytes->decode(std::span(answer).subspan(1, 5));
+    CHECK(bytes->decode(batch.row(static_cast<int64_t>(b))).find("\nThe pass key is " + key + ". Remember") != std::string::npos);
+    CHECK(batch.mask[b * 400 + 399] == 1);
+  }
+  context.row_tokens = 200;
+  CHECK_THROWS_AS(make_task("passkey", context), ConfigError);
+}
+
+TEST("task batches: babilong mixes files and lengths, and no sample is longer than a row") {
+  const test::ScratchFolder scratch;
+  std::ofstream(scratch.file("qa1_a.txt")) << "1 Ann ran.\n2 Where is Ann? \tbarn\t1\n";
+  std::ofstream(scratch.file("qa2_b.txt")) << "1 Bob ate.\n2 Who ate? \tBob\t1\n";
+  std::string book;
+  for (int i = 1000; i < 4000; ++i) book += "Sentence " + std::to_string(i) + " of the book. ";
+  std::ofstream(scratch.file("books.jsonl")) << "{\"text\": \"" + book + "\"}\n";
+  const TaskContext context{.options = {.babi = {scratch.file("qa1_a.txt"), scratch.file("qa2_b.txt")}, .lengths = {"0k", "1k"}},
+                            .tokenizer = open_tokenizer("bytes"),
+                            .files = {scratch.file("books.jsonl")},
+                            .row_tokens = 1001};
+  const auto task = make_task("babilong", context);
+  int short_ones = 0, second_file = 0;
+  for (uint64_t key = 0; key < 100; ++key) {
+    const TaskSample s = task->sample(key);
+    CHECK(std::ssize(s.tokens) <= 1001);
+    short_ones += s.tokens.size() < 200 ? 1 : 0;
+    const std::string text = context.tokenizer->decode(s.tokens);
+    CHECK((text.ends_with("Question: Where is Ann? barn.<|endoftext|>") || text.ends_with("Question: Who ate? Bob.<|endoftext|>")));
+    second_file += text.ends_with("Bob.<|endoftext|>") ? 1 : 0;
+    CHECK(context.tokenizer->decode(std::span(s.tokens).subspan(static_cast<std::size_t>(s.prompt))).front() == ' ');
+  }
+  CHECK(std::abs(short_ones - 50) < 25);
+  CHECK(std::abs(second_file - 50) < 25);
+}
+
+TEST("task batches: a babilong sample that is too long for a row loses background, and a story that is too long is passed over") {
+  const test::ScratchFolder scratch;
+  const std::string facts(1200, 'f'), question(500, 'q');
+  std::ofstream(scratch.file("qa1_a.txt")) << "1 Ann ran.\n2 " << question << "? \tbarn\t1\n1 " << facts << ".\n2 Who? \tBob\t1\n";
+  std::string book;
+  for (int i = 1000; i < 4000; ++i) book += "Sentence " + std::to_string(i) + " of the book. ";
+  std::ofstream(scratch.file("books.jsonl")) << "{\"text\": \"" + book + "\"}\n";
+  const auto task = make_task("babilong", {.options = {.babi = {scratch.file("qa1_a.txt")}, .lengths = {"1k"}},
+                                           .tokenizer = open_tokenizer("bytes"),
+                                           .files = {scratch.file("books.jsonl")},
+                                           .row_tokens = 1001});
+  for (uint64_t key = 0; key < 20; ++key) {
+    const TaskSample s = task->sample(key);
+    CHECK(std::ssize(s.tokens) <= 1001);
+    CHECK(std::ssize(s.tokens) > 900);
+    CHECK(open_tokenizer("bytes")->decode(s.tokens).ends_with("qqq? barn.<|endoftext|>"));
+  }
+}
+
+TEST("tasks: what does not fit is said") {
+  CHECK_THROWS_AS(make_task("copying", copy_context(220)), ConfigError);
+  CHECK_THROWS_AS(make_task("copy", copy_context(102)), ConfigError);  // 2 * 50 + 3 tokens
+  CHECK_NOTHROW(make_task("copy", copy_context(103)));
+  CHECK_THROWS_AS(make_task("copy", copy_context(220, {.min_length = 60})), ConfigError);
+  CHECK_THROWS_AS(make_task("copy", copy_context(220, {.variant = "duplicate-ngram"})), ConfigError);
+  CHECK_THROWS_AS(make_task("copy", {.options = {}, .tokenizer = open_tokenizer("bytes"), .files = {}, .row_tokens = 220}), ConfigError);
+  CHECK_THROWS_AS(make_task("babilong", copy_context(220)), ConfigError);
+  CHECK(parse_length("0k") == 0);
+  CHECK(parse_length("256k") == 256000);
+  CHECK(parse_length("1M") == 1000000);
+  CHECK(parse_length("77") == 77);
+  for (const char* text : {"", "k", "1K", "-1k", "1k "}) CHECK_THROWS_AS(parse_length(text), ConfigError);
+}
+
+}  // namespace
+}  // namespace longhand

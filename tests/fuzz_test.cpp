@@ -1,0 +1,79 @@
+// Damaged files of every kind, thousands of them: each is read or refused with an Error, whatever the damage. The coverage-guided form of
+// this is tests/fuzz/run.sh; what that found stands here by name.
+#include <algorithm>
+#include <cstdlib>
+
+#include "core/philox.h"
+#include "tests/fuzz/readers.h"
+#include "tests/support/check.h"
+
+namespace longhand::test {
+namespace {
+
+// One of the small changes that files suffer, or that somebody makes on purpose.
+std::string damaged(std::string bytes, const std::string& other, uint64_t key) {
+  for (uint64_t round = 0, rounds = 1 + philox_u64(key, 0) % 3; round < rounds; ++round) {
+    auto draw = [&, n = uint64_t{0}](uint64_t below) mutable {
+      return static_cast<std::size_t>(philox_u64(key, 1 + round, ++n) % std::max<uint64_t>(below, 1));
+    };
+    const std::size_t at = draw(bytes.size() + 1);
+    switch (draw(8)) {
+      case 0:
+        bytes.resize(at);
+        break;  // cut off
+      case 1:
+        if (at < bytes.size()) bytes[at] ^= static_cast<char>(1 << draw(8));
+        break;  // one bit
+      case 2:
+        if (at < bytes.size()) bytes[at] = static_cast<char>(draw(256));
+        break;
+      case 3:
+        bytes.erase(at, 1 + draw(16));
+        break;
+      case 4:
+        bytes.insert(at, bytes.substr(draw(bytes.size()), 1 + draw(32)));
+        break;  // a part twice
+      case 5:
+        bytes.insert(at, other.substr(draw(other.size()), draw(64)));
+        break;  // a part of another file
+      case 6:   // a number at its bounds
+        for (std::size_t i = 0, n = std::size_t{1} << draw(4); i < n && at + i < bytes.size(); ++i)
+          bytes[at + i] = static_cast<char>(philox_u64(key, 9, round) % 2 ? 0xFF : 0);
+        break;
+      default: {  // a digit
+        const auto digit = bytes.find_first_of("0123456789", at);
+        if (digit != std::string::npos)
+          bytes.replace(digit, 1, philox_u64(key, 8, round) % 2 ? "-9223372036854775808" : "18446744073709551615");
+      }
+    }
+  }
+  return bytes;
+}
+
+TEST("fuzz: damaged files of every kind are read or refused, nothing else") {
+  const char* given = std::getenv("LONGHAND_FUZZ_INPUTS");
+  const uint64_t inputs = given == nullptr ? 1500 : std::stoull(given);
+  const ScratchFolder scratch;
+  for (const Reader& reader : readers()) {
+    CAPTURE(reader.name);
+    const auto samples = samples_of(reader, scratch.path());
+    REQUIRE(!samples.empty());
+    for (std::size_t i = 0; i < samples.size(); ++i) {
+      const auto refusal = read_bytes(reader, scratch.path(), samples[i]);
+      if (reader.name == std::string("jsonl") && i == 0) CHECK(refusal);  // "bad": one of its lines is none
+      else CHECK_MESSAGE(!refusal, refusal.value_or(""));
+    }
+    uint64_t taken = 0;
+    for (uint64_t i = 0; i < inputs; ++i) {
+      CAPTURE(i);
+      const std::string input = damaged(samples[i % samples.size()], samples[(i + 1) % samples.size()], i);
+      bool refused = false;
+      CHECK_NOTHROW(refused = read_bytes(reader, scratch.path(), input).has_value());
+      taken += refused ? 0 : 1;
+    }
+    CHECK(taken < inputs);
+  }
+}
+
+}  // namespace
+}  // namespace longhand::test

@@ -1,0 +1,127 @@
+// Run folders: who may work on one, which checkpoints stay, and what a failed or killed writer leaves.
+#include "train/run_folder.h"
+
+#include <filesystem>
+#include <fstream>
+#include <optional>
+#include <set>
+
+#include "core/error.h"
+#include "core/files.h"
+#include "tests/support/check.h"
+#include "train/data_record.h"
+
+namespace longhand {
+namespace {
+
+namespace fs = std::filesystem;
+using namespace test;
+
+void write_checkpoint(const RunFolder& run, int64_t step, const KeptCheckpoints& keep = {}) {
+  run.write_checkpoint(step, keep, [](const std::string& folder) { std::ofstream(folder + "/model") << "weights"; });
+}
+
+std::set<std::string> checkpoints_of(const RunFolder& run) {
+  std::set<std::string> names;
+  for (const auto& entry : fs::directory_iterator(run.file("checkpoints"))) names.insert(entry.path().filename().string());
+  return names;
+}
+
+TEST("run folder: a second one on the same run is refused while the first lives, and names its process") {
+  const ScratchFolder scratch;
+  std::optional<RunFolder> first = RunFolder::create(scratch.path(), "run");
+  std::ofstream(first->file("config.toml")) << "";
+  const std::string process = "process " + std::to_string(::getpid()) + " on ";
+  CHECK_THROWS_WITH_AS(RunFolder::open(scratch.path(), "run"), doctest::Contains("another process works on this run"), FileError);
+  CHECK_THROWS_WITH_AS(RunFolder::open(scratch.path(), "run"), doctest::Contains(process.c_str()), FileError);
+  std::optional<RunFolder> copy = first;
+  first.reset();
+  CHECK_THROWS_AS(RunFolder::open(scratch.path(), "run"), FileError);  // the copy holds it
+  copy.reset();
+  CHECK(RunFolder::open(scratch.path(), "run").name() == "run");
+}
+
+TEST("run folder: what a killed start left is taken over, a run is not") {
+  const ScratchFolder scratch;
+  fs::create_directories(scratch.file("run/checkpoints"));
+  std::ofstream(scratch.file("run/lock")) << "process 1 on nowhere\n";
+  std::ofstream(scratch.file("run/config.toml.tmp-1")) << "half";
+  const RunFolder run = RunFolder::create(scratch.path(), "run");
+  CHECK_FALSE(fs::exists(scratch.file("run/config.toml.tmp-1")));
+  fs::create_directories(scratch.file("other"));
+  std::ofstream(scratch.file("other/thesis.txt")) << "somebody's work";
+  CHECK_THROWS_WITH_AS(RunFolder::create(scratch.path(), "other"), doctest::Contains("exists already"), FileError);
+  CHECK(fs::exists(scratch.file("other/thesis.txt")));
+  CHECK_FALSE(fs::exists(scratch.file("other/lock")));
+}
+
+TEST("run folder: the last checkpoints and every so many steps are kept") {
+  const ScratchFolder scratch;
+  const RunFolder run = RunFolder::create(scratch.path(), "run");
+  for (int64_t step = 5; step <= 60; step += 5) write_checkpoint(run, step, {.last = 2, .every = 20});
+  CHECK(checkpoints_of(run) == std::set<std::string>{"latest", "step-20", "step-40", "step-55", "step-60"});
+  write_checkpoint(run, 65, {.last = 1, .every = 0});
+  CHECK(checkpoints_of(run) == std::set<std::string>{"latest", "step-65"});
+  write_checkpoint(run, 70, {.last = 0, .every = 0});
+  CHECK(checkpoints_of(run) == std::set<std::string>{"latest", "step-65", "step-70"});
+}
+
+TEST("run folder: a checkpoint that cannot be written leaves the one before, says why, and gives its space back") {
+  const ScratchFolder scratch;
+  const RunFolder run = RunFolder::create(scratch.path(), "run");
+  const auto fail = [](const std::string& folder) {
+    std::ofstream(folder + "/model") << "half";
+    throw FileError("file: cannot write", {{"file", folder + "/model"}, {"reason", "No space left on device"}, {"try", "nothing"}});
+  };
+  CHECK_THROWS_WITH_AS(run.write_checkpoint(1, {}, fail), doctest::Contains("none yet"), FileError);
+  write_checkpoint(run, 2);
+  for (const char* part : {"the checkpoint of step 3 cannot be written", "file: cannot write", "No space left on device",
+                           "step-2 is the latest still", "longhand train --resume"})
+    CHECK_THROWS_WITH_AS(run.write_checkpoint(3, {}, fail), doctest::Contains(part), FileError);
+  CHECK(checkpoints_of(run) == std::set<std::string>{"latest", "step-2"});
+  CHECK(run.latest_step() == 2);
+  write_checkpoint(run, 3);
+  CHECK(run.latest_step() == 3);
+}
+
+TEST("run folder: a step that is written again replaces what a cut off run had left") {
+  const ScratchFolder scratch;
+  const RunFolder run = RunFolder::create(scratch.path(), "run");
+  write_checkpoint(run, 2);
+  fs::create_directories(run.checkpoint(4));  // renamed, but `latest` never moved
+  std::ofstream(run.checkpoint(4) + "/stale") << "";
+  CHECK(run.latest_step() == 2);
+  write_checkpoint(run, 4);
+  CHECK(run.latest_step() == 4);
+  CHECK_FALSE(fs::exists(run.checkpoint(4) + "/stale"));
+  CHECK(fs::exists(run.checkpoint(4) + "/model"));
+}
+
+TEST("data record: any change of a small file is seen, and of a large one in what is sampled") {
+  const ScratchFolder scratch;
+  const std::string small = scratch.file("a.jsonl"), large = scratch.file("b.jsonl");
+  const auto size = static_cast<std::size_t>(2 * kSampledBlocks * kSampledBlockBytes + 7);
+  std::string text(size, 'x');
+  write_file_atomically(small, "0123456789");
+  write_file_atomically(large, text);
+  const auto before = record_data({scratch.path()});
+  REQUIRE(before.size() == 2);
+  CHECK(before[0] == DataFileRecord{small, 10, 0xA684C7C6});  // CRC-32 of the ten digits
+  CHECK(before[1].bytes == static_cast<int64_t>(size));
+  CHECK_NOTHROW(require_same_data(before, record_data({small, large})));
+  for (std::size_t at : {std::size_t{0}, size - 1}) {  // both ends are sampled
+    std::string changed = text;
+    changed[at] = 'y';
+    write_file_atomically(large, changed);
+    CHECK_THROWS_WITH_AS(require_same_data(before, record_data({small, large})), doctest::Contains("b.jsonl"), FileError);
+  }
+  write_file_atomically(large, text + "x");
+  CHECK_THROWS_WITH_AS(require_same_data(before, record_data({small, large})), doctest::Contains("33554440 bytes"), FileError);
+  write_file_atomically(small, "0123456780");
+  CHECK_THROWS_WITH_AS(require_same_data(before, record_data({small})), doctest::Contains("a.jsonl"), FileError);
+  write_file_atomically(small, "0123456789");
+  CHECK_THROWS_WITH_AS(require_same_data(before, record_data({small})), doctest::Contains("no such file"), FileError);
+}
+
+}  // namespace
+}  // namespace longhand
