@@ -96,7 +96,7 @@ DeterminismReport verify_determinism(const Recipe& recipe, const std::shared_ptr
                           {"first", first.steps[i].text()},
                           {"second", second.steps[i].text()},
                           {"differ", names},
-                          {"try", "longhand doctor; then OMP_NUM_THREADS=1, to see whether compute threads matter"}});
+                          {"try", "OMP_NUM_THREADS=1, to see whether compute threads matter"}});
   if (names != "none") throw NumericError("train: the moments differ the second time", {{"differ", names}});
   return report;
 }
