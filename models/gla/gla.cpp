@@ -36,6 +36,7 @@ constexpr ModelOption kOptions[] = {
     {"hidden_ratio", 4, "sets the width of the position-wise network: 2/3 of hidden_ratio * d_model, rounded up to a multiple of 256"},
     {"intermediate_size", 0, "this width itself; 0 becomes what hidden_ratio sets"},
     {"initializer_range", 0.02, "initialisation: standard deviation of every matrix"},
+    {"gate_bias_init", 0, "initialisation: bias of the logits of the gates; above 0 the state forgets more slowly"},
 };
 
 // The sizes of one attention.
@@ -80,6 +81,7 @@ void settle(ModelConfig& c) {
   if (c.option("intermediate_size") == 0) c.options["intermediate_size"] = mlp_width(c.d_model, c.option("hidden_ratio"));
   require_sizes(c, {"intermediate_size"});
   require_option(c, c.option("clamp_min") <= 0, "clamp_min, a limit of logarithms of numbers below 1, must be at most 0", "clamp_min");
+  require_option(c, std::isfinite(c.option("gate_bias_init")), "gate_bias_init must be finite", "gate_bias_init");
   require_option(c, c.option("initializer_range") >= 0 && std::isfinite(c.option("initializer_range")),
                  "initializer_range must be finite and at least 0", "initializer_range");
 }
@@ -113,7 +115,7 @@ class Attention final : public Mixer {
     }
     gate_down_ = matrix("gk_proj.0.weight", s.rank, s.d_model);
     gate_up_ = matrix("gk_proj.1.weight", s.keys(), s.rank);
-    gate_bias_ = parameters.declare(prefix + "gk_proj.1.bias", {s.keys()}, small_parameter(init_constant(0)));
+    gate_bias_ = parameters.declare(prefix + "gk_proj.1.bias", {s.keys()}, small_parameter(init_constant(config.option("gate_bias_init"))));
     if (config.flag("use_output_gate")) g_proj_ = matrix("g_proj.weight", s.values(), s.d_model);
     norm_weight_ = parameters.declare(prefix + (g_proj_ != nullptr ? "g_norm_swish_gate.weight" : "g_norm.weight"), {s.Dv},
                                       small_parameter(init_constant(1)));

@@ -35,6 +35,9 @@ constexpr const char* kHarmless[] = {"_name_or_path",
                                      "use_cache",
                                      "use_l2warp"};
 
+// Options that FLA has no key for.
+constexpr auto kOwnOptions = {"gate_bias_init"};
+
 bool fla_matches(const Json& json) {
   return is_text(json, "model_type", "gla");
 }
@@ -73,7 +76,7 @@ ModelConfig fla_read(const Json& json, const std::string& file) {
   reader.require("attn", nullptr);
   if (short_conv) reader.require("share_conv_kernel", false);
   else reader.ignore("share_conv_kernel");
-  read_padded_vocab(reader, file, 32000, c);
+  read_padded_vocab(reader, file, 32000, c, kOwnOptions);
   for (const char* key : kHarmless) reader.ignore(key);
   for (const auto& [key, value] : json.items())
     if (key.starts_with("fuse_") || value.is_null()) reader.ignore(key);  // which kernels to take; not set
@@ -118,7 +121,7 @@ Json fla_write(const ModelConfig& c) {
           {"tie_word_embeddings", c.tie_embeddings},
           {"initializer_range", c.option("initializer_range")},
           {"vocab_size", c.padded_vocab()},
-          {"longhand", own_keys(c)}};
+          {"longhand", own_keys(c, kOwnOptions)}};
 }
 
 // Files written with fuse_norm false call the head norm g_norm; files from before February 2025 hold gate_proj and up_proj as one matrix.

@@ -111,6 +111,8 @@ TEST("gla: initialisation follows the published distributions") {
   CHECK(largest(initial_values(c, layer + "attn.q_proj.weight")) > 2.5 * 0.05);  // normal, not uniform
   CHECK(spread(initial_values(c, layer + "attn.v_conv1d.weight")) == doctest::Approx(0.05).epsilon(0.2));
   CHECK(initial_values(c, layer + "attn.gk_proj.1.bias") == std::vector<double>(32, 0.0));
+  c.options["gate_bias_init"] = 3;
+  CHECK(initial_values(c, layer + "attn.gk_proj.1.bias") == std::vector<double>(32, 3.0));
   CHECK(initial_values(c, layer + "attn.g_norm_swish_gate.weight") == std::vector<double>(32, 1.0));
   CHECK(initial_values(c, layer + "mlp_norm.weight") == std::vector<double>(64, 1.0));
 }

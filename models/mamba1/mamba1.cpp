@@ -27,6 +27,7 @@ constexpr ModelOption kOptions[] = {
     {"conv_bias", 1, "1: the convolution has a bias"},
     {"dt_init_constant", 0, "initialisation of dt_proj: 0: U(-s, s), 1: s, with s = dt_scale / sqrt(dt_rank)"},
     {"dt_scale", 1, "initialisation: scale of dt_proj"},
+    {"A_init_scale", 1, "initialisation: A = -A_init_scale (1, 2, .. N); below 1 the state forgets more slowly"},
     {"dt_min", 0.001, "initialisation: smallest dt"},
     {"dt_max", 0.1, "initialisation: largest dt"},
     {"dt_init_floor", 1e-4, "initialisation: floor of dt"},
@@ -52,6 +53,8 @@ void settle(ModelConfig& c) {
   require_sizes(c, {"d_state", "d_conv", "expand", "dt_rank"});
   require_choices(c, {"bias", "conv_bias", "dt_init_constant"});
   require_option(c, c.count("d_conv") <= 8, "d_conv over 8 is not supported", "d_conv");
+  require_option(c, c.option("A_init_scale") > 0 && std::isfinite(c.option("A_init_scale")), "A_init_scale must be finite and above 0",
+                 "A_init_scale");
   require_option(c, c.option("dt_scale") > 0 && std::isfinite(c.option("dt_scale")), "dt_scale must be finite and above 0", "dt_scale");
   require_dt_options(c);
 }
@@ -71,7 +74,8 @@ class Mamba1Mixer final : public Mixer {
     dt_proj_ = parameters.declare(prefix + "dt_proj.weight", {s.d_inner, s.dt_rank},
                                   {.init = config.flag("dt_init_constant") ? init_constant(dt_bound) : init_uniform(-dt_bound, dt_bound)});
     dt_bias_ = parameters.declare(prefix + "dt_proj.bias", {s.d_inner}, small_parameter(init_dt_bias(config)));
-    A_log_ = parameters.declare(prefix + "A_log", {s.d_inner, s.d_state}, small_parameter(init_A_log(s.d_state)));
+    A_log_ =
+        parameters.declare(prefix + "A_log", {s.d_inner, s.d_state}, small_parameter(init_A_log(s.d_state, config.option("A_init_scale"))));
     D_ = parameters.declare(prefix + "D", {s.d_inner}, small_parameter(init_constant(1)));
     out_proj_ = parameters.declare(prefix + "out_proj.weight", {s.d_model, s.d_inner}, {.init = init_fan_in(s.d_inner, residual_scale)});
     if (config.flag("bias")) {
@@ -110,9 +114,9 @@ class Mamba1Mixer final : public Mixer {
   }
 
  private:
-  // A[c, n] = -(n + 1), the same for every channel c.
-  static Initializer init_A_log(int64_t d_state) {
-    return [N = static_cast<uint64_t>(d_state)](uint64_t, uint64_t i) { return std::log(static_cast<double>(i % N + 1)); };
+  // A[c, n] = -scale (n + 1), the same for every channel c.
+  static Initializer init_A_log(int64_t d_state, double scale) {
+    return [N = static_cast<uint64_t>(d_state), scale](uint64_t, uint64_t i) { return std::log(scale * static_cast<double>(i % N + 1)); };
   }
 
   Sizes sizes_;

@@ -32,6 +32,9 @@ const char* dt_init_text(const ModelConfig& c) {
 
 // --- transformers, and FLA's class of the same model_type -----------------------------------------------------
 
+// Options that transformers has no key for.
+constexpr auto kOwnOptions = {"A_init_scale"};
+
 bool transformers_matches(const Json& json) {
   return is_text(json, "model_type", "mamba");
 }
@@ -63,12 +66,12 @@ ModelConfig transformers_read(const Json& json, const std::string& file) {
   read_dt_rank(reader, "time_step_rank", c);
   read_dt_init(reader, "time_step_init_scheme", c);
   require_silu(reader, "silu");
-  read_padded_vocab(reader, file, 50280, c);
+  read_padded_vocab(reader, file, 50280, c, kOwnOptions);
   return c;
 }
 
 std::string transformers_obstacle(const ModelConfig&) {
-  return "";  // every option has a key
+  return "";  // every option has a key, or one of ours
 }
 
 Json transformers_write(const ModelConfig& c) {
@@ -93,7 +96,7 @@ Json transformers_write(const ModelConfig& c) {
           {"time_step_min", c.option("dt_min")},
           {"time_step_max", c.option("dt_max")},
           {"time_step_floor", c.option("dt_init_floor")},
-          {"longhand", own_keys(c)}};
+          {"longhand", own_keys(c, kOwnOptions)}};
 }
 
 // --- state-spaces ---------------------------------------------------------------------------------------------

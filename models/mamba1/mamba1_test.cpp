@@ -87,6 +87,9 @@ TEST("mamba1: initialisation follows the published distributions") {
   }
   CHECK(mean_log == doctest::Approx(std::log(0.01)).epsilon(0.08));  // even in log(dt) between 0.001 and 0.1
   CHECK(initial_values(c, kMixer + "D") == std::vector<double>(128, 1.0));
+  c.options["A_init_scale"] = 0.01;
+  const auto slow = initial_values(c, kMixer + "A_log");
+  for (std::size_t i = 0; i < slow.size(); ++i) CHECK(std::exp(slow[i]) == doctest::Approx(0.01 * static_cast<double>(i % 16 + 1)));
   CHECK(initial_values(c, kMixer + "in_proj.weight") != initial_values(c, "backbone.layers.1.mixer.in_proj.weight"));
   c.options = {{"dt_init_constant", 1}, {"dt_scale", 3}, {"bias", 1}, {"dt_init_floor", 0.1}};
   CHECK(initial_values(c, kMixer + "dt_proj.weight") == std::vector<double>(128 * 4, 1.5));

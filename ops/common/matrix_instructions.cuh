@@ -25,6 +25,15 @@ __device__ __forceinline__ void copy_16_or_zero_async(void* to_shared, const voi
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to_shared)), "l"(from_global), "r"(read ? 16 : 0)
                : "memory");
 }
+/// Likewise 4, 8 or 16 bytes, both aligned to as many.
+template <int bytes>
+__device__ __forceinline__ void copy_or_zero_async(void* to_shared, const void* from_global, bool read) {
+  if constexpr (bytes == 16) copy_16_or_zero_async(to_shared, from_global, read);
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to_shared)), "l"(from_global), "n"(bytes),
+                 "r"(read ? bytes : 0)
+                 : "memory");
+}
 __device__ __forceinline__ void copies_arrived() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 }

@@ -368,15 +368,17 @@ template <int part_width, class T>
 __device__ __forceinline__ void store_part(T* to, int64_t row_stride, const T* part, int stride, int rows, int part_rows, int width,
                                            bool vectors) {
   constexpr int unit = 16 / static_cast<int>(sizeof(T)), units = part_width / unit;
-  static_assert(units <= 32 && 32 % units == 0);
+  constexpr int lanes = units < 32 ? units : 32;  // of a row at a time
+  static_assert(32 % lanes == 0 && units % lanes == 0);
   const int lane = threadIdx.x % 32, last = rows < part_rows ? rows : part_rows;
   if (vectors) {
-    const int column = lane % units * unit, first = lane / units;
-    to += first * row_stride + column;
-    part += first * stride + column;
-    if (column < width)
-      for (int row = first; row < last; row += 32 / units, to += 32 / units * row_stride, part += 32 / units * stride)
-        *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(part);
+    const int first = lane / lanes;
+    to += first * row_stride;
+    part += first * stride;
+    for (int row = first; row < last; row += 32 / lanes, to += 32 / lanes * row_stride, part += 32 / lanes * stride)
+#pragma unroll
+      for (int column = lane % lanes * unit; column < part_width; column += lanes * unit)
+        if (column < width) *reinterpret_cast<uint4*>(to + column) = *reinterpret_cast<const uint4*>(part + column);
   } else {
     for (int i = lane; i < last * part_width; i += 32)
       if (i % part_width < width) to[i / part_width * row_stride + i % part_width] = part[i / part_width * stride + i % part_width];

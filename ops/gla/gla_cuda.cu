@@ -214,18 +214,20 @@ struct WalkArgs {
   T* borders;               // [B, chunks, H, Dv, D] or null: the turned state before each chunk of the walk
   int64_t B, tokens, H, chunks, segments, chunks_per_segment;
   bool end_per_segment;
-  int Dk, Dv, parts, width, stages;  // width: columns of a part, a multiple of 16
+  int Dk, Dv, parts, stages;
 };
 
 template <class T, int D>
-struct WalkLayout {  // shared memory in bytes; each stage holds the tiles of one chunk
+struct WalkLayout {  // shared memory in bytes: the decay of a segment, border rows of every warp, then the stages with the tiles of one
+                     // chunk
   static constexpr int size = static_cast<int>(sizeof(T));
   static constexpr int side_bytes = kChunk * tile_stride<T>(D) * size, scores_bytes = kChunk * tile_stride<T>(kChunk) * size;
-  __host__ __device__ static constexpr int stage_bytes(int width, bool outputs) {
-    return D * 4 + kChunk * tile_stride<T>(width) * size + side_bytes + (outputs ? side_bytes + scores_bytes : 0);
-  }
-  __host__ __device__ static constexpr int total_bytes(int width, bool outputs, int stages) {
-    return stages * stage_bytes(width, outputs) + D * 4;
+  static constexpr bool stages_borders = D * size <= 512;  // wider rows leave no room for it, and are whole lines anyway
+  static constexpr int rows_bytes = kChunk * tile_stride<T>(kPart) * size,
+                       border_bytes = stages_borders ? kPart * tile_stride<T>(D) * size : 0;
+  static constexpr int stage_bytes(bool outputs) { return D * 4 + rows_bytes + side_bytes + (outputs ? side_bytes + scores_bytes : 0); }
+  static constexpr int total_bytes(bool outputs, bool borders, int stages) {
+    return D * 4 + (borders ? border_bytes : 0) + stages * stage_bytes(outputs);
   }
 };
 
@@ -236,7 +238,7 @@ __global__ void __launch_bounds__(2 * kPart, sizeof(T) == 2 && D == 128 && outpu
   constexpr int side_stride = tile_stride<T>(D), scores_stride = tile_stride<T>(kChunk);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, quad = lane % 4;
   const int part = static_cast<int>(blockIdx.x % a.parts), first_column = kPart * part,
-            columns = a.Dv - first_column < a.width ? a.Dv - first_column : a.width;
+            columns = a.Dv - first_column < kPart ? a.Dv - first_column : kPart;
   const int64_t segment = blockIdx.x / a.parts % a.segments, row_head = blockIdx.x / a.parts / a.segments, h = row_head % a.H,
                 b = row_head / a.H;
   const int64_t k_begin = segment * a.chunks_per_segment, k_limit = k_begin + a.chunks_per_segment,
@@ -244,8 +246,10 @@ __global__ void __launch_bounds__(2 * kPart, sizeof(T) == 2 && D == 128 && outpu
   if (a.end_per_segment && segment == a.segments - 1) return;  // nobody starts from its end
 
   float* product = reinterpret_cast<float*>(shared_memory());  // [D] decay over the segment so far
-  unsigned char* stages = shared_memory() + D * 4;
-  const int rows_stride = tile_stride<T>(a.width), stage_bytes = Layout::stage_bytes(a.width, outputs);
+  T* border = reinterpret_cast<T*>(product + D) + 16 * warp * side_stride;
+  unsigned char* stages = shared_memory() + D * 4 + (a.borders != nullptr ? Layout::border_bytes : 0);
+  constexpr int rows_stride = tile_stride<T>(kPart), stage_bytes = Layout::stage_bytes(outputs), threads = 2 * kPart;
+  const int thread = static_cast<int>(threadIdx.x);
   const auto chunk_at = [&](int64_t k) { return backwards ? a.chunks - 1 - k : k; };
   const auto tokens_in = [&](int64_t chunk) {
     const int64_t left = a.tokens - chunk * kChunk;
@@ -254,16 +258,16 @@ __global__ void __launch_bounds__(2 * kPart, sizeof(T) == 2 && D == 128 && outpu
   const auto fetch = [&](int64_t k) {  // the tiles of the walk's chunk k
     const int64_t chunk = chunk_at(k), unit = (b * a.chunks + chunk) * a.H + h;
     float* decay = reinterpret_cast<float*>(stages + k % a.stages * stage_bytes);
-    for (int i = static_cast<int>(threadIdx.x); i < D / 4; i += static_cast<int>(blockDim.x))
-      copy_16_async(decay + 4 * i, a.decay + unit * D + 4 * i);
+    for (int i = thread; i < D / 4; i += threads) copy_16_async(decay + 4 * i, a.decay + unit * D + 4 * i);
     T* rows = reinterpret_cast<T*>(decay + D);
-    load_tile(rows, kChunk, a.width, a.rows.data + b * a.rows.batch + chunk * kChunk * a.rows.token + h * a.Dv + first_column, a.rows.token,
-              tokens_in(chunk), columns, a.rows.vectors);
+    load_tile<kPart>(rows, kChunk, a.rows.data + b * a.rows.batch + chunk * kChunk * a.rows.token + h * a.Dv + first_column, a.rows.token,
+                     tokens_in(chunk), columns, a.rows.vectors, thread, threads);
     T* side = rows + kChunk * rows_stride;
-    load_tile(side, kChunk, D, a.side + unit * kChunk * D, D, kChunk, D, true);
+    load_tile<D>(side, kChunk, a.side + unit * kChunk * D, D, kChunk, D, true, thread, threads);
     if constexpr (outputs) {
-      load_tile(side + kChunk * side_stride, kChunk, D, a.readout + unit * kChunk * D, D, kChunk, D, true);
-      load_tile(side + 2 * kChunk * side_stride, kChunk, kChunk, a.scores + unit * kChunk * kChunk, kChunk, kChunk, kChunk, true);
+      load_tile<D>(side + kChunk * side_stride, kChunk, a.readout + unit * kChunk * D, D, kChunk, D, true, thread, threads);
+      load_tile<kChunk>(side + 2 * kChunk * side_stride, kChunk, a.scores + unit * kChunk * kChunk, kChunk, kChunk, kChunk, true, thread,
+                        threads);
     }
   };
 
@@ -308,14 +312,21 @@ __global__ void __launch_bounds__(2 * kPart, sizeof(T) == 2 && D == 128 && outpu
     if (a.end_per_segment)
       for (int m = static_cast<int>(threadIdx.x); m < D; m += static_cast<int>(blockDim.x)) product[m] *= decay[m];
     if (a.borders != nullptr) {
-      T* to = a.borders + (((b * a.chunks + chunk) * a.H + h) * a.Dv + first_column) * D;
+      // this warp's 16 rows, through shared memory so that whole lines are written
+      T* const to = a.borders + (((b * a.chunks + chunk) * a.H + h) * a.Dv + first_column + 16 * warp) * D;
+      T* const own = Layout::stages_borders ? border : to;
+      constexpr int64_t own_stride = Layout::stages_borders ? side_stride : D;
 #pragma unroll
       for (int j = 0; j < D / 8; ++j)
 #pragma unroll
-        for (int e = 0; e < 4; e += 2) {
-          const int p = 16 * warp + g + e / 2 * 8;
-          if (p < columns) store_two(to + static_cast<int64_t>(p) * D + 8 * j + 2 * quad, state[j][e], state[j][e + 1], true, true);
-        }
+        for (int half = 0; half < 2; ++half)
+          if (Layout::stages_borders || 16 * warp + g + 8 * half < columns)
+            store_two(own + (g + 8 * half) * own_stride + 8 * j + 2 * quad, state[j][2 * half], state[j][2 * half + 1], true, true);
+      if constexpr (Layout::stages_borders) {
+        __syncwarp();
+        store_part<D>(to, D, border, side_stride, columns - 16 * warp, 16, D, true);
+        __syncwarp();
+      }
     }
 
     float y[kChunk / 8][4];  // y' : rows p, columns tokens
@@ -343,14 +354,13 @@ __global__ void __launch_bounds__(2 * kPart, sizeof(T) == 2 && D == 128 && outpu
       multiply<Stored::as_is, D / 16>(state, left, side + 16 * k16 * side_stride, side_stride);
     }
     if constexpr (outputs) {  // y takes the place of the rows in their tile: columns 16 * warp .. of it are this warp's alone
+      T* own = rows + 16 * warp;
       __syncwarp();
 #pragma unroll
-      for (int i8 = 0; i8 < kChunk / 8; ++i8)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) rows[(8 * i8 + 2 * quad + e % 2) * rows_stride + 16 * warp + g + e / 2 * 8] = narrow<T>(y[i8][e]);
-      __syncthreads();
-      store_tile(a.y.data + b * a.y.batch + chunk * kChunk * a.y.token + h * a.Dv + first_column, a.y.token, rows, a.width,
-                 tokens_in(chunk), columns, a.y.vectors);
+      for (int i8 = 0; i8 < kChunk / 8; ++i8) store_transposed(own + 8 * i8 * rows_stride, rows_stride, y[i8]);
+      __syncwarp();
+      store_part<16>(a.y.data + b * a.y.batch + chunk * kChunk * a.y.token + h * a.Dv + first_column + 16 * warp, a.y.token, own,
+                     rows_stride, tokens_in(chunk), kChunk, columns - 16 * warp, a.y.vectors);
     }
   }
   if (a.end != nullptr && (a.end_per_segment || segment == a.segments - 1)) {
@@ -371,18 +381,21 @@ struct SegmentScanArgs {
   int64_t segments, Dk, Dv;
 };
 
-// One thread per entry of the state, one block row per (row, head).
+// One thread per entry of the state, one block row per (row, head); loads of four segments are on their way at a time.
 __global__ void gla_segment_scan_kernel(const SegmentScanArgs a) {
   const int64_t entry = static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x, row_head = blockIdx.x, size = a.Dk * a.Dv;
   if (entry >= size) return;
   float current = a.start == nullptr ? 0.0f : a.start[row_head * size + entry];
-  for (int64_t segment = 0; segment < a.segments; ++segment) {
-    const int64_t at = row_head * a.segments + segment;
-    float* place = a.states + at * size + entry;
-    const float own = segment == a.segments - 1 ? 0.0f : *place;  // the last segment's end is nobody's beginning
+  const float* decay = a.decay + row_head * a.segments * a.Dk + entry / a.Dv;
+  float* place = a.states + row_head * a.segments * size + entry;
+  const int64_t last = a.segments - 1;
+#pragma unroll 4
+  for (int64_t segment = 0; segment < last; ++segment, place += size, decay += a.Dk) {
+    const float own = *place;
     *place = current;
-    if (segment < a.segments - 1) current = a.decay[at * a.Dk + entry / a.Dv] * current + own;
+    current = *decay * current + own;
   }
+  *place = current;  // the last segment's end is nobody's beginning
 }
 
 // --- launchers ------------------------------------------------------------------------------------------------
@@ -392,11 +405,11 @@ void launch_walk(WalkArgs<T> args, const CudaContext& context) {
   using Layout = WalkLayout<T, D>;
   const int64_t blocks = args.B * args.H * args.segments * args.parts;
   // Two stages hide the loads of a block that is alone on its SM; where there are blocks enough, more of them per SM hide them better.
-  const bool two = blocks <= 2 * context.sm_count && Layout::total_bytes(args.width, outputs, 2) <= context.shared_memory_per_block;
+  const bool two =
+      blocks <= 2 * context.sm_count && Layout::total_bytes(outputs, args.borders != nullptr, 2) <= context.shared_memory_per_block;
   args.stages = two ? 2 : 1;
-  launch(&gla_walk_kernel<T, D, outputs, backwards>, "gla_walk_kernel", dim3(static_cast<unsigned>(blocks)),
-         dim3(static_cast<unsigned>(2 * args.width)), static_cast<size_t>(Layout::total_bytes(args.width, outputs, args.stages)),
-         context.stream, args);
+  launch(&gla_walk_kernel<T, D, outputs, backwards>, "gla_walk_kernel", dim3(static_cast<unsigned>(blocks)), dim3(2 * kPart),
+         static_cast<size_t>(Layout::total_bytes(outputs, args.borders != nullptr, args.stages)), context.stream, args);
 }
 
 template <class T, bool outputs, bool backwards>
@@ -461,7 +474,6 @@ WalkArgs<T> walk_args(const GlaInputs& in, const GlaPrepared& prepared) {
   args.Dk = static_cast<int>(s.Dk);
   args.Dv = static_cast<int>(s.Dv);
   args.parts = static_cast<int>((s.Dv + kPart - 1) / kPart);
-  args.width = s.Dv < kPart ? rounded_up(s.Dv, 16) : kPart;
   return args;
 }
 
@@ -543,7 +555,7 @@ void require_gla_cuda_sizes(const GlaInputs& in) {
     throw ValueError("gla: the keys of a head are too wide for the CUDA kernels",
                      {{"q", in.q.describe()}, {"expected", "Dk <= 256"}, {"try", "more heads of a smaller Dk"}});
   const int64_t limit = in.q.device().cuda_context().shared_memory_per_block;
-  if (in.q.dtype() == Dtype::f32 && in.q.dim(3) > 128 && WalkLayout<float, 256>::total_bytes(kPart, true, 1) > limit)
+  if (in.q.dtype() == Dtype::f32 && in.q.dim(3) > 128 && WalkLayout<float, 256>::total_bytes(true, true, 1) > limit)
     throw ValueError("gla: this GPU has too little shared memory for keys of this width in f32",
                      {{"q", in.q.describe()}, {"expected", "Dk <= 128"}, {"try", "bf16"}});
 }

@@ -1,6 +1,8 @@
 // The public op: argument checks, choice of device, the node on the tape.
 #include "ops/selective_scan/selective_scan.h"
 
+#include <algorithm>
+
 #include "autograd/tape.h"
 #include "core/error.h"
 #include "core/op_scope.h"
@@ -88,10 +90,14 @@ SelectiveScanOutput selective_scan(const Variable& x, const Variable& dt, const 
   const std::vector<Variable> inputs{x, dt, A_log, B_t, C_t, D_skip, z, dt_bias, h0};
   if (in.x.numel() == 0) return pass_state(in, inputs);
 
-  auto [y, h_T] = on_device(in.x.device(), &selective_scan_fwd_cpu, LONGHAND_CUDA_IMPL(selective_scan_fwd_cuda))(in);
-  auto outputs = record("selective_scan", {y, h_T}, inputs, [in](BackwardCall& call) {
+  const bool differentiated =
+      grad_enabled() && std::any_of(inputs.begin(), inputs.end(), [](const Variable& v) { return v.defined() && v.requires_grad(); });
+  auto [y, h_T, borders] =
+      on_device(in.x.device(), &selective_scan_fwd_cpu, LONGHAND_CUDA_IMPL(selective_scan_fwd_cuda))(in, differentiated);
+  auto outputs = record("selective_scan", {y, h_T}, inputs, [in, borders = borders](BackwardCall& call) {
     SelectiveScanBackward g;
     g.in = in;
+    g.borders = borders;
     g.grad_y = call.grad(0);
     g.grad_h_T = whole(call.grad(1));
     const std::pair<int, Tensor*> activations[] = {{0, &g.grad_x}, {1, &g.grad_dt}, {3, &g.grad_B_t}, {4, &g.grad_C_t}, {6, &g.grad_z}};

@@ -21,7 +21,8 @@ struct SelectiveScanOutput {
 /// h0        [B, D, N]    undefined means zeros
 /// returns   y [B, T, D] dtype of x; h_T [B, D, N]; decays, sums and states in f32 (f64 when x is f64)
 /// holds     scanning [0, s), then [s, T) from that state, gives the scan of [0, T) for every s, gradients too
-/// saves     its inputs only; backward recomputes the states from those at chunk borders (freed when it returns)
+/// saves     its inputs; on CUDA also the state in front of every 64 tokens, N / 16 bytes per token and channel. Backward recomputes the
+///           states between
 /// errors    ShapeError naming both tensors; DtypeError; DeviceError; ValueError naming the limits of the CUDA kernels
 /// source    Gu & Dao 2023, arXiv:2312.00752, Algorithm 2; B_t by the Euler rule, not zero-order hold
 SelectiveScanOutput selective_scan(const Variable& x, const Variable& dt, const Variable& A_log, const Variable& B_t, const Variable& C_t,

@@ -1,11 +1,10 @@
-// The selective scan on CUDA, backward: gradients of everything, in two walks over the tokens.
+// The selective scan on CUDA, backward: gradients of everything, in one walk over the tokens from the last to the first, begun from the
+// states that forward has kept in front of every 64 tokens.
 //
-// selective_scan_bwd_segments_kernel: what each segment does to a state that passes through, forward and back
-// moves   x, dt, z, grad_y in; the state in front of every chunk of 64 tokens out (N / 64 f32 per token and channel)
-// flops   N exponentials and 7 N others per token and channel. Walking forward it gives both the end state and, with the product of the
-//         decays so far, the gradient that reaches the segment's beginning: sum_t (prod_{s<=t} a_s) C_t grad_r_t
-// floor   B32 T2048 D1536 N16: 1.6e9 exponentials at 16 per clock and SM = 0.44 ms on an H100 SXM
-// split   as in the forward walk; every segment begins with a state of zero, connect_segments_kernel puts the whole scan together
+// selective_scan_bwd_segments_kernel: what a segment does to the gradient of a state; only where rows and channels are too few
+// moves   dt, z, grad_y in
+// flops   N exponentials and 4 N others per token and channel: sum_t (prod_{s<=t} a_s) C_t grad_r_t, walking forward with the product
+// split   as in the forward walk; connect_segments_kernel puts the whole scan together
 //
 // selective_scan_bwd_walk_kernel: the gradients
 // moves   x, dt, z, grad_y in, grad_x, grad_dt, grad_z out: 14 bytes per token and channel in bf16, dt and x once more, and the states of
@@ -33,21 +32,16 @@ constexpr int kRun = 8;                   // tokens walked back at a time
 constexpr int kRuns = kScanChunk / kRun;  // of a chunk
 constexpr int kKeptDecays = 4;        // of the 8 states of a thread: decays kept in registers for the way back, the others computed again
 constexpr int kStagedTokens = 32;     // on the way forward through a chunk
-constexpr int64_t kBlocksPerSm = 18;  // six rounds of three
+constexpr int64_t kBlocksAtOnce = 3;  // on an SM
+constexpr int64_t kBlocksPerSm = 6 * kBlocksAtOnce;
 constexpr int64_t kPartialBytes = 512ll << 20;  // limit of the partial sums of grad_B_t and grad_C_t
 
 // --- segments -------------------------------------------------------------------------------------------------
 
-struct SegmentOutputs {
-  float *ends, *grads, *dt_sum;      // of segments, see ScanSegments
-  float *border_states, *border_dt;  // [B, chunks, D, kN] and [B, chunks, D]: state in front of a chunk, sum of dt up to there
-};
-
 template <class Split>
 struct SegmentShared {
-  alignas(16) float steps[kScanTile<Split>][Split::kBlockChannels][2];
+  alignas(16) float dt[kScanTile<Split>][Split::kBlockChannels];
   alignas(16) float grad_r[kScanTile<Split>][Split::kBlockChannels];
-  alignas(16) float B_t[kScanTile<Split>][Split::kN];
   alignas(16) float C_t[kScanTile<Split>][Split::kN];
 };
 
@@ -60,7 +54,8 @@ __device__ void gated_gradient(const ScanProblem<T>& p, const Pack<T, 4>& grad_y
 
 template <class T, class Split>
 __global__ void __launch_bounds__(kScanThreads, Split::kN <= 16 ? 6 : 3)
-    selective_scan_bwd_segments_kernel(const ScanProblem<T> p, const ScanRows<const T> grad_y, const SegmentOutputs out, int64_t groups) {
+    selective_scan_bwd_segments_kernel(const ScanProblem<T> p, const ScanRows<const T> grad_y, float* grads, float* dt_sums,
+                                       int64_t groups) {
   static_assert(Split::kChannels == 1);
   constexpr int kPacksPerRow = Split::kBlockChannels / 4, kPacks = kScanTile<Split> * kPacksPerRow;
   __shared__ SegmentShared<Split> shared;
@@ -68,59 +63,51 @@ __global__ void __launch_bounds__(kScanThreads, Split::kN <= 16 ? 6 : 3)
   const int c = Split::first_channel(), n0 = Split::first_entry();
   const int64_t channel = place.first_channel + c;
 
-  float A2[Split::kHeld], h[Split::kHeld], passed[Split::kHeld], grad[Split::kHeld], dt_sum = 0;
+  float A2[Split::kHeld], passed[Split::kHeld], grad[Split::kHeld], dt_sum = 0;
   load_A2<Split>(p, channel, A2);
 #pragma unroll
   for (int i = 0; i < Split::kHeld; ++i) {
-    h[i] = grad[i] = 0;
+    grad[i] = 0;
     passed[i] = 1;
   }
 
   for (int64_t begin = place.begin; begin < place.end; begin += kScanTile<Split>) {
-    if (begin % kScanChunk == 0) {
-      const int64_t border = place.b * p.chunks + begin / kScanChunk;
-      store_states<Split>(out.border_states + border * p.channels * Split::kN, channel, p.channels, h);
-      if (n0 == 0 && channel < p.channels) out.border_dt[border * p.channels + channel] = dt_sum;
-    }
     for (int i = static_cast<int>(threadIdx.x); i < kPacks; i += kScanThreads) {
       const int row = i / kPacksPerRow, column = i % kPacksPerRow * 4;
       const int64_t t = begin + row, d = place.first_channel + column;
       const bool there = t < place.end;
-      const Pack<T, 4> x = load_four(p.x, place.b, t, d, p.channels, there), dt = load_four(p.dt, place.b, t, d, p.channels, there),
-                       dy = load_four(grad_y, place.b, t, d, p.channels, there), z = load_four(p.z, place.b, t, d, p.channels, there);
-      stage_steps(p, x, dt, d, there, shared.steps[row][column]);
+      const Pack<T, 4> dt = load_four(p.dt, place.b, t, d, p.channels, there), dy = load_four(grad_y, place.b, t, d, p.channels, there),
+                       z = load_four(p.z, place.b, t, d, p.channels, there);
       float grad_r[4];
       gated_gradient(p, dy, z, grad_r);
+      Pack<float, 4> steps;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) steps.at[k] = there && d + k < p.channels ? softplus(to_f32(dt.at[k]) + p.dt_bias[d + k]) : 0.0f;
+      store_pack(&shared.dt[row][column], steps);
       store_pack(&shared.grad_r[row][column], Pack<float, 4>{{grad_r[0], grad_r[1], grad_r[2], grad_r[3]}});
     }
-    stage_entries<Split>(p.B_t, p, place.b, begin, place.end, kScanTile<Split>, shared.B_t[0]);
     stage_entries<Split>(p.C_t, p, place.b, begin, place.end, kScanTile<Split>, shared.C_t[0]);
     __syncthreads();
 
     const int count = static_cast<int>(min(static_cast<int64_t>(kScanTile<Split>), place.end - begin));
-#pragma unroll 2
+#pragma unroll 4
     for (int t = 0; t < count; ++t) {
-      float step[2], B_t[Split::kEntries], C_t[Split::kEntries];
-      read_floats(shared.steps[t][c], step);
-      read_floats(&shared.B_t[t][n0], B_t);
+      float C_t[Split::kEntries];
       read_floats(&shared.C_t[t][n0], C_t);
-      const float grad_r = shared.grad_r[t][c];
+      const float dt = shared.dt[t][c], grad_r = shared.grad_r[t][c];
 #pragma unroll
       for (int i = 0; i < Split::kHeld; ++i) {
-        const float decay = exp2_approx(step[0] * A2[i]);
-        h[i] = decay * h[i] + step[1] * B_t[i];
-        passed[i] *= decay;
+        passed[i] *= exp2_approx(dt * A2[i]);
         grad[i] += passed[i] * (C_t[i] * grad_r);
       }
-      dt_sum += step[0];
+      dt_sum += dt;
     }
     __syncthreads();
   }
 
   const int64_t at = place.segment_index(p) * p.channels;
-  store_states<Split>(out.ends + at * Split::kN, channel, p.channels, h);
-  store_states<Split>(out.grads + at * Split::kN, channel, p.channels, grad);
-  if (n0 == 0 && channel < p.channels) out.dt_sum[at + channel] = dt_sum;
+  store_states<Split>(grads + at * Split::kN, channel, p.channels, grad);
+  if (n0 == 0 && channel < p.channels) dt_sums[at + channel] = dt_sum;
 }
 
 // --- gradients ------------------------------------------------------------------------------------------------
@@ -129,8 +116,10 @@ template <class T>
 struct WalkBack {
   ScanRows<const T> grad_y;
   ScanRows<T> grad_x, grad_dt, grad_z;             // null data: not wanted
-  const float *starts, *carries;                   // [B, segments, D, kN]: state at the beginning, gradient of the state at the end
-  const float *border_states, *border_dt;          // of the segment begun with zero, see SegmentOutputs
+  const float* carries;                            // [B, segments, D, carries_row]: gradient of the state at the end, or null for zeros
+  int64_t carries_row;                             // N or kN
+  const float* borders;                            // [B, chunks, D, kN]: the state in front of each chunk
+  float* grad_h0;                                  // [B, D, N] or null
   float *A_partials, *D_partials, *bias_partials;  // [B * segments, D, N], [B * segments, D] twice
   float* BC_partials;                              // [groups of this launch, B * T, 2, N4]
   int64_t N4;                                      // N rounded up to a multiple of 4
@@ -224,7 +213,11 @@ __global__ void __launch_bounds__(kScanThreads, Split::kN <= 16 ? 3 : 1)
 
   float A2[kHeld], carry[kHeld], sum_A[kHeld] = {};  // sum_A: sum_t dt lambda p
   load_A2<Split>(p, channel, A2);
-  load_states<Split>(g.carries + in_segments * Split::kN, channel, p.channels, carry);
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int64_t d = channel + i / kEntries, n = n0 + i % kEntries;
+    carry[i] = g.carries != nullptr && d < p.channels && n < p.N ? g.carries[(in_segments + d) * g.carries_row + n] : 0.0f;
+  }
 
   for (int64_t chunk = (place.end - 1) / kScanChunk; chunk >= place.begin / kScanChunk; --chunk) {
     const int64_t begin = chunk * kScanChunk, border = (place.b * p.chunks + chunk) * p.channels;
@@ -232,14 +225,8 @@ __global__ void __launch_bounds__(kScanThreads, Split::kN <= 16 ? 3 : 1)
 
     // Forward: the state in front of every run.
     {
-      float h[kHeld], start[kHeld];
-      load_states<Split>(g.border_states + border * Split::kN, channel, p.channels, h);
-      load_states<Split>(g.starts + in_segments * Split::kN, channel, p.channels, start);
-#pragma unroll
-      for (int i = 0; i < kHeld; ++i) {
-        const int64_t d = channel + i / kEntries;
-        if (d < p.channels) h[i] += exp2_approx(A2[i] * g.border_dt[border + d]) * start[i];
-      }
+      float h[kHeld];
+      load_states<Split>(g.borders + border * Split::kN, channel, p.channels, h);
       for (int first = 0; first < tokens; first += kStagedTokens) {
         __syncthreads();  // everybody has done with what lies there
         for (int i = tid; i < kStagedTokens * kPacksPerRow; i += kScanThreads) {
@@ -424,7 +411,9 @@ __global__ void __launch_bounds__(kScanThreads, Split::kN <= 16 ? 3 : 1)
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
     const int64_t d = channel + i / kEntries, n = n0 + i % kEntries;
-    if (d < p.channels && n < p.N) g.A_partials[(in_segments + d) * p.N + n] = kLn2 * A2[i] * sum_A[i];
+    if (d >= p.channels || n >= p.N) continue;
+    g.A_partials[(in_segments + d) * p.N + n] = kLn2 * A2[i] * sum_A[i];
+    if (g.grad_h0 != nullptr && place.begin == 0) g.grad_h0[(place.b * p.channels + d) * p.N + n] = carry[i];
   }
 }
 
@@ -466,20 +455,22 @@ void backward(const SelectiveScanBackward& g) {
   const CudaContext& cuda = device.cuda_context();
   const int64_t B = in.x.dim(0), tokens = in.x.dim(1), D = in.x.dim(2), N = in.A_log.dim(1);
   const int64_t groups = (D + Split::kBlockChannels - 1) / Split::kBlockChannels;
-  const ScanCut cut = cut_scan(tokens, groups * B, cuda.sm_count * kBlocksPerSm, kScanChunk);
+  // A second set of exponentials pays only where the rows and channels leave multiprocessors without work.
+  const int64_t wanted = groups * B >= kBlocksAtOnce * cuda.sm_count ? 1 : cuda.sm_count * kBlocksPerSm;
+  const ScanCut cut = cut_scan(tokens, groups * B, wanted, kScanChunk);
   const ScanProblem<T> p = scan_problem<T>(in, cut.segments, cut.segment_tokens);
   const auto f32 = [&](Shape shape) { return Tensor::empty(device, Dtype::f32, shape); };
   const ScanRows<const T> grad_y = scan_rows<const T>(g.grad_y);
 
-  const ScanSegments segments{f32(Shape{B, p.segments, D, Split::kN}), f32(Shape{B, p.segments, D, Split::kN}),
-                              f32(Shape{B, p.segments, D})};
-  const Tensor border_states = f32(Shape{B, p.chunks, D, Split::kN}), border_dt = f32(Shape{B, p.chunks, D});
-  const SegmentOutputs s{segments.ends.data<float>(), segments.grads.data<float>(), segments.dt_sum.data<float>(),
-                         border_states.data<float>(), border_dt.data<float>()};
-  const int64_t walk_groups = (D + Walk::kBlockChannels - 1) / Walk::kBlockChannels;
-  launch_scan(selective_scan_bwd_segments_kernel<T, Walk>, "selective_scan_bwd_segments_kernel", walk_groups * p.segments * B, 0,
-              cuda.stream, p, grad_y, s, walk_groups);
-  connect_segments(segments, in.A_log, in.h0, g.grad_h_T, g.grad_h0);
+  ScanSegments segments;
+  if (p.segments > 1) {
+    segments.grads = f32(Shape{B, p.segments, D, Split::kN});
+    segments.dt_sum = f32(Shape{B, p.segments, D});
+    const int64_t walk_groups = (D + Walk::kBlockChannels - 1) / Walk::kBlockChannels;
+    launch_scan(selective_scan_bwd_segments_kernel<T, Walk>, "selective_scan_bwd_segments_kernel", walk_groups * p.segments * B, 0,
+                cuda.stream, p, grad_y, segments.grads.data<float>(), segments.dt_sum.data<float>(), walk_groups);
+    connect_segments(segments, in.A_log, g.grad_h_T);
+  }
 
   const int64_t N4 = (N + 3) / 4 * 4, per_group = B * tokens * 2 * N4;
   const int64_t at_once = std::clamp<int64_t>(kPartialBytes / (4 * per_group), 1, groups);
@@ -490,10 +481,10 @@ void backward(const SelectiveScanBackward& g) {
                 scan_rows<T>(g.grad_x),
                 scan_rows<T>(g.grad_dt),
                 scan_rows<T>(g.grad_z),
-                s.ends,
-                s.grads,
-                s.border_states,
-                s.border_dt,
+                address_of<float>(p.segments > 1 ? segments.grads : g.grad_h_T),
+                p.segments > 1 ? Split::kN : N,
+                g.borders.data<float>(),
+                address_of<float>(g.grad_h0),
                 A_partials.data<float>(),
                 D_partials.data<float>(),
                 bias_partials.data<float>(),

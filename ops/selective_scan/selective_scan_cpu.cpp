@@ -393,7 +393,7 @@ SelectiveScanResult selective_scan_recurrent(const SelectiveScanInputs& in) {
   return out;
 }
 
-SelectiveScanResult selective_scan_fwd_cpu(const SelectiveScanInputs& in) {
+SelectiveScanResult selective_scan_fwd_cpu(const SelectiveScanInputs& in, bool) {
   const SelectiveScanResult out = make_result(in);
   in.x.dtype() == Dtype::f64 ? forward<double>(in, out) : forward<float>(in, out);
   return out;

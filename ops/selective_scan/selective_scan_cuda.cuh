@@ -54,14 +54,19 @@ struct ScanRows {
   T* data = nullptr;
   int64_t batch = 0, token = 0;
   bool packs = false;  // may be moved by 4 elements
+  int widest = 1;      // elements that may be moved at once, of at most 16 bytes
   __device__ T* at(int64_t b, int64_t t) const { return data + b * batch + t * token; }
 };
 template <class T>
 ScanRows<T> scan_rows(const Tensor& t) {
   if (!t.defined()) return {};
-  ScanRows<T> rows{static_cast<T*>(t.raw()), t.stride(0), t.stride(1), false};
-  rows.packs =
-      reinterpret_cast<std::uintptr_t>(rows.data) % (4 * sizeof(T)) == 0 && rows.batch % 4 == 0 && rows.token % 4 == 0 && t.dim(2) % 4 == 0;
+  ScanRows<T> rows{static_cast<T*>(t.raw()), t.stride(0), t.stride(1)};
+  const auto fits = [&](int elements) {
+    return reinterpret_cast<std::uintptr_t>(rows.data) % (static_cast<std::size_t>(elements) * sizeof(T)) == 0 &&
+           rows.batch % elements == 0 && rows.token % elements == 0 && t.dim(2) % elements == 0;
+  };
+  for (int elements = 2; elements * static_cast<int>(sizeof(T)) <= 16 && fits(elements); elements *= 2) rows.widest = elements;
+  rows.packs = rows.widest >= 4;
   return rows;
 }
 
@@ -251,14 +256,14 @@ void launch_scan(Kernel kernel, const char* name, int64_t blocks, size_t shared,
   launch_check(name, grid, block, shared);
 }
 
-/// What is known of each segment before its neighbours are: all walks begin with a state of zero.
+/// What is known of each segment before its neighbours are: walks over it begin with zero.
 struct ScanSegments {
-  Tensor ends;    // [B, segments, D, kN]: state at the end. After connect_segments: at the beginning, of the whole scan
-  Tensor grads;   // [B, segments, D, kN]: gradient of the state at the beginning. Afterwards: at the end, of the whole scan
+  Tensor ends;    // [B, segments, D, kN]: state at the end; after connect_segments the state at the beginning, of the whole scan
+  Tensor grads;   // or the gradient of the state at the beginning; afterwards that at the end
   Tensor dt_sum;  // [B, segments, D]
 };
 
-/// Carries states from segment to segment, forward from h0 and (where there are grads) back from grad_h_T to grad_h0.
-void connect_segments(const ScanSegments& segments, const Tensor& A_log, const Tensor& h0, const Tensor& grad_h_T, const Tensor& grad_h0);
+/// Carries states from segment to segment, from outer = h0 on, or gradients back from outer = grad_h_T.
+void connect_segments(const ScanSegments& segments, const Tensor& A_log, const Tensor& outer);
 
 }  // namespace longhand

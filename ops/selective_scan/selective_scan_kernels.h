@@ -14,6 +14,7 @@ struct SelectiveScanInputs {
 
 struct SelectiveScanResult {
   Tensor y, h_T;
+  Tensor borders = {};  // the states that backward starts from, in a form of the device's own; undefined where there are none
 };
 
 /// With softplus, skip and gate around the recurrence as in selective_scan.h, r = C_t h + D_skip x, p[t] = exp(dt[t] A) h[t-1]:
@@ -25,6 +26,7 @@ struct SelectiveScanResult {
 ///   grad_B_t  = sum_d lambda dt x     grad_C_t = sum_d grad_r h   grad_A_log = A * sum_{b,t} lambda dt p
 struct SelectiveScanBackward {
   SelectiveScanInputs in;
+  Tensor borders;                                                     // what forward has kept
   Tensor grad_y, grad_h_T;                                            // either may be undefined: zero; grad_h_T contiguous
   Tensor grad_x, grad_dt, grad_B_t, grad_C_t, grad_z;                 // written, any strides over B and T; undefined: not wanted
   Tensor grad_h0;                                                     // written, contiguous; undefined: not wanted
@@ -41,8 +43,9 @@ constexpr int64_t kSelectiveScanMaxStateDim = 256;  // N on CUDA
 /// The definition: one token after the other in plain loops, f32 or f64 on the CPU.
 SelectiveScanResult selective_scan_recurrent(const SelectiveScanInputs& in);
 
-SelectiveScanResult selective_scan_fwd_cpu(const SelectiveScanInputs& in);
-SelectiveScanResult selective_scan_fwd_cuda(const SelectiveScanInputs& in);
+/// keep_borders  backward will follow; CUDA then keeps a state in front of every 64 tokens, the CPU none
+SelectiveScanResult selective_scan_fwd_cpu(const SelectiveScanInputs& in, bool keep_borders = false);
+SelectiveScanResult selective_scan_fwd_cuda(const SelectiveScanInputs& in, bool keep_borders);
 void selective_scan_bwd_cpu(const SelectiveScanBackward& g);
 void selective_scan_bwd_cuda(const SelectiveScanBackward& g);
 

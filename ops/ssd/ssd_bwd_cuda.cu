@@ -627,10 +627,9 @@ void backward_rows(const SsdInputs& in, const SsdOptions& options, const Tensor&
   const CudaContext& context = in.x.device().cuda_context();
   const SsdSizes s = ssd_sizes(in.x, in.B_t);
   const SsdSteps steps = ssd_steps_cuda(in, options);
-  const Tensor state_grads = ssd_chunk_state_gradients_cuda(in, steps, grad_y, grad_h_T, out.h0);
+  const SsdBorders borders = ssd_borders_cuda(in, steps, grad_y, grad_h_T, out.h0);
   const int64_t chunks = chunk_count(s.T);
   if (chunks == 0) return;
-  const Tensor states = ssd_chunk_states_cuda(in, steps);
 
   ChunkBwdArgs<T> args{};
   args.x = token_rows<const T>(in.x, s.P);
@@ -640,8 +639,8 @@ void backward_rows(const SsdInputs& in, const SsdOptions& options, const Tensor&
   args.dt_raw = token_rows<const T>(in.dt, s.H);
   args.grad_x = token_rows<T>(out.x, s.P);
   args.grad_dt = token_rows<T>(out.dt, s.H);
-  args.states = static_cast<const T*>(states.raw());
-  args.state_grads = static_cast<const T*>(state_grads.raw());
+  args.states = static_cast<const T*>(borders.states.raw());
+  args.state_grads = static_cast<const T*>(borders.state_grads.raw());
   args.dt = steps.dt.data<float>();
   args.lambda = steps.lambda.data<LogDecay<T>>();
   args.A_log = in.A_log.data<float>();
@@ -692,8 +691,9 @@ void backward_rows(const SsdInputs& in, const SsdOptions& options, const Tensor&
   sum_parts(parts_C, out.C_t);
 }
 
-// Two borders of every chunk and head are kept while backward runs; the batch is taken in pieces so that they stay below this.
-constexpr int64_t kBorderBytes = int64_t{512} << 20;
+// Two borders of every chunk and head are kept while backward runs; the batch is taken in equal pieces so that they stay below this, as
+// far as whole rows allow.
+constexpr int64_t kBorderBytes = int64_t{1} << 30;
 
 template <class T>
 void backward(const SsdInputs& in, const SsdOptions& options, const Tensor& grad_y_or_none, const Tensor& grad_h_T,
@@ -703,8 +703,9 @@ void backward(const SsdInputs& in, const SsdOptions& options, const Tensor& grad
   const Shape sums_shape{s.B, chunks, s.H, s.P + 2};
   const Tensor sums = Tensor::empty(in.x.device(), Dtype::f32, sums_shape);
   const Tensor grad_y = grad_y_or_none.defined() ? grad_y_or_none : Tensor::zeros(in.x.device(), in.x.dtype(), in.x.shape());
-  const int64_t row_bytes = 2 * chunks * s.H * s.P * s.N * static_cast<int64_t>(sizeof(T)),
-                rows = std::max<int64_t>(1, kBorderBytes / std::max<int64_t>(1, row_bytes));
+  const int64_t border_bytes = 2 * s.B * chunks * s.H * s.P * s.N * static_cast<int64_t>(sizeof(T));
+  const int64_t pieces = std::clamp<int64_t>((border_bytes + kBorderBytes - 1) / kBorderBytes, 1, std::max<int64_t>(1, s.B)),
+                rows = (s.B + pieces - 1) / pieces;
   for (int64_t begin = 0; begin < s.B; begin += rows) {
     const int64_t end = std::min(begin + rows, s.B);
     auto piece = [&](const Tensor& t) { return rows_of_batch(t, begin, end); };

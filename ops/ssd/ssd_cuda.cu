@@ -5,15 +5,15 @@
 // split   one warp per (row, chunk, head), two tokens per lane
 // order   a fixed shuffle scan
 //
-// ssd_walk_kernel<outputs>: y and h_T
+// ssd_walk_kernel: y and h_T, or states and gradients of states at chunk borders for backward
 // moves   x in, y out, B_t and C_t once per block of heads (from L2 but for the first): near the ideal pass of 2e + 2GN + H elements a
 // token flops   per chunk of Q = 64: C B' (Q Q N / 2) once per block; per head its product with X (Q Q P / 2), C S' and the state's update
 //         (Q P N each), times 2: about 48 k a token and head
 // floor   B 32, T 2048, H 24, P 64, N 128, bf16: 440 MB / 3.0 TB/s = 0.15 ms on an H100 SXM
 // split   one block per (row, some heads of a group, segment). A team of one warp per 16 rows of P carries the state of its head in f32
 //         registers and feeds C S' from there; the teams of a block share B_t, C_t and the work of C B'. Where that leaves much of the
-//         GPU idle, the sequence is cut into segments: their end states from a zero state first (ssd_walk_kernel<states>), a scan over
-//         segments, then the outputs of all segments at once
+//         GPU idle, the sequence is cut into segments: their end states from a zero state first (the same walk without outputs), a scan
+//         over segments, then the outputs of all segments at once
 // needs   P <= 128, N <= 256 (f32: 128); P is padded to 64 or 128, N to 64, 128 or 256, with zeros. 16-byte copies where base,
 //         strides and widths are multiples of 16 bytes, single elements otherwise
 // agrees  with the CPU reference to kSsdToleranceF32, kSsdToleranceBf16 (ssd.h); bf16 rounds y, M, rho dt X and the state in C S'
@@ -73,14 +73,9 @@ __global__ void ssd_steps_kernel(const StepArgs<T> a) {
 
 // --- walk -----------------------------------------------------------------------------------------------------
 
-enum class Walk {
-  outputs,   // forward, and y
-  states,    // forward, states only
-  gradients  // backward from the last chunk, gradients of states: rows is dY, side is C_t
-};
-
 template <class T>
 struct WalkArgs {
+  bool backwards;                          // from the last chunk, gradients of states: rows is dY, side is C_t
   TokenRows<const T> rows, side, readout;  // x or dY [.., H, P];  B_t or C_t [.., G, N];  C_t for outputs
   TokenRows<T> y;
   const float* D_skip;  // [H] or [H, P] or null
@@ -95,13 +90,19 @@ struct WalkArgs {
   int P, N, teams, stages;
 };
 
+/// One walk, or two of the same shape in one launch: more blocks fill the GPU better than one launch after the other.
+template <class T>
+struct Walks {
+  WalkArgs<T> of[2];
+  int64_t count, blocks;  // blocks of each
+};
+
 /// Threads of a block at most: as many as the registers of an instance allow. A team has one warp for 16 rows of P.
 template <class T, int kN>
 constexpr int kWalkThreads = sizeof(T) == 2 && kN <= 128 ? 384 : 256;
 
-template <class T, int kN, int kP, Walk walk>
+template <class T, int kN, int kP, bool outputs>
 struct WalkLayout {  // shared memory in bytes: vectors, and M or border rows, of every team, then the stages
-  static constexpr bool outputs = walk == Walk::outputs;
   static constexpr int size = static_cast<int>(sizeof(T));
   static constexpr int side_bytes = kChunk * tile_stride<T>(kN) * size, rows_bytes = kChunk * tile_stride<T>(kP) * size;
   static constexpr int vector_bytes = kChunk * 4;
@@ -111,17 +112,19 @@ struct WalkLayout {  // shared memory in bytes: vectors, and M or border rows, o
   static constexpr int total_bytes(int teams, int stages) { return teams * team_bytes + stages * stage_bytes(teams); }
 };
 
-template <class T, int kN, int kP, Walk walk>
-__global__ void __launch_bounds__((kWalkThreads<T, kN>)) ssd_walk_kernel(const WalkArgs<T> a) {
-  constexpr bool outputs = walk == Walk::outputs;
+/// outputs: forward, y and h_T; else states alone, kept at borders or at the end
+template <class T, int kN, int kP, bool outputs>
+__global__ void __launch_bounds__((kWalkThreads<T, kN>)) ssd_walk_kernel(const __grid_constant__ Walks<T> walks) {
+  const WalkArgs<T>& a = walks.of[outputs ? 0 : blockIdx.x / walks.blocks];
+  const int64_t block = outputs ? blockIdx.x : blockIdx.x % walks.blocks;
   constexpr int side_stride = tile_stride<T>(kN), rows_stride = tile_stride<T>(kP), mixing_stride = tile_stride<T>(kChunk);
   constexpr int team_warps = kP / 16;
-  using Layout = WalkLayout<T, kN, kP, walk>;
+  using Layout = WalkLayout<T, kN, kP, outputs>;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32, g = lane / 4, q = lane % 4;
   const int team = warp / team_warps, team_warp = warp % team_warps, team_thread = threadIdx.x % (32 * team_warps);
   const int64_t heads = a.H / a.G, head_blocks = (heads + a.teams - 1) / a.teams;
-  const int64_t segment = blockIdx.x % a.segments, head_block = blockIdx.x / a.segments % head_blocks,
-                row_group = blockIdx.x / a.segments / head_blocks, group = row_group % a.G, b = row_group / a.G;
+  const int64_t segment = block % a.segments, head_block = block / a.segments % head_blocks, row_group = block / a.segments / head_blocks,
+                group = row_group % a.G, b = row_group / a.G;
   const int64_t h_first = group * heads + head_block * a.teams, h_last = (group + 1) * heads - 1;
   // Where heads are no multiple of the teams, the last teams do the last head once more and keep silent about it.
   const bool speaks = h_first + team <= h_last;
@@ -144,7 +147,7 @@ __global__ void __launch_bounds__((kWalkThreads<T, kN>)) ssd_walk_kernel(const W
     return reinterpret_cast<T*>(stage + a.teams * Layout::steps_bytes + team * Layout::rows_bytes);
   };
   auto side_in = [&](unsigned char* stage) { return reinterpret_cast<T*>(stage + a.teams * (Layout::steps_bytes + Layout::rows_bytes)); };
-  auto chunk_at = [&](int64_t k) { return walk == Walk::gradients ? a.chunks - 1 - k : k; };
+  auto chunk_at = [&](int64_t k) { return a.backwards ? a.chunks - 1 - k : k; };
   auto tokens_in = [&](int64_t chunk) {
     const int64_t left = a.tokens - chunk * kChunk;
     return static_cast<int>(left < kChunk ? left : kChunk);
@@ -216,7 +219,7 @@ __global__ void __launch_bounds__((kWalkThreads<T, kN>)) ssd_walk_kernel(const W
       const int i = team_thread;
       const float here = decay_of(lambda[i]);
       from_begin[i] = here;
-      weight[i] = walk == Walk::gradients ? here : decay_of(last - lambda[i]) * dt[i];
+      weight[i] = a.backwards ? here : decay_of(last - lambda[i]) * dt[i];
     }
     if constexpr (outputs) {
       // C B' once for all teams, a 16 x 16 tile a warp, nothing above the diagonal tiles; then M = (C B') E dt of every team
@@ -374,14 +377,14 @@ struct WalkShape {
   int64_t blocks = 0;  // of one segment
 };
 
-template <class T, int kN, int kP, Walk walk>
+template <class T, int kN, int kP, bool outputs>
 WalkShape walk_shape(const WalkArgs<T>& args, int shared_limit) {
   const int64_t heads = args.H / args.G;
   WalkShape shape;
   auto fits = [&](int teams, int stages) {
     shape.teams = teams;
     shape.stages = stages;
-    shape.shared_bytes = WalkLayout<T, kN, kP, walk>::total_bytes(teams, stages);
+    shape.shared_bytes = WalkLayout<T, kN, kP, outputs>::total_bytes(teams, stages);
     shape.blocks = args.B * args.G * ((heads + teams - 1) / teams);
     return teams <= heads && shape.shared_bytes <= shared_limit;
   };
@@ -409,58 +412,71 @@ int64_t best_segments(int64_t blocks, int64_t chunks, int sm_count, double ends_
   return best;
 }
 
-template <class T, int kN, int kP, Walk walk>
-void launch_walk(WalkArgs<T> args, const CudaContext& context) {
-  const WalkShape shape = walk_shape<T, kN, kP, walk>(args, context.shared_memory_per_block);
-  args.teams = shape.teams;
-  args.stages = shape.stages;
-  launch(&ssd_walk_kernel<T, kN, kP, walk>, "ssd_walk_kernel", dim3(static_cast<unsigned>(shape.blocks * args.segments)),
-         dim3(static_cast<unsigned>(2 * kP * shape.teams)), static_cast<size_t>(shape.shared_bytes), context.stream, args);
+template <class T, int kN, int kP, bool outputs>
+void launch_walks(Walks<T> walks, const CudaContext& context) {
+  const WalkShape shape = walk_shape<T, kN, kP, outputs>(walks.of[0], context.shared_memory_per_block);
+  for (WalkArgs<T>& args : walks.of) {
+    args.teams = shape.teams;
+    args.stages = shape.stages;
+  }
+  walks.blocks = shape.blocks * walks.of[0].segments;
+  launch(&ssd_walk_kernel<T, kN, kP, outputs>, "ssd_walk_kernel", dim3(static_cast<unsigned>(walks.blocks * walks.count)),
+         dim3(static_cast<unsigned>(2 * kP * shape.teams)), static_cast<size_t>(shape.shared_bytes), context.stream, walks);
 }
 
-/// Runs a walk, in segments when rows and heads alone leave much of the GPU idle.
-template <class T, int kN, int kP, Walk walk>
-void run_walk(WalkArgs<T> args, const Tensor& start, const Device& device) {
+/// Runs walks from their starts [B, H, P, N] (null: zeros), in segments when rows and heads alone leave much of the GPU idle.
+template <class T, int kN, int kP, bool outputs>
+void run_walks(Walks<T> walks, const Device& device) {
   const CudaContext& context = device.cuda_context();
-  const int64_t heads = args.B * args.H, state_size = static_cast<int64_t>(args.P) * args.N;
+  WalkArgs<T>& first = walks.of[0];
+  const int64_t heads = first.B * first.H, state_size = static_cast<int64_t>(first.P) * first.N;
   if (heads == 0) return;
-  const WalkShape shape = walk_shape<T, kN, kP, walk>(args, context.shared_memory_per_block);
-  args.segments = best_segments(shape.blocks, args.chunks, context.sm_count, walk == Walk::outputs ? 0.4 : 0.8);
-  args.chunks_per_segment = (args.chunks + args.segments - 1) / args.segments;
-  if (args.chunks_per_segment > 0) args.segments = (args.chunks + args.chunks_per_segment - 1) / args.chunks_per_segment;
-  args.start = start.defined() ? static_cast<const float*>(start.raw()) : nullptr;
-  args.end_per_segment = false;
+  const WalkShape shape = walk_shape<T, kN, kP, outputs>(first, context.shared_memory_per_block);
+  int64_t segments = best_segments(shape.blocks * walks.count, first.chunks, context.sm_count, outputs ? 0.4 : 0.8);
+  const int64_t chunks_per_segment = (first.chunks + segments - 1) / segments;
+  if (chunks_per_segment > 0) segments = (first.chunks + chunks_per_segment - 1) / chunks_per_segment;
+  for (WalkArgs<T>& args : walks.of) {
+    args.segments = segments;
+    args.chunks_per_segment = chunks_per_segment;
+    args.end_per_segment = false;
+  }
 
   Tensor starts;
-  if (args.segments > 1) {
-    const Shape shape_of_starts{args.B, args.H, args.segments, int64_t{args.P}, int64_t{args.N}};
+  if (segments > 1) {
+    const Shape shape_of_starts{walks.count, first.B, first.H, segments, int64_t{first.P}, int64_t{first.N}};
     starts = Tensor::empty(device, Dtype::f32, shape_of_starts);
-    WalkArgs<T> ends = args;
-    ends.start = nullptr;
-    ends.borders = nullptr;
-    ends.end = starts.data<float>();
-    ends.end_per_segment = true;
-    launch_walk<T, kN, kP, walk == Walk::gradients ? Walk::gradients : Walk::states>(ends, context);
-    const SegmentScanArgs<LogDecay<T>> scan{args.lambda,          args.start,
-                                            starts.data<float>(), args.chunks,
-                                            args.segments,        args.chunks_per_segment,
-                                            state_size,           walk == Walk::gradients};
-    const dim3 grid(static_cast<unsigned>(heads), static_cast<unsigned>((state_size + kScanElements - 1) / kScanElements));
-    launch(&ssd_segment_scan_kernel<LogDecay<T>>, "ssd_segment_scan_kernel", grid, dim3(kScanThreads),
-           static_cast<size_t>(args.segments) * sizeof(float), context.stream, scan);
-    args.start = starts.data<float>();
+    Walks<T> ends = walks;
+    for (int64_t w = 0; w < walks.count; ++w) {
+      ends.of[w].start = nullptr;
+      ends.of[w].borders = nullptr;
+      ends.of[w].end = starts.data<float>() + w * heads * segments * state_size;
+      ends.of[w].end_per_segment = true;
+    }
+    launch_walks<T, kN, kP, false>(ends, context);
+    for (int64_t w = 0; w < walks.count; ++w) {
+      const SegmentScanArgs<LogDecay<T>> scan{first.lambda, walks.of[w].start,  ends.of[w].end, first.chunks,
+                                              segments,     chunks_per_segment, state_size,     walks.of[w].backwards};
+      const dim3 grid(static_cast<unsigned>(heads), static_cast<unsigned>((state_size + kScanElements - 1) / kScanElements));
+      launch(&ssd_segment_scan_kernel<LogDecay<T>>, "ssd_segment_scan_kernel", grid, dim3(kScanThreads),
+             static_cast<size_t>(segments) * sizeof(float), context.stream, scan);
+      walks.of[w].start = ends.of[w].end;
+    }
   }
-  launch_walk<T, kN, kP, walk>(args, context);
+  launch_walks<T, kN, kP, outputs>(walks, context);
 }
 
-template <class T, Walk walk>
-void run_walk(const WalkArgs<T>& args, const Tensor& start, const Device& device) {
-  const int kN = padded_state_dim(args.N);
+template <bool outputs, class T>
+void run_walks(const Walks<T>& walks, const Device& device) {
+  const int kN = padded_state_dim(walks.of[0].N);
   if constexpr (sizeof(T) == 2) {
-    if (kN == 256) return run_walk<T, 256, 128, walk>(args, start, device);
-    if (args.P <= 64) return kN == 64 ? run_walk<T, 64, 64, walk>(args, start, device) : run_walk<T, 128, 64, walk>(args, start, device);
+    if (kN == 256) return run_walks<T, 256, 128, outputs>(walks, device);
+    if (walks.of[0].P <= 64) return kN == 64 ? run_walks<T, 64, 64, outputs>(walks, device) : run_walks<T, 128, 64, outputs>(walks, device);
   }
-  kN == 64 ? run_walk<T, 64, 128, walk>(args, start, device) : run_walk<T, 128, 128, walk>(args, start, device);
+  kN == 64 ? run_walks<T, 64, 128, outputs>(walks, device) : run_walks<T, 128, 128, outputs>(walks, device);
+}
+
+const float* floats_or_null(const Tensor& t) {
+  return t.defined() ? t.data<float>() : nullptr;
 }
 
 template <class T>
@@ -493,34 +509,29 @@ SsdResult forward(const SsdInputs& in, const SsdOptions& options) {
   args.D_skip = in.D_skip.defined() ? in.D_skip.data<float>() : nullptr;
   args.D_per_channel = in.D_skip.defined() && in.D_skip.rank() == 2;
   args.end = out.h_T.data<float>();
-  run_walk<T, Walk::outputs>(args, in.h0, in.x.device());
+  args.start = floats_or_null(in.h0);
+  run_walks<true>(Walks<T>{{args, args}, 1, 0}, in.x.device());
   return out;
 }
 
 template <class T>
-Tensor chunk_states(const SsdInputs& in, const SsdSteps& steps) {
+SsdBorders borders(const SsdInputs& in, const SsdSteps& steps, const Tensor& grad_y, const Tensor& grad_h_T, const Tensor& grad_h0) {
   const SsdSizes s = ssd_sizes(in.x, in.B_t);
-  WalkArgs<T> args = walk_args<T>(in, steps);
-  const Tensor borders = Tensor::empty(in.x.device(), in.x.dtype(), {s.B, args.chunks, s.H, s.P, s.N});
-  args.rows = token_rows<const T>(in.x, s.P);
-  args.side = token_rows<const T>(in.B_t, s.N);
-  args.borders = static_cast<T*>(borders.raw());
-  run_walk<T, Walk::states>(args, in.h0, in.x.device());
-  return borders;
-}
-
-template <class T>
-Tensor chunk_state_gradients(const SsdInputs& in, const SsdSteps& steps, const Tensor& grad_y, const Tensor& grad_h_T,
-                             const Tensor& grad_h0) {
-  const SsdSizes s = ssd_sizes(in.x, in.B_t);
-  WalkArgs<T> args = walk_args<T>(in, steps);
-  const Tensor borders = Tensor::empty(in.x.device(), in.x.dtype(), {s.B, args.chunks, s.H, s.P, s.N});
-  args.rows = token_rows<const T>(grad_y, s.P);
-  args.side = token_rows<const T>(in.C_t, s.N);
-  args.borders = static_cast<T*>(borders.raw());
-  args.end = grad_h0.defined() ? grad_h0.data<float>() : nullptr;
-  run_walk<T, Walk::gradients>(args, grad_h_T, in.x.device());
-  return borders;
+  WalkArgs<T> states = walk_args<T>(in, steps), gradients = states;
+  const Shape shape{s.B, states.chunks, s.H, s.P, s.N};
+  const SsdBorders out{Tensor::empty(in.x.device(), in.x.dtype(), shape), Tensor::empty(in.x.device(), in.x.dtype(), shape)};
+  states.rows = token_rows<const T>(in.x, s.P);
+  states.side = token_rows<const T>(in.B_t, s.N);
+  states.borders = static_cast<T*>(out.states.raw());
+  states.start = floats_or_null(in.h0);
+  gradients.backwards = true;
+  gradients.rows = token_rows<const T>(grad_y, s.P);
+  gradients.side = token_rows<const T>(in.C_t, s.N);
+  gradients.borders = static_cast<T*>(out.state_grads.raw());
+  gradients.start = floats_or_null(grad_h_T);
+  gradients.end = grad_h0.defined() ? grad_h0.data<float>() : nullptr;
+  run_walks<false>(Walks<T>{{states, gradients}, 2, 0}, in.x.device());
+  return out;
 }
 
 template <class T>
@@ -564,14 +575,10 @@ SsdSteps ssd_steps_cuda(const SsdInputs& in, const SsdOptions& options) {
   return out;
 }
 
-Tensor ssd_chunk_states_cuda(const SsdInputs& in, const SsdSteps& steps) {
-  return in.x.dtype() == Dtype::bf16 ? chunk_states<Bf16>(in, steps) : chunk_states<float>(in, steps);
-}
-
-Tensor ssd_chunk_state_gradients_cuda(const SsdInputs& in, const SsdSteps& steps, const Tensor& grad_y, const Tensor& grad_h_T,
-                                      const Tensor& grad_h0) {
-  return in.x.dtype() == Dtype::bf16 ? chunk_state_gradients<Bf16>(in, steps, grad_y, grad_h_T, grad_h0)
-                                     : chunk_state_gradients<float>(in, steps, grad_y, grad_h_T, grad_h0);
+SsdBorders ssd_borders_cuda(const SsdInputs& in, const SsdSteps& steps, const Tensor& grad_y, const Tensor& grad_h_T,
+                            const Tensor& grad_h0) {
+  return in.x.dtype() == Dtype::bf16 ? borders<Bf16>(in, steps, grad_y, grad_h_T, grad_h0)
+                                     : borders<float>(in, steps, grad_y, grad_h_T, grad_h0);
 }
 
 SsdResult ssd_fwd_cuda(const SsdInputs& in, const SsdOptions& options) {

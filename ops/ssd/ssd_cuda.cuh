@@ -21,12 +21,14 @@ template <class T>
 using LogDecay = std::conditional_t<sizeof(T) == 2, float, double>;
 SsdSteps ssd_steps_cuda(const SsdInputs& in, const SsdOptions& options);
 
-/// The state at the beginning of every chunk, [B, chunks, H, P, N] in the dtype of x, for use in products; carried in f32.
-Tensor ssd_chunk_states_cuda(const SsdInputs& in, const SsdSteps& steps);
-
-/// The gradient of the state at the end of every chunk, laid out likewise; the gradient of h0 goes to grad_h0 where defined.
-Tensor ssd_chunk_state_gradients_cuda(const SsdInputs& in, const SsdSteps& steps, const Tensor& grad_y, const Tensor& grad_h_T,
-                                      const Tensor& grad_h0);
+/// In the dtype of x, for use in products; carried in f32.
+struct SsdBorders {
+  Tensor states;       // [B, chunks, H, P, N]: the state at the beginning of every chunk
+  Tensor state_grads;  // [B, chunks, H, P, N]: the gradient of the state at the end of every chunk
+};
+/// The gradient of h0 goes to grad_h0 where defined.
+SsdBorders ssd_borders_cuda(const SsdInputs& in, const SsdSteps& steps, const Tensor& grad_y, const Tensor& grad_h_T,
+                            const Tensor& grad_h0);
 
 // What fits into registers and shared memory of the kernels.
 constexpr int kMaxHeadDim = 128, kMaxStateDim = 256, kMaxStateDimF32 = 128;
