@@ -44,7 +44,7 @@ void* CachingAllocator::allocate(std::size_t bytes) {
     found->second.pop_back();
   } else {
     block = system_allocate(size);
-    if (block == nullptr) {
+    if (block == nullptr && !reserving_) {  // else recorded work may use what is free now
       release_cached_locked();
       block = system_allocate(size);
     }
@@ -60,6 +60,7 @@ void* CachingAllocator::allocate(std::size_t bytes) {
   const auto signed_size = static_cast<int64_t>(size);
   Block& entry = live_[block];
   entry.bytes = size;
+  if (reserving_) noted_[block] = size;
   use_.live_bytes += signed_size;
   if (switches().memory) {
     entry.op = current_op_path();
@@ -79,9 +80,11 @@ void CachingAllocator::release(void* block) noexcept {
   const auto found = live_.find(block);
   if (found == live_.end()) return;
   const auto signed_size = static_cast<int64_t>(found->second.bytes);
-  use_.live_bytes -= signed_size;
   if (found->second.counted) use_.live_by_op[found->second.op] -= signed_size;
-  free_[found->second.bytes].push_back(block);
+  if (!found->second.reserved) {
+    use_.live_bytes -= signed_size;
+    free_[found->second.bytes].push_back(block);
+  }
   live_.erase(found);
 }
 
@@ -99,6 +102,39 @@ void CachingAllocator::reset_peak() {
 void CachingAllocator::release_cached() {
   const std::lock_guard lock(mutex_);
   release_cached_locked();
+}
+
+void CachingAllocator::begin_reserving() {
+  const std::lock_guard lock(mutex_);
+  reserving_ = true;
+  noted_.clear();
+}
+
+ReservedBlocks CachingAllocator::end_reserving() {
+  const std::lock_guard lock(mutex_);
+  reserving_ = false;
+  for (auto& [size, blocks] : free_) std::erase_if(blocks, [&](void* block) { return noted_.contains(block); });
+  for (const auto& [block, size] : noted_) {
+    const auto held = live_.find(block);
+    if (held != live_.end()) held->second.reserved = true;
+    else use_.live_bytes += static_cast<int64_t>(size);
+  }
+  use_.peak_bytes = std::max(use_.peak_bytes, use_.live_bytes);
+  ReservedBlocks blocks(noted_.begin(), noted_.end());
+  noted_.clear();
+  return blocks;
+}
+
+void CachingAllocator::give_back(const ReservedBlocks& blocks) {
+  const std::lock_guard lock(mutex_);
+  for (const auto& [block, size] : blocks) {
+    if (const auto held = live_.find(block); held != live_.end()) {
+      held->second.reserved = false;
+      continue;
+    }
+    use_.live_bytes -= static_cast<int64_t>(size);
+    free_[size].push_back(block);
+  }
 }
 
 void CachingAllocator::release_cached_locked() {

@@ -6,6 +6,7 @@
 #include <map>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace longhand {
@@ -21,6 +22,9 @@ struct MemoryUse {
 /// A table for people: live, peak and reserved bytes, and with LONGHAND_MEMORY=1 the ops whose tensors were alive at the peak.
 std::string memory_report(const MemoryUse& use);
 
+/// Blocks that nobody is given, with their sizes; see CachingAllocator::end_reserving().
+using ReservedBlocks = std::vector<std::pair<void*, std::size_t>>;
+
 class CachingAllocator {
  public:
   virtual ~CachingAllocator() = default;
@@ -34,6 +38,12 @@ class CachingAllocator {
   void reset_peak();
   void release_cached();  // gives unused blocks back to the system
 
+  /// Between the two calls it is noted which blocks are handed out; afterwards nobody else is given them until give_back(). They count as
+  /// live: recorded work writes into them at any time. Blocks that a tensor still holds join when it lets go.
+  void begin_reserving();
+  ReservedBlocks end_reserving();
+  void give_back(const ReservedBlocks& blocks);
+
  protected:
   virtual void* system_allocate(std::size_t bytes) = 0;  // nullptr when there is no room
   virtual void system_release(void* block) noexcept = 0;
@@ -43,12 +53,15 @@ class CachingAllocator {
  private:
   struct Block {
     std::size_t bytes = 0;
-    bool counted = false;  // in live_by_op, under `op`
+    bool counted = false;   // in live_by_op, under `op`
+    bool reserved = false;  // stays out of free_ when released
     std::string op;
   };
   mutable std::mutex mutex_;
   std::map<std::size_t, std::vector<void*>> free_;  // by size class
   std::map<void*, Block> live_;
+  bool reserving_ = false;
+  std::map<void*, std::size_t> noted_;  // handed out while reserving
   MemoryUse use_;
   void release_cached_locked();
 };

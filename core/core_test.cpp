@@ -4,6 +4,7 @@
 #include <set>
 
 #include "core/allocator.h"
+#include "core/device_graph.h"
 #include "core/dtype.h"
 #include "core/error.h"
 #include "core/files.h"
@@ -155,4 +156,52 @@ TEST("a failed atomic write leaves the old content and no other file") {
   CHECK_THROWS_AS(write_file_atomically(scratch.file("no/such/folder"), "x"), FileError);
   CHECK_THROWS_AS(read_text_file(scratch.file("absent")), FileError);
   CHECK_THROWS_AS(MappedFile{scratch.path()}, FileError);  // a folder is not a file
+}
+
+TEST("reserved blocks are given to nobody until they are given back") {
+  CachingAllocator& memory = Device::cpu().allocator();
+  memory.release_cached();
+  const int64_t before = memory.use().live_bytes;
+  void* const early = memory.allocate(70001);
+  memory.begin_reserving();
+  void* const first = memory.allocate(70001);
+  memory.release(first);
+  CHECK(memory.allocate(70001) == first);  // within the recording it may serve again
+  void* const held = memory.allocate(70001);
+  memory.release(first);
+  const ReservedBlocks blocks = memory.end_reserving();
+  CHECK(blocks.size() == 2);
+  memory.release(held);  // a tensor that outlives the recording
+  memory.release(early);
+  CHECK(memory.use().live_bytes > before + 2 * 70001 - 1);
+  void* const other = memory.allocate(70001);
+  CHECK(other == early);
+  void* const another = memory.allocate(70001);
+  CHECK((another != first && another != held));
+  memory.give_back(blocks);
+  std::set<void*> again{memory.allocate(70001), memory.allocate(70001)};
+  CHECK(again == std::set<void*>{first, held});
+  for (void* block : again) memory.release(block);
+  memory.release(other);
+  memory.release(another);
+  CHECK(memory.use().live_bytes == before);
+}
+
+TEST("a graph replays what was queued on a GPU, on the values of that time; a CPU has none") {
+  CHECK_THROWS_AS(record_graph(Device::cpu(), [] {}), DeviceError);
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  const Device gpu = Device::cuda();
+  const Tensor in = Tensor::zeros(gpu, Dtype::f32, {1000}), out = Tensor::zeros(gpu, Dtype::f32, {1000});
+  CHECK_THROWS_AS(record_graph(gpu, [&] { (void)in.to_vector<float>(); }), DeviceError);  // waits for the device
+  const auto graph = record_graph(gpu, [&] { copy(out, in.clone()); });
+  CHECK(graph->size() == 2);
+  CHECK(out.to_vector<float>()[0] == 0);
+  for (const float value : {1.5f, -2.0f}) {
+    fill(in, value);
+    const Tensor other = Tensor::empty(gpu, Dtype::f32, {1000});
+    fill(other, 7);
+    graph->replay();
+    CHECK(out.to_vector<float>() == std::vector<float>(1000, value));
+    CHECK(other.to_vector<float>() == std::vector<float>(1000, 7));
+  }
 }

@@ -4,6 +4,8 @@
 #include <cstring>
 #include <deque>
 
+#include "core/error.h"
+
 namespace longhand {
 
 std::unique_ptr<HostLink> make_cuda_host_link(const Device& device);  // host_link_cuda.cpp
@@ -12,7 +14,7 @@ namespace {
 
 class CpuHostLink final : public HostLink {
  public:
-  explicit CpuHostLink(const Device& device) : device_(device) {}
+  explicit CpuHostLink(const Device& device) : HostLink(device) {}
   void request(const Tensor& values) override { open_.push_back(values.to_vector<double>()); }
   std::vector<double> receive() override {
     auto values = std::move(open_.front());
@@ -21,14 +23,9 @@ class CpuHostLink final : public HostLink {
   }
 
  protected:
-  Tensor upload_bytes(Dtype dtype, const Shape& shape, const void* values) override {
-    const Tensor tensor = Tensor::empty(device_, dtype, shape);
-    if (tensor.numel() > 0) std::memcpy(tensor.raw(), values, static_cast<std::size_t>(tensor.numel() * size_of(dtype)));
-    return tensor;
-  }
+  void copy_up(const Tensor& to, const void* values, std::size_t bytes) override { std::memcpy(to.raw(), values, bytes); }
 
  private:
-  Device device_;
   std::deque<std::vector<double>> open_;
 };
 
@@ -37,6 +34,13 @@ std::unique_ptr<HostLink> make_cpu_host_link(const Device& device) {
 }
 
 }  // namespace
+
+void HostLink::upload_bytes(Tensor& to, Dtype dtype, const Shape& shape, const void* values) {
+  if (!to.defined()) to = Tensor::empty(device_, dtype, shape);
+  if (!(to.shape() == shape) || to.dtype() != dtype || !to.is_contiguous() || !(to.device() == device_))
+    throw ShapeError("host link: values that do not fit where they go", {{"values", shape.str()}, {"to", to.describe()}});
+  if (to.numel() > 0) copy_up(to, values, static_cast<std::size_t>(to.numel() * size_of(dtype)));
+}
 
 std::unique_ptr<HostLink> make_host_link(const Device& device) {
   return on_device(device, &make_cpu_host_link, LONGHAND_CUDA_IMPL(make_cuda_host_link))(device);

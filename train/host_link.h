@@ -14,9 +14,10 @@ class HostLink {
   virtual ~HostLink() = default;
 
   /// Copies host values to the device, behind the work queued there; the host memory may change right after the call.
-  Tensor upload(std::span<const int32_t> values, const Shape& shape) { return upload_bytes(Dtype::i32, shape, values.data()); }
-  Tensor upload(std::span<const int64_t> values, const Shape& shape) { return upload_bytes(Dtype::i64, shape, values.data()); }
-  Tensor upload(std::span<const float> values, const Shape& shape) { return upload_bytes(Dtype::f32, shape, values.data()); }
+  /// to  contiguous, of as many values; made with this shape where it is undefined, so that it stays where it is from step to step
+  void upload(Tensor& to, std::span<const int32_t> values, const Shape& shape) { upload_bytes(to, Dtype::i32, shape, values.data()); }
+  void upload(Tensor& to, std::span<const int64_t> values, const Shape& shape) { upload_bytes(to, Dtype::i64, shape, values.data()); }
+  void upload(Tensor& to, std::span<const float> values, const Shape& shape) { upload_bytes(to, Dtype::f32, shape, values.data()); }
 
   /// Asks for the present values of a small f64 tensor, behind the work queued so far. At most two requests may be open.
   virtual void request(const Tensor& values) = 0;
@@ -27,7 +28,13 @@ class HostLink {
   virtual double bf16_peak_flops() const { return 0; }
 
  protected:
-  virtual Tensor upload_bytes(Dtype dtype, const Shape& shape, const void* values) = 0;
+  explicit HostLink(const Device& device) : device_(device) {}
+  virtual void copy_up(const Tensor& to, const void* values, std::size_t bytes) = 0;
+  const Device& device() const { return device_; }
+
+ private:
+  void upload_bytes(Tensor& to, Dtype dtype, const Shape& shape, const void* values);
+  Device device_;
 };
 
 std::unique_ptr<HostLink> make_host_link(const Device& device);

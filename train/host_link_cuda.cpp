@@ -43,7 +43,7 @@ class Slot {
 
 class CudaHostLink final : public HostLink {
  public:
-  explicit CudaHostLink(const Device& device) : device_(device), cuda_(device.cuda_context()) {
+  explicit CudaHostLink(const Device& device) : HostLink(device), cuda_(device.cuda_context()) {
     cuda_check(cudaSetDevice(cuda_.index), "cudaSetDevice");
     for (auto& slot : up_) slot = std::make_unique<Slot>();
     for (auto& slot : down_) slot = std::make_unique<Slot>();
@@ -71,20 +71,15 @@ class CudaHostLink final : public HostLink {
   double bf16_peak_flops() const override { return cuda_.bf16_peak_flops; }
 
  protected:
-  Tensor upload_bytes(Dtype dtype, const Shape& shape, const void* values) override {
-    const Tensor tensor = Tensor::empty(device_, dtype, shape);
-    const auto bytes = static_cast<size_t>(tensor.numel() * size_of(dtype));
-    if (bytes == 0) return tensor;
+  void copy_up(const Tensor& to, const void* values, std::size_t bytes) override {
     Slot& slot = *up_[uploads_++ % up_.size()];
     void* memory = slot.reserve(bytes);
     std::memcpy(memory, values, bytes);
-    cuda_check(cudaMemcpyAsync(tensor.raw(), memory, bytes, cudaMemcpyHostToDevice, cuda_.stream), "cudaMemcpyAsync");
+    cuda_check(cudaMemcpyAsync(to.raw(), memory, bytes, cudaMemcpyHostToDevice, cuda_.stream), "cudaMemcpyAsync");
     slot.mark(cuda_.stream);
-    return tensor;
   }
 
  private:
-  Device device_;
   const CudaContext& cuda_;
   std::array<std::unique_ptr<Slot>, 8> up_;
   std::array<std::unique_ptr<Slot>, 2> down_;

@@ -93,6 +93,8 @@ constexpr Key kKeys[] = {
     {"train.length", FIELD(train.length), "tokens of a row", 1},
     {"train.grad_accumulation", FIELD(train.grad_accumulation), "micro-batches that the rows of a step are cut into, to save memory", 1},
     {"train.dtype", FIELD(train.dtype), "compute type; auto: bf16 on a GPU, f32 on the CPU", -kAny, kAny, "auto|f32|bf16"},
+    {"train.graph", FIELD(train.graph), "on a GPU, record a step as a graph and replay it: the same bits, less work for the host", -kAny,
+     kAny, nullptr, true},
     {"train.log_every", FIELD(train.log_every), "steps between lines of metrics.jsonl", 1, kAny, nullptr, true},
     {"train.checkpoint_every", FIELD(train.checkpoint_every), "steps between checkpoints; 0: only at the end", 0, kAny, nullptr, true},
     {"train.keep_last", FIELD(train.keep_last), "newest checkpoints that are kept; 0: all", 0, kAny, nullptr, true},

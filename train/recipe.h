@@ -42,6 +42,7 @@ struct Recipe {
     int64_t length = 2048;
     int64_t grad_accumulation = 1;
     std::string dtype = "auto";
+    bool graph = true;
     int64_t log_every = 10;
     int64_t checkpoint_every = 1000;
     int64_t keep_last = 2;

@@ -42,14 +42,15 @@ Trainer::Trainer(const Recipe& recipe, LanguageModel& model)
                                                                .options = recipe.initial_state_options})),
       optimizer_(model.parameters(), optimizer_options(recipe, model)),
       lr_{recipe.train.steps, recipe.optimizer.lr, recipe.optimizer.min_lr, recipe.optimizer.warmup_fraction},
-      decay_(decay_schedule_from(recipe.optimizer.weight_decay_schedule)) {}
+      decay_(decay_schedule_from(recipe.optimizer.weight_decay_schedule)),
+      graphs_(recipe.train.graph && model.device().is_cuda()) {}
 
-TokenBatch Trainer::upload(const Batch& rows) {
+void Trainer::upload(const Batch& rows, TokenBatch& to) {
   const Shape shape{rows.rows, rows.length};
-  TokenBatch out{link_->upload(rows.tokens, shape), link_->upload(rows.targets, shape), {}};
+  link_->upload(to.tokens, rows.tokens, shape);
+  link_->upload(to.targets, rows.targets, shape);
   if (positions_that_count(rows) < rows.rows * rows.length)
-    out.mask = link_->upload(std::vector<float>(rows.mask.begin(), rows.mask.end()), shape);
-  return out;
+    link_->upload(to.mask, std::vector<float>(rows.mask.begin(), rows.mask.end()), shape);
 }
 
 Batch Trainer::micro_batch(const Batch& batch, int64_t m) const {
@@ -70,7 +71,9 @@ std::string Trainer::first_non_finite_of(const Batch& batch, int64_t step) {
       const bool same_start = step + 1 == steps_done_ && static_cast<std::size_t>(m) < begun_.size();
       const RecurrentState h0 = same_start ? begun_[static_cast<std::size_t>(m)] : RecurrentState();
       model_.parameters().clear_grads();  // each micro-batch by itself
-      backward(model_.loss(upload(rows), h0, 1.0 / static_cast<double>(recipe_.train.grad_accumulation)).loss);
+      TokenBatch tokens;
+      upload(rows, tokens);
+      backward(model_.loss(tokens, h0, 1.0 / static_cast<double>(recipe_.train.grad_accumulation)).loss);
     }
   } catch (const NumericError& error) {
     const std::string text = error.what();
@@ -90,29 +93,69 @@ void Trainer::step(const Batch& batch) {
   const int64_t positions = positions_that_count(batch);
   if (positions == 0) throw ValueError("train: a batch in which no position counts", {{"step", std::to_string(steps_done_)}});
   const bool streams = recipe_.data.arrangement == "streams";
-  const int64_t micro_rows = batch.rows / train.grad_accumulation;
-  begun_.clear();
-  model_.parameters().clear_grads();
-  Tensor loss;  // of the whole batch
+  places_.resize(static_cast<std::size_t>(train.grad_accumulation));
+  micro_batches_.clear();
   for (int64_t m = 0; m < train.grad_accumulation; ++m) {
     const Batch cut = train.grad_accumulation > 1 ? micro_batch(batch, m) : Batch{};
     const Batch& rows = train.grad_accumulation > 1 ? cut : batch;
     const BatchInfo info{.step = steps_done_,
                          .micro = m,
-                         .rows = micro_rows,
+                         .rows = rows.rows,
                          .resets = streams ? std::span<const uint8_t>(rows.resets) : std::span<const uint8_t>(),
                          .row_ids = rows.row_ids};
+    initial_state_->prepare(info);
+    TokenBatch& place = places_[static_cast<std::size_t>(m)];
+    upload(rows, place);
     const int64_t counted = positions_that_count(rows);
-    const RecurrentState h0 = initial_state_->begin(info);
+    micro_batches_.push_back({.info = {.step = info.step, .micro = m, .rows = info.rows, .resets = {}, .row_ids = {}},
+                              .counted = counted,
+                              .share = static_cast<double>(counted) / static_cast<double>(positions),
+                              .tokens = place});
+    if (counted == rows.rows * rows.length) micro_batches_.back().tokens.mask = Tensor();
+  }
+  optimizer_.set_rates(lr_at(steps_done_), weight_decay_at(steps_done_));
+  queue_step();
+  ++steps_done_;
+}
+
+void Trainer::queue_step() {
+  Form form;
+  for (const MicroBatch& micro : micro_batches_) form.emplace_back(micro.share, micro.tokens.mask.defined());
+  const bool watched = switches().check || switches().trace != 0;
+  if (graphs_ && !watched) {
+    if (graph_ && form == recorded_) return graph_->replay();
+    if (form == launched_) {  // whatever such a step makes once is there, and another like it is likely
+      try {
+        graph_.reset();
+        graph_ = record_graph(model_.device(), [this] { run_step(); });
+        recorded_ = form;
+        queued_ = "a graph of " + std::to_string(graph_->size()) + " launches";
+        return graph_->replay();
+      } catch (const Error& error) {
+        graphs_ = false;
+        queued_ = "launch by launch: no graph could be recorded\n" + std::string(error.what());
+      }
+    }
+  }
+  run_step();
+  launched_ = form;
+}
+
+void Trainer::run_step() {
+  begun_.clear();
+  model_.parameters().clear_grads();
+  Tensor loss;  // of the whole batch
+  for (const MicroBatch& micro : micro_batches_) {
+    const RecurrentState h0 = initial_state_->begin(micro.info);
     if (!model_.device().is_cuda()) begun_.push_back(h0);
-    if (counted == 0) {  // all padding: nothing to learn, but its state goes on
+    if (micro.counted == 0) {  // all padding: nothing to learn, but its state goes on
       const NoGrad no_grad;
-      initial_state_->end(info, model_.forward(upload(rows).tokens, h0).state);
+      initial_state_->end(micro.info, model_.forward(micro.tokens.tokens, h0).state);
       continue;
     }
-    const auto result = model_.loss(upload(rows), h0, static_cast<double>(counted) / static_cast<double>(positions));
+    const auto result = model_.loss(micro.tokens, h0, micro.share);
     backward(result.loss);
-    initial_state_->end(info, result.state);
+    initial_state_->end(micro.info, result.state);
     if (loss) {
       add_scaled(loss, result.loss.value());
     } else {
@@ -120,9 +163,7 @@ void Trainer::step(const Batch& batch) {
     }
   }
   model_.parameters().complete_grads();
-  optimizer_.set_rates(lr_at(steps_done_), weight_decay_at(steps_done_));
   optimizer_.step(loss);
-  ++steps_done_;
 }
 
 void Trainer::save(const std::string& folder, std::optional<int64_t> end_of_text) const {
@@ -139,6 +180,8 @@ void Trainer::load(const std::string& folder, int64_t steps_done) {
   if (fs::exists(folder + kCarriedFile)) carried = read_safetensors(folder + kCarriedFile).tensors;
   initial_state_->load(carried, recipe_.train.grad_accumulation);
   steps_done_ = steps_done;
+  graph_.reset();  // what is loaded may lie elsewhere
+  launched_.clear();
 }
 
 }  // namespace longhand

@@ -1,9 +1,12 @@
 // Trainer: one optimizer step after the other. What a step does:
 //
+//   tokens, targets, row keys and rates go to the device
 //   for each micro-batch:  h0        = initial_state.begin(info)
 //                          loss, h_T = model.loss(rows, h0, share of the step's positions)
 //                          backward(loss);  initial_state.end(info, h_T)
-//   optimizer.step(rates at this step)
+//   optimizer.step()
+//
+// On a GPU all but the first line is recorded as a graph in the second step and replayed in those after it, to the same bits.
 //
 // The files around it: training_loop.h (logging, checkpoints, interruption), run_folder.h (where things lie).
 #pragma once
@@ -12,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "core/device_graph.h"
 #include "data/batcher.h"
 #include "models/language_model.h"
 #include "train/adamw.h"
@@ -45,6 +49,9 @@ class Trainer {
   /// To be called when a report says that a step was left out: no state is carried on from it.
   void forget_carried_state() { initial_state_->forget(); }
 
+  /// For people: "a graph of 1,234 launches" once steps are replayed, or why they are not; "" before that is known and on a CPU.
+  const std::string& queued() const { return queued_; }
+
   int64_t steps_done() const { return steps_done_; }
   double lr_at(int64_t step) const { return lr_.at(step); }
   double weight_decay_at(int64_t step) const { return longhand::weight_decay_at(decay_, recipe_.optimizer.weight_decay, lr_, step); }
@@ -58,8 +65,17 @@ class Trainer {
   void load(const std::string& folder, int64_t steps_done);
 
  private:
-  TokenBatch upload(const Batch& rows);
+  struct MicroBatch {
+    BatchInfo info;
+    int64_t counted = 0;  // positions
+    double share = 0;     // of those of the batch
+    TokenBatch tokens;    // where they are in every step; the mask only where there is one
+  };
+
+  void upload(const Batch& rows, TokenBatch& to);
   Batch micro_batch(const Batch& batch, int64_t m) const;
+  void run_step();    // the device's part
+  void queue_step();  // run_step() or its graph
 
   Recipe recipe_;
   LanguageModel& model_;
@@ -69,6 +85,14 @@ class Trainer {
   Schedule lr_;
   DecaySchedule decay_;
   int64_t steps_done_ = 0;
+  std::vector<MicroBatch> micro_batches_;  // of the step in hand
+  std::vector<TokenBatch> places_;         // on the device, by micro-batch
+  std::unique_ptr<DeviceGraph> graph_;
+  // What a graph holds fast of a step's batch: the share of each micro-batch in the loss, and whether it has a mask.
+  using Form = std::vector<std::pair<double, bool>>;
+  Form recorded_, launched_;  // of graph_, and of the latest step that was queued launch by launch
+  bool graphs_;
+  std::string queued_;
   std::vector<RecurrentState>
       begun_;  // h0 of the last step's micro-batches, until the next step: they cost no memory at its peak; CPU only
 };

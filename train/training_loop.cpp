@@ -66,6 +66,10 @@ class Loop {
       if (!batches.next(batch)) throw ValueError("train: the data ended before the run did", {{"step", std::to_string(step)}});
       const bool pause_due = step == recipe_.train.steps || due(recipe_.train.checkpoint_every, step) || due(recipe_.train.val_every, step);
       trainer_.step(batch);
+      if (trainer_.queued() != queued_) {
+        queued_ = trainer_.queued();
+        line_.say(fmt::format("step {} on    {}", step, queued_));
+      }
       trainer_.request_report();
       ++open_reports_;
       open_batches_.push_back(batch);
@@ -285,6 +289,7 @@ class Loop {
   MetricsFile metrics_file_;
   StepReport report_;  // of step done_.step
   int open_reports_ = 0;
+  std::string queued_;              // what was said of it
   std::deque<Batch> open_batches_;  // of those steps
   std::string first_non_finite_;    // of the latest steps that were left out in a row
   int64_t interval_step_ = 0;       // of the logged step before

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 RECIPES = pathlib.Path(__file__).resolve().parents[2] / "tools" / "recipes"
 TOLERANCE = 1e-4  # of the largest logit; the two sides differ in the order of sums over 24 layers
-TOLERANCE_BF16 = 2e-2  # of the largest logit; models that are farther off in the library's own bf16 are held to 1.5 times that
+TOLERANCE_BF16 = 2e-2  # of the largest logit; where rounding the weights alone moves the library's f32 by over half of it, twice that
 INIT_STD = 0.02  # of the library's random embedding, as mamba_ssm draws it
 
 
@@ -95,9 +95,9 @@ class Comparison:
         self.judge(what, ours, theirs, TOLERANCE)
         if self.device != "cpu":
             with torch.no_grad():
-                natural = distance(model.bfloat16()(input_ids=tokens.to(self.device)).logits.float().cpu(), theirs)
-            self.judge(f"{what}: longhand's bf16 against its f32 (the library's own: {natural:.2e})",
-                       self.our_logits(folder, tokens, dtype="bf16"), ours, max(TOLERANCE_BF16, 1.5 * natural))
+                natural = distance(model.bfloat16().float()(input_ids=tokens.to(self.device)).logits.cpu(), theirs)
+            self.judge(f"{what}: longhand's bf16 against its f32 (the library's f32 with bf16 weights: {natural:.2e})",
+                       self.our_logits(folder, tokens, dtype="bf16"), ours, max(TOLERANCE_BF16, 2 * natural))
         exact = self.our_logits(folder, tokens, "cpu", "f64")
         print(f"      from longhand in float64 on the CPU: the library {distance(theirs, exact):.2e}, longhand on {self.device} {distance(ours, exact):.2e}, "
               f"on the CPU {distance(self.our_logits(folder, tokens, 'cpu'), exact):.2e}", flush=True)

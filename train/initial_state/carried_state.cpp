@@ -1,8 +1,6 @@
 // See carried_state.h.
 #include "train/initial_state/carried_state.h"
 
-#include <algorithm>
-
 #include "core/error.h"
 #include "train/initial_state/row_kernels.h"
 
@@ -11,28 +9,42 @@ namespace longhand {
 CarriedState::CarriedState(const InitialStateContext& context, const char* strategy)
     : context_(context), strategy_(strategy), treatment_(context, strategy) {}
 
-RecurrentState CarriedState::begin(const BatchInfo& info) {
-  const auto slot = static_cast<std::size_t>(info.micro);
-  if (slot >= carried_.size() || carried_[slot].absent()) return treatment_.covered(context_.zero_state(info.rows));
-  const RecurrentState& before = carried_[slot];
-  if (before.rows() != info.rows)
-    throw ShapeError(strategy_ + ": the batch has another number of rows than the one before",
-                     {{"rows", std::to_string(info.rows)}, {"before", std::to_string(before.rows())}});
+void CarriedState::prepare(const BatchInfo& info) {
   std::vector<int64_t> kept = treatment_.row_keys(info);
   for (std::size_t b = 0; b < info.resets.size(); ++b)
     if (info.resets[b] != 0) kept[b] = 0;
-  if (std::find(kept.begin(), kept.end(), 0) == kept.end()) return before;
-  const Tensor marks = treatment_.upload(kept);
-  RecurrentState h0 = before;
-  for (LayerState& layer : h0.layers())
-    for (auto& [name, variable] : layer) variable = Variable(kept_rows(variable.value(), marks));
-  return h0;
+  treatment_.upload(info.micro, kept);
+}
+
+RecurrentState CarriedState::begin(const BatchInfo& info) {
+  const auto slot = static_cast<std::size_t>(info.micro);
+  if (slot >= carried_.size()) carried_.resize(slot + 1);
+  RecurrentState& state = carried_[slot];
+  if (state.absent()) state = treatment_.covered(context_.zero_state(info.rows));
+  if (state.rows() != info.rows)
+    throw ShapeError(strategy_ + ": the batch has another number of rows than the one before",
+                     {{"rows", std::to_string(info.rows)}, {"before", std::to_string(state.rows())}});
+  for (const LayerState& layer : state.layers())
+    for (const auto& [name, variable] : layer) clear_rows(variable.value(), treatment_.keys(info.micro, info.rows));
+  return state;
 }
 
 void CarriedState::end(const BatchInfo& info, const RecurrentState& h_T) {
-  const auto slot = static_cast<std::size_t>(info.micro);
-  if (carried_.size() <= slot) carried_.resize(slot + 1);
-  carried_[slot] = treatment_.covered(h_T.detach());
+  RecurrentState& state = carried_.at(static_cast<std::size_t>(info.micro));
+  const RecurrentState final = treatment_.covered(h_T.detach());
+  for (std::size_t layer = 0; layer < state.layers().size(); ++layer) {
+    for (auto& [name, variable] : state.layers()[layer]) {
+      const Tensor& value = final.get(layer, name).value();
+      if (context_.device.is_cuda()) copy(variable.value(), value);
+      else variable = Variable(value.contiguous());
+    }
+  }
+}
+
+void CarriedState::forget() {
+  for (const RecurrentState& state : carried_)
+    for (const LayerState& layer : state.layers())
+      for (const auto& [name, variable] : layer) fill(variable.value(), 0);
 }
 
 std::map<std::string, Tensor> CarriedState::save() const {

@@ -10,9 +10,10 @@ namespace longhand {
 class CarriedState final : public InitialState {
  public:
   CarriedState(const InitialStateContext& context, const char* strategy);
+  void prepare(const BatchInfo& info) override;
   RecurrentState begin(const BatchInfo& info) override;
   void end(const BatchInfo& info, const RecurrentState& h_T) override;
-  void forget() override { carried_.clear(); }
+  void forget() override;
   /// One state of all rows of the step, "layers.3.ssm".
   std::map<std::string, Tensor> save() const override;
   void load(const std::map<std::string, Tensor>& stored, int64_t micro_batches) override;
@@ -21,7 +22,7 @@ class CarriedState final : public InitialState {
   InitialStateContext context_;
   std::string strategy_;
   Treatment treatment_;
-  std::vector<RecurrentState> carried_;  // by micro-batch slot
+  std::vector<RecurrentState> carried_;  // by micro-batch slot; on a GPU each stays where it is
 };
 
 }  // namespace longhand

@@ -20,6 +20,8 @@ class FittedNoise final : public InitialState {
         running_(Tensor::zeros(context.device, Dtype::f64, {noise_.groups(), 3})),
         normals_(Tensor::zeros(context.device, Dtype::f32, {noise_.groups(), 2})) {}
 
+  void prepare(const BatchInfo& info) override { noise_.prepare(info); }
+
   RecurrentState begin(const BatchInfo& info) override {
     if (info.micro == 0) refresh_normals(running_, normals_, decay_);
     return noise_.draw(info, normals_);

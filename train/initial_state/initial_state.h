@@ -1,5 +1,6 @@
 // Initial-state strategies: where the recurrent state of a batch comes from. The training loop around them is always
 //
+//   strategy.prepare(info)                       what the host contributes: never part of a captured step
 //   h0          = strategy.begin(info)
 //   loss, h_T   = model.loss(batch, h0)          backward(loss)
 //   strategy.end(info, h_T)
@@ -43,7 +44,11 @@ class InitialState {
  public:
   virtual ~InitialState() = default;
 
-  /// The state before the first token; absent for zeros.
+  /// Brings to the device what begin() of this micro-batch takes from the host.
+  virtual void prepare(const BatchInfo&) {}
+
+  /// The state before the first token; absent for zeros. On a GPU this and end() queue the same work on the same memory in every step
+  /// after the first, so that they can be recorded with it.
   virtual RecurrentState begin(const BatchInfo& info) = 0;
 
   /// Takes note of the state after the last token.

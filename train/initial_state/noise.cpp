@@ -17,7 +17,7 @@ Noise::Noise(const InitialStateContext& context, const char* strategy)
 }
 
 RecurrentState Noise::draw(const BatchInfo& info, const Tensor& normals) const {
-  const Tensor keys = treatment_.upload(treatment_.row_keys(info));
+  const Tensor& keys = treatment_.keys(info.micro, info.rows);
   std::vector<LayerState> layers(one_row_.layers().size());
   for (const Part& part : parts_) {
     const Tensor zeros = one_row_.get(part.layer, part.name).value();

@@ -20,7 +20,9 @@ class Noise {
   const std::vector<Part>& parts() const { return parts_; }
   int64_t groups() const { return groups_; }  // of all parts
 
-  /// New noise for a batch. normals [groups(), 2] f32: mean and standard deviation of each group
+  void prepare(const BatchInfo& info) { treatment_.upload(info.micro, treatment_.row_keys(info)); }
+
+  /// New noise for a batch, after prepare(). normals [groups(), 2] f32: mean and standard deviation of each group
   RecurrentState draw(const BatchInfo& info, const Tensor& normals) const;
 
  private:

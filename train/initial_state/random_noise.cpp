@@ -14,6 +14,8 @@ class RandomNoise final : public InitialState {
     normals_ = Tensor::from(context.device, {noise_.groups(), 2}, normals);
   }
 
+  void prepare(const BatchInfo& info) override { noise_.prepare(info); }
+
   RecurrentState begin(const BatchInfo& info) override { return noise_.draw(info, normals_); }
   void end(const BatchInfo&, const RecurrentState&) override {}
 

@@ -11,7 +11,7 @@
 namespace longhand {
 
 // row_kernels_cuda.cu
-void kept_rows_cuda(const Tensor& out, const Tensor& t, const Tensor& marks);
+void clear_rows_cuda(const Tensor& t, const Tensor& marks);
 void draw_normals_cuda(const Tensor& t, const Tensor& keys, uint64_t tag, const Tensor& normals, const StateGroups& groups);
 void row_moments_cuda(const Tensor& t, const StateGroups& groups, const Tensor& moments, int64_t first);
 void merge_rows_cuda(const Tensor& running, const Tensor& moments);
@@ -19,16 +19,10 @@ void refresh_normals_cuda(const Tensor& running, const Tensor& normals, double d
 
 namespace {
 
-void kept_rows_cpu(const Tensor& out, const Tensor& t, const Tensor& marks) {
+void clear_rows_cpu(const Tensor& t, const Tensor& marks) {
   const auto row_bytes = static_cast<std::size_t>(t.numel() / t.dim(0) * size_of(t.dtype()));
-  for (int64_t b = 0; b < t.dim(0); ++b) {
-    char* to = static_cast<char*>(out.raw()) + static_cast<std::size_t>(b) * row_bytes;
-    if (marks.data<int64_t>()[b] == 0) {
-      std::memset(to, 0, row_bytes);
-    } else {
-      std::memcpy(to, static_cast<const char*>(t.raw()) + static_cast<std::size_t>(b) * row_bytes, row_bytes);
-    }
-  }
+  for (int64_t b = 0; b < t.dim(0); ++b)
+    if (marks.data<int64_t>()[b] == 0) std::memset(static_cast<char*>(t.raw()) + static_cast<std::size_t>(b) * row_bytes, 0, row_bytes);
 }
 
 // Calls f with a pointer to the elements.
@@ -117,12 +111,11 @@ StateGroups state_groups(const std::string& name, const Shape& shape, bool by_ch
   return {shape[1], row / shape[1]};
 }
 
-Tensor kept_rows(const Tensor& t, const Tensor& marks) {
-  if (marks.dtype() != Dtype::i64 || marks.numel() != t.dim(0))
-    throw ShapeError("kept_rows: one mark a row is needed", {{"marks", marks.describe()}, {"tensor", t.describe()}});
-  const Tensor out = Tensor::empty(t.device(), t.dtype(), t.shape());
-  if (t.numel() > 0) on_device(t.device(), &kept_rows_cpu, LONGHAND_CUDA_IMPL(kept_rows_cuda))(out, t.contiguous(), marks);
-  return out;
+void clear_rows(const Tensor& t, const Tensor& marks) {
+  if (marks.dtype() != Dtype::i64 || marks.numel() != t.dim(0) || !t.is_contiguous())
+    throw ShapeError("clear_rows: a contiguous tensor and a mark a row are needed",
+                     {{"marks", marks.describe()}, {"tensor", t.describe()}});
+  if (t.numel() > 0) on_device(t.device(), &clear_rows_cpu, LONGHAND_CUDA_IMPL(clear_rows_cuda))(t, marks);
 }
 
 void draw_normals(const Tensor& t, const Tensor& keys, uint64_t tag, const Tensor& normals, const StateGroups& groups) {

@@ -19,8 +19,8 @@ struct StateGroups {
 /// by_channel  those without heads have a group a channel: axis 1 of a state, the last axis of a window
 StateGroups state_groups(const std::string& name, const Shape& shape, bool by_channel);
 
-/// t[b] where marks[b] != 0, else zeros; a new tensor. marks [B] i64 on t's device
-Tensor kept_rows(const Tensor& t, const Tensor& marks);
+/// t[b] = 0 where marks[b] == 0, in place. marks [B] i64 on t's device
+void clear_rows(const Tensor& t, const Tensor& marks);
 
 /// Independent normal numbers in the rows that have a key, zeros in the others.
 ///   t[b, e] = keys[b] == 0 ? 0 : mean[g] + std[g] * philox_normal(philox_key(keys[b], tag), e)     g the group of e

@@ -1,8 +1,8 @@
 // The strategies' kernels; row_kernels.h has the formulas.
 //
-// kept_rows_kernel
-// moves   the tensor once in and once out; nothing of a dropped row is read
-// split   a block row per batch row, 4-byte or 2-byte words; one launch a tensor, however many rows are dropped
+// clear_rows_kernel
+// moves   the rows that are cleared, once out
+// split   a block row per batch row, 4-byte or 2-byte words; one launch a tensor, however many rows are cleared
 //
 // draw_normals_kernel
 // moves   the tensor once out
@@ -65,12 +65,11 @@ dim3 grid_of(int64_t blocks, int64_t rows) {
 }
 
 template <class Word>
-__global__ void kept_rows_kernel(Word* __restrict__ out, const Word* __restrict__ in, const int64_t* __restrict__ marks, int64_t rows,
-                                 int64_t width) {
+__global__ void clear_rows_kernel(Word* __restrict__ t, const int64_t* __restrict__ marks, int64_t rows, int64_t width) {
   for (int64_t b = blockIdx.y; b < rows; b += gridDim.y) {
-    const bool kept = marks[b] != 0;
+    if (marks[b] != 0) continue;
     for (int64_t e = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; e < width; e += static_cast<int64_t>(gridDim.x) * kThreads)
-      out[b * width + e] = kept ? in[b * width + e] : Word{};
+      t[b * width + e] = Word{};
   }
 }
 
@@ -154,19 +153,18 @@ __global__ void refresh_normals_kernel(double* __restrict__ running, float* __re
 
 }  // namespace
 
-void kept_rows_cuda(const Tensor& out, const Tensor& t, const Tensor& marks) {
+void clear_rows_cuda(const Tensor& t, const Tensor& marks) {
   const cudaStream_t stream = t.device().cuda_context().stream;
   const int64_t rows = t.dim(0), width = t.numel() / rows;
   const dim3 grid = grid_of(blocks_per_row(width), rows);
   auto launch = [&](auto word) {
     using Word = decltype(word);
-    kept_rows_kernel<<<grid, kThreads, 0, stream>>>(static_cast<Word*>(out.raw()), static_cast<const Word*>(t.raw()), marks.data<int64_t>(),
-                                                    rows, width);
-    launch_check("kept_rows_kernel", grid, kThreads);
+    clear_rows_kernel<<<grid, kThreads, 0, stream>>>(static_cast<Word*>(t.raw()), marks.data<int64_t>(), rows, width);
+    launch_check("clear_rows_kernel", grid, kThreads);
   };
   if (size_of(t.dtype()) == 4) return launch(uint32_t{});
   if (size_of(t.dtype()) == 2) return launch(uint16_t{});
-  throw DtypeError("kept_rows: takes elements of 4 or 2 bytes on a GPU", {{"tensor", t.describe()}});
+  throw DtypeError("clear_rows: takes elements of 4 or 2 bytes on a GPU", {{"tensor", t.describe()}});
 }
 
 void draw_normals_cuda(const Tensor& t, const Tensor& keys, uint64_t tag, const Tensor& normals, const StateGroups& groups) {

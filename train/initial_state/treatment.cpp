@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "core/error.h"
 #include "core/philox.h"
 #include "train/host_link.h"
 
@@ -25,8 +26,19 @@ std::vector<int64_t> Treatment::row_keys(const BatchInfo& info) const {
   return keys;
 }
 
-Tensor Treatment::upload(const std::vector<int64_t>& row_keys) const {
-  return link_.upload(std::span<const int64_t>(row_keys), {static_cast<int64_t>(row_keys.size())});
+void Treatment::upload(int64_t micro, const std::vector<int64_t>& row_keys) {
+  const auto slot = static_cast<std::size_t>(micro);
+  if (slot >= keys_.size()) keys_.resize(slot + 1);
+  const Shape shape{static_cast<int64_t>(row_keys.size())};
+  if (keys_[slot].defined() && !(keys_[slot].shape() == shape)) keys_[slot] = Tensor();
+  link_.upload(keys_[slot], row_keys, shape);
+}
+
+const Tensor& Treatment::keys(int64_t micro, int64_t rows) const {
+  const auto slot = static_cast<std::size_t>(micro);
+  if (slot >= keys_.size() || keys_[slot].numel() != rows)
+    throw ValueError("initial state: begin() without prepare()", {{"micro-batch", std::to_string(micro)}, {"rows", std::to_string(rows)}});
+  return keys_[slot];
 }
 
 RecurrentState Treatment::covered(RecurrentState state) const {

@@ -15,8 +15,10 @@ class Treatment {
   /// initial_state_options.probability passes over. How the rows are cut into micro-batches does not matter.
   std::vector<int64_t> row_keys(const BatchInfo& info) const;
 
-  /// Row keys on the device, behind the work queued there.
-  Tensor upload(const std::vector<int64_t>& row_keys) const;
+  /// Takes the row keys of micro-batch `micro` to the device, where keys() has them at the same place in every step.
+  void upload(int64_t micro, const std::vector<int64_t>& row_keys);
+  /// errors  ValueError when there are none for `rows` rows
+  const Tensor& keys(int64_t micro, int64_t rows) const;
 
   /// The state without the tensors that initial_state_options.cover leaves out; the model starts those from zeros.
   RecurrentState covered(RecurrentState state) const;
@@ -26,6 +28,7 @@ class Treatment {
   double probability_;
   bool all_;
   HostLink& link_;
+  std::vector<Tensor> keys_;  // [rows] i64 by micro-batch
 };
 
 }  // namespace longhand
