@@ -320,7 +320,7 @@ void backward_rows(const GlaInputs& in, const GlaRule& rule, const Tensor& grad_
   const int64_t blocks = s.B * args.chunks * s.H * args.slices;
   if (blocks == 0) return;
   launch(&gla_chunk_bwd_kernel<T>, "gla_chunk_bwd_kernel", dim3(static_cast<unsigned>(blocks)), dim3(kSliceThreads),
-         static_cast<size_t>(ChunkBwdLayout<T>::total_bytes(args.stages)), context.stream, args);
+         static_cast<size_t>(ChunkBwdLayout<T>::total_bytes(args.stages)), context, args);
 }
 
 // Two borders of every chunk and head are kept while backward runs; the batch is taken in equal pieces so that they stay below this.

@@ -409,7 +409,7 @@ void launch_walk(WalkArgs<T> args, const CudaContext& context) {
       blocks <= 2 * context.sm_count && Layout::total_bytes(outputs, args.borders != nullptr, 2) <= context.shared_memory_per_block;
   args.stages = two ? 2 : 1;
   launch(&gla_walk_kernel<T, D, outputs, backwards>, "gla_walk_kernel", dim3(static_cast<unsigned>(blocks)), dim3(2 * kPart),
-         static_cast<size_t>(Layout::total_bytes(outputs, args.borders != nullptr, args.stages)), context.stream, args);
+         static_cast<size_t>(Layout::total_bytes(outputs, args.borders != nullptr, args.stages)), context, args);
 }
 
 template <class T, bool outputs, bool backwards>
@@ -455,7 +455,7 @@ void run_walk(WalkArgs<T> args, const Tensor& start, const Device& device) {
     launch_walk<T, false, backwards>(ends, context);
     const SegmentScanArgs scan{decays.data<float>(), args.start, starts.data<float>(), args.segments, Dk, Dv};
     const dim3 grid(static_cast<unsigned>(heads), static_cast<unsigned>((Dk * Dv + 255) / 256));
-    launch(&gla_segment_scan_kernel, "gla_segment_scan_kernel", grid, dim3(256), 0, context.stream, scan);
+    launch(&gla_segment_scan_kernel, "gla_segment_scan_kernel", grid, dim3(256), 0, context, scan);
     args.start = starts.data<float>();
   }
   launch_walk<T, outputs, backwards>(args, context);
@@ -545,7 +545,7 @@ void prepare(const GlaInputs& in, const GlaRule& rule, const GlaPrepared& out) {
                             static_cast<int>(s.Dk),
                             padded_key_dim(s.Dk)};
   launch(&gla_prepare_kernel<T>, "gla_prepare_kernel", dim3(static_cast<unsigned>(blocks)), dim3(kSliceThreads), kPrepareBytes<T>,
-         in.q.device().cuda_context().stream, args);
+         in.q.device().cuda_context(), args);
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // What the CUDA files of gla share: gates and the decays of one chunk, the prepared chunks, and the walks that carry the state over them.
 #pragma once
 #include "ops/common/cuda_math.cuh"
+#include "ops/common/launch.cuh"
 #include "ops/common/strided_rows.h"
 #include "ops/common/tile_product.cuh"
 #include "ops/common/token_rows.cuh"

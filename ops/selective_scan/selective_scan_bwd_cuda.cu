@@ -467,8 +467,8 @@ void backward(const SelectiveScanBackward& g) {
     segments.grads = f32(Shape{B, p.segments, D, Split::kN});
     segments.dt_sum = f32(Shape{B, p.segments, D});
     const int64_t walk_groups = (D + Walk::kBlockChannels - 1) / Walk::kBlockChannels;
-    launch_scan(selective_scan_bwd_segments_kernel<T, Walk>, "selective_scan_bwd_segments_kernel", walk_groups * p.segments * B, 0,
-                cuda.stream, p, grad_y, segments.grads.data<float>(), segments.dt_sum.data<float>(), walk_groups);
+    launch_scan(selective_scan_bwd_segments_kernel<T, Walk>, "selective_scan_bwd_segments_kernel", walk_groups * p.segments * B, 0, cuda, p,
+                grad_y, segments.grads.data<float>(), segments.dt_sum.data<float>(), walk_groups);
     connect_segments(segments, in.A_log, g.grad_h_T);
   }
 
@@ -496,7 +496,7 @@ void backward(const SelectiveScanBackward& g) {
     w.first_group = first;
     w.groups = std::min(at_once, groups - first);
     launch_scan(selective_scan_bwd_walk_kernel<T, Split>, "selective_scan_bwd_walk_kernel", w.groups * p.segments * B,
-                sizeof(WalkBackShared<Split>), cuda.stream, p, w);
+                sizeof(WalkBackShared<Split>), cuda, p, w);
     const BlockSums<T> sums{BC_partials.data<float>(),
                             address_of<float>(BC_totals),
                             scan_rows<T>(g.grad_B_t),
@@ -508,7 +508,7 @@ void backward(const SelectiveScanBackward& g) {
                             N4,
                             first == 0,
                             first + w.groups == groups};
-    launch_scan(sum_blocks_kernel<T>, "sum_blocks_kernel", (per_group + kScanThreads - 1) / kScanThreads, 0, cuda.stream, sums);
+    launch_scan(sum_blocks_kernel<T>, "sum_blocks_kernel", (per_group + kScanThreads - 1) / kScanThreads, 0, cuda, sums);
   }
   if (g.grad_A_log) sum_partials_cuda(A_partials, *g.grad_A_log);
   if (g.grad_D_skip) sum_partials_cuda(D_partials, *g.grad_D_skip);

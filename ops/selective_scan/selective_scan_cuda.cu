@@ -277,7 +277,7 @@ template <class T, class Split, Walk walk>
 void launch_walk(const ScanProblem<T>& p, const WalkOutputs<T>& w, int64_t segments, const CudaContext& cuda) {
   const int64_t groups = (p.channels + Split::kBlockChannels - 1) / Split::kBlockChannels;
   launch_scan(selective_scan_fwd_walk_kernel<T, Split, walk>, "selective_scan_fwd_walk_kernel", groups * segments * p.batch,
-              kScanWarps * sizeof(WarpTiles<T, Split, walk>), cuda.stream, p, w, groups, segments);
+              kScanWarps * sizeof(WarpTiles<T, Split, walk>), cuda, p, w, groups, segments);
 }
 
 template <class T, class Split>
@@ -321,7 +321,7 @@ void connect_segments(const ScanSegments& segments, const Tensor& A_log, const T
                       A_log.dim(1),
                       values.dim(3)};
   launch_scan(connect_segments_kernel, "connect_segments_kernel", (a.batch * a.channels * a.kN + kScanThreads - 1) / kScanThreads, 0,
-              values.device().cuda_context().stream, a);
+              values.device().cuda_context(), a);
 }
 
 SelectiveScanResult selective_scan_fwd_cuda(const SelectiveScanInputs& in, bool keep_borders) {

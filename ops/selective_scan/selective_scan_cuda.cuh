@@ -7,6 +7,7 @@
 
 #include "core/cuda_context.h"
 #include "ops/common/cuda_math.cuh"
+#include "ops/common/launch.cuh"
 #include "ops/common/strided_rows.h"
 #include "ops/selective_scan/selective_scan_kernels.h"
 
@@ -248,12 +249,8 @@ __device__ int sum_over_lanes(float (&v)[values]) {
 }
 
 template <class Kernel, class... Args>
-void launch_scan(Kernel kernel, const char* name, int64_t blocks, size_t shared, cudaStream_t stream, const Args&... args) {
-  if (shared > 48 * 1024)
-    cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), name);
-  const dim3 grid(static_cast<unsigned>(blocks)), block(kScanThreads);
-  kernel<<<grid, block, shared, stream>>>(args...);
-  launch_check(name, grid, block, shared);
+void launch_scan(Kernel kernel, const char* name, int64_t blocks, size_t shared, const CudaContext& cuda, const Args&... args) {
+  launch(kernel, name, dim3(static_cast<unsigned>(blocks)), dim3(kScanThreads), shared, cuda, args...);
 }
 
 /// What is known of each segment before its neighbours are: walks over it begin with zero.

@@ -591,7 +591,7 @@ template <class T, int kN, int kP, int teams>
 void launch_chunks(const ChunkBwdArgs<T>& args, const CudaContext& context) {
   const dim3 grid(static_cast<unsigned>(args.B * args.chunks * args.G * args.parts));
   launch(&ssd_chunk_bwd_kernel<T, kN, kP, teams>, "ssd_chunk_bwd_kernel", grid, dim3(kTeamThreads * teams),
-         static_cast<size_t>(ChunkBwdLayout<T, kN, kP, teams>::total_bytes), context.stream, args);
+         static_cast<size_t>(ChunkBwdLayout<T, kN, kP, teams>::total_bytes), context, args);
 }
 
 /// Two teams where there are heads for them, two of everything fit into shared memory, and states can be moved by 16 bytes.
@@ -685,7 +685,7 @@ void backward_rows(const SsdInputs& in, const SsdOptions& options, const Tensor&
     if (!parts.defined()) return;
     const PartsArgs<T> sum{parts.data<float>(), token_rows<T>(to, s.N), s.B, s.T, s.G * s.N, args.parts};
     const dim3 grid(static_cast<unsigned>((s.B * s.T * s.G * s.N + 255) / 256));
-    launch(&ssd_sum_parts_kernel<T>, "ssd_sum_parts_kernel", grid, dim3(256), 0, context.stream, sum);
+    launch(&ssd_sum_parts_kernel<T>, "ssd_sum_parts_kernel", grid, dim3(256), 0, context, sum);
   };
   sum_parts(parts_B, out.B_t);
   sum_parts(parts_C, out.C_t);
@@ -720,7 +720,7 @@ void backward(const SsdInputs& in, const SsdOptions& options, const Tensor& grad
                          s.B * chunks,           s.H,
                          static_cast<int>(s.P)};
   launch(&ssd_sum_heads_kernel, "ssd_sum_heads_kernel", dim3(static_cast<unsigned>(s.H)), dim3(kSumColumns * kSumGroups),
-         (kSumColumns * kSumGroups + kMaxHeadDim) * sizeof(float), in.x.device().cuda_context().stream, args);
+         (kSumColumns * kSumGroups + kMaxHeadDim) * sizeof(float), in.x.device().cuda_context(), args);
 }
 
 }  // namespace

@@ -421,7 +421,7 @@ void launch_walks(Walks<T> walks, const CudaContext& context) {
   }
   walks.blocks = shape.blocks * walks.of[0].segments;
   launch(&ssd_walk_kernel<T, kN, kP, outputs>, "ssd_walk_kernel", dim3(static_cast<unsigned>(walks.blocks * walks.count)),
-         dim3(static_cast<unsigned>(2 * kP * shape.teams)), static_cast<size_t>(shape.shared_bytes), context.stream, walks);
+         dim3(static_cast<unsigned>(2 * kP * shape.teams)), static_cast<size_t>(shape.shared_bytes), context, walks);
 }
 
 /// Runs walks from their starts [B, H, P, N] (null: zeros), in segments when rows and heads alone leave much of the GPU idle.
@@ -458,7 +458,7 @@ void run_walks(Walks<T> walks, const Device& device) {
                                               segments,     chunks_per_segment, state_size,     walks.of[w].backwards};
       const dim3 grid(static_cast<unsigned>(heads), static_cast<unsigned>((state_size + kScanElements - 1) / kScanElements));
       launch(&ssd_segment_scan_kernel<LogDecay<T>>, "ssd_segment_scan_kernel", grid, dim3(kScanThreads),
-             static_cast<size_t>(segments) * sizeof(float), context.stream, scan);
+             static_cast<size_t>(segments) * sizeof(float), context, scan);
       walks.of[w].start = ends.of[w].end;
     }
   }
@@ -550,8 +550,8 @@ void steps(const SsdInputs& in, const SsdOptions& options, const SsdSteps& out) 
                          chunks,
                          static_cast<float>(options.dt_min),
                          static_cast<float>(options.dt_max)};
-  launch(&ssd_steps_kernel<T>, "ssd_steps_kernel", dim3(static_cast<unsigned>((warps + 7) / 8)), dim3(256), 0,
-         in.x.device().cuda_context().stream, args);
+  launch(&ssd_steps_kernel<T>, "ssd_steps_kernel", dim3(static_cast<unsigned>((warps + 7) / 8)), dim3(256), 0, in.x.device().cuda_context(),
+         args);
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include <type_traits>
 
 #include "ops/common/cuda_math.cuh"
+#include "ops/common/launch.cuh"
 #include "ops/common/tile_product.cuh"
 #include "ops/common/token_rows.cuh"
 #include "ops/ssd/ssd.h"

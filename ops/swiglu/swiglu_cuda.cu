@@ -16,6 +16,7 @@
 
 #include "core/cuda_context.h"
 #include "ops/common/cuda_math.cuh"
+#include "ops/common/launch.cuh"
 #include "ops/common/strided_rows.h"
 #include "ops/swiglu/swiglu_kernels.h"
 
@@ -81,10 +82,9 @@ bool packs_fit(std::initializer_list<const Tensor*> tensors) {
 }
 
 template <class Kernel, class Args>
-void launch(Kernel kernel, const char* name, int64_t units, const Tensor& on, const Args& args) {
-  const dim3 grid(static_cast<unsigned>((units + kThreads - 1) / kThreads)), block(kThreads);
-  kernel<<<grid, block, 0, on.device().cuda_context().stream>>>(args);
-  launch_check(name, grid, block);
+void launch_units(Kernel kernel, const char* name, int64_t units, const Tensor& on, const Args& args) {
+  const dim3 grid(static_cast<unsigned>((units + kThreads - 1) / kThreads));
+  launch(kernel, name, grid, dim3(kThreads), 0, on.device().cuda_context(), args);
 }
 
 template <class T>
@@ -93,8 +93,8 @@ void forward(const SwigluForward& f) {
   if (elements == 0) return;
   const ForwardArgs<T> args{address_of<T>(f.gate), address_of<T>(f.up), address_of<T>(f.y), strided_rows_of(f.gate), strided_rows_of(f.up)};
   if (packs_fit<T>({&f.gate, &f.up, &f.y}))
-    launch(&swiglu_fwd_kernel<T, kPackWidth<T>>, "swiglu_fwd_kernel", elements / kPackWidth<T>, f.gate, args);
-  else launch(&swiglu_fwd_kernel<T, 1>, "swiglu_fwd_kernel (element by element)", elements, f.gate, args);
+    launch_units(&swiglu_fwd_kernel<T, kPackWidth<T>>, "swiglu_fwd_kernel", elements / kPackWidth<T>, f.gate, args);
+  else launch_units(&swiglu_fwd_kernel<T, 1>, "swiglu_fwd_kernel (element by element)", elements, f.gate, args);
 }
 
 template <class T>
@@ -105,8 +105,8 @@ void backward(const SwigluBackward& b) {
                              address_of<T>(b.grad_up),     strided_rows_of(b.grad_y), strided_rows_of(b.gate), strided_rows_of(b.up),
                              strided_rows_of(b.grad_gate), strided_rows_of(b.grad_up)};
   if (packs_fit<T>({&b.grad_y, &b.gate, &b.up, &b.grad_gate, &b.grad_up}))
-    launch(&swiglu_bwd_kernel<T, kPackWidth<T>>, "swiglu_bwd_kernel", elements / kPackWidth<T>, b.gate, args);
-  else launch(&swiglu_bwd_kernel<T, 1>, "swiglu_bwd_kernel (element by element)", elements, b.gate, args);
+    launch_units(&swiglu_bwd_kernel<T, kPackWidth<T>>, "swiglu_bwd_kernel", elements / kPackWidth<T>, b.gate, args);
+  else launch_units(&swiglu_bwd_kernel<T, 1>, "swiglu_bwd_kernel (element by element)", elements, b.gate, args);
 }
 
 }  // namespace
