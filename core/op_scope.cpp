@@ -13,6 +13,7 @@ namespace longhand {
 namespace {
 thread_local std::string layer_path;
 thread_local const char* running_op = nullptr;
+OpTimes* times = nullptr;
 }  // namespace
 
 LayerScope::LayerScope(std::string_view name, int index) : length_before_(layer_path.size()) {
@@ -26,6 +27,10 @@ LayerScope::~LayerScope() {
 
 OpScope::OpScope(const char* op, std::initializer_list<const Tensor*> inputs) : outer_(running_op) {
   running_op = op;
+  if (times != nullptr && outer_ == nullptr) {
+    times->device_.synchronize();
+    begin_ = std::chrono::steady_clock::now();
+  }
   if (switches().trace < 2) return;
   for (const Tensor* tensor : inputs) {
     if (!tensor->defined()) continue;
@@ -38,6 +43,11 @@ OpScope::OpScope(const char* op, std::initializer_list<const Tensor*> inputs) : 
 
 OpScope::~OpScope() {
   try {
+    if (times != nullptr && outer_ == nullptr) {
+      times->device_.synchronize();
+      const std::chrono::duration<double, std::milli> elapsed = std::chrono::steady_clock::now() - begin_;
+      times->milliseconds_[running_op] += elapsed.count();
+    }
     if (switches().trace == 1) fmt::print(stderr, "trace {}\n", current_op_path());
     if (switches().trace == 2) {
       if (first_ != nullptr) first_->device().synchronize();
@@ -47,6 +57,16 @@ OpScope::~OpScope() {
   } catch (...) {  // a failed device is reported by its next call; a stderr that takes no text has no reader
   }
   running_op = outer_;
+}
+
+OpTimes::OpTimes(const Device& device) : device_(device) {
+  times = this;
+}
+OpTimes::~OpTimes() {
+  times = nullptr;
+}
+bool OpTimes::running() {
+  return times != nullptr;
 }
 
 std::string current_op_path() {

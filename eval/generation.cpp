@@ -11,6 +11,7 @@
 #include "autograd/tape.h"
 #include "core/error.h"
 #include "eval/text_stream.h"
+#include "models/decoder.h"
 
 namespace longhand {
 namespace {
@@ -108,8 +109,14 @@ class BatchRunner {
     state_ = RecurrentState::concatenate(states).select_rows(places);
   }
 
-  // The next `width` tokens of some rows [members, width], which count as read from now on.
+  // The next `width` tokens of some rows [members, width].
   Tensor next_tokens(const std::vector<int64_t>& members, std::size_t width) {
+    take_tokens(members, width);
+    return Tensor::from(model_.device(), {static_cast<int64_t>(members.size()), static_cast<int64_t>(width)}, tokens_);
+  }
+
+  // The same into tokens_; they count as read from now on.
+  void take_tokens(const std::vector<int64_t>& members, std::size_t width) {
     tokens_.clear();
     for (const int64_t i : members) {
       Row& row = rows_[static_cast<std::size_t>(i)];
@@ -118,16 +125,15 @@ class BatchRunner {
       row.fed += width;
       row.read += static_cast<int64_t>(width);
     }
-    return Tensor::from(model_.device(), {static_cast<int64_t>(members.size()), static_cast<int64_t>(width)}, tokens_);
   }
 
   // One token for every row.
   void step() {
     all_.resize(rows_.size());
     std::iota(all_.begin(), all_.end(), int64_t{0});
-    auto out = model_.forward(next_tokens(all_, 1), state_);
-    state_ = std::move(out.state);
-    const Tensor logits = model_.logits(out.hidden.value());  // [B, 1, padded vocabulary]
+    if (!decoder_) decoder_ = std::make_unique<Decoder>(model_, std::exchange(state_, {}));
+    take_tokens(all_, 1);
+    const Tensor& logits = decoder_->step(tokens_);  // [B, padded vocabulary]
     const std::vector<float> values = logits.to_vector<float>();
     const auto vocab = static_cast<std::size_t>(model_.config().vocab_size), stride = static_cast<std::size_t>(logits.dim(-1));
     std::vector<std::size_t> ended;
@@ -174,6 +180,7 @@ class BatchRunner {
 
   // Rows leave the batch with their state as it is now. `ended` ascends.
   void remove(const std::vector<std::size_t>& ended) {
+    if (decoder_) state_ = decoder_->state();
     std::vector<int64_t> stay;
     std::vector<Row> running;
     auto next = ended.begin();
@@ -196,6 +203,7 @@ class BatchRunner {
     }
     rows_ = std::move(running);
     state_ = rows_.empty() ? RecurrentState() : state_.select_rows(stay);
+    decoder_.reset();
   }
 
   const LanguageModel& model_;
@@ -204,7 +212,8 @@ class BatchRunner {
   Generation& result_;
   std::vector<RecurrentState>& final_states_;  // by row of the call; one row each
   std::vector<Row> rows_;
-  RecurrentState state_;
+  RecurrentState state_;  // while nothing is decoded; then the decoder has it
+  std::unique_ptr<Decoder> decoder_;
   std::vector<int32_t> tokens_;
   std::vector<int64_t> all_;
   Clock::time_point decode_start_;

@@ -6,6 +6,7 @@
 
 #include "autograd/tape.h"
 #include "core/error.h"
+#include "core/op_scope.h"
 #include "core/safetensors.h"
 #include "core/switches.h"
 #include "models/checkpoint.h"
@@ -121,7 +122,7 @@ void Trainer::step(const Batch& batch) {
 void Trainer::queue_step() {
   Form form;
   for (const MicroBatch& micro : micro_batches_) form.emplace_back(micro.share, micro.tokens.mask.defined());
-  const bool watched = switches().check || switches().trace != 0;
+  const bool watched = switches().check || switches().trace != 0 || OpTimes::running();
   if (graphs_ && !watched) {
     if (graph_ && form == recorded_) return graph_->replay();
     if (form == launched_) {  // whatever such a step makes once is there, and another like it is likely

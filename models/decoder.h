@@ -1,0 +1,37 @@
+// Decoder: one token after the other, from a state that stays where it is. On a GPU a step is recorded as a graph and replayed, so that a
+// token costs one launch instead of one for every kernel of every layer.
+#pragma once
+#include <memory>
+#include <span>
+
+#include "core/device_graph.h"
+#include "models/language_model.h"
+
+namespace longhand {
+
+class Decoder {
+ public:
+  /// state  of as many rows as are decoded together; copied
+  Decoder(const LanguageModel& model, const RecurrentState& state);
+
+  /// Reads one token of every row.
+  /// tokens   [B]
+  /// returns  [B, padded vocabulary] f32 (f64), on the model's device, until the next step
+  /// holds    the same bits as forward() and logits() of that token; with a graph and without
+  /// errors   ShapeError for another number of tokens
+  const Tensor& step(std::span<const int32_t> tokens);
+
+  /// After the last step. It changes with the next one: take a clone to keep it.
+  const RecurrentState& state() const { return state_; }
+
+ private:
+  void run();  // tokens_, state_ -> logits_, state_
+
+  const LanguageModel& model_;
+  RecurrentState state_;
+  Tensor tokens_, logits_;
+  std::unique_ptr<DeviceGraph> graph_;
+  bool graphs_, warm_ = false;
+};
+
+}  // namespace longhand
