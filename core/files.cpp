@@ -10,6 +10,7 @@
 #include <cerrno>
 #include <cstring>
 #include <filesystem>
+#include <utility>
 
 #include "core/error.h"
 
@@ -38,13 +39,29 @@ struct stat stat_of(const Descriptor& file, const std::string& path) {
 }  // namespace
 
 MappedFile::MappedFile(const std::string& path) : path_(path) {
-  const Descriptor file{::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
+  Descriptor file{::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
   size_ = static_cast<std::size_t>(stat_of(file, path).st_size);
   if (size_ == 0) return;
   void* mapped = ::mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, file.fd, 0);
   if (mapped == MAP_FAILED) throw FileError("file: cannot map into memory", {{"file", path}, {"reason", system_reason()}});
-  data_ = std::shared_ptr<const std::byte>(static_cast<const std::byte*>(mapped),
-                                           [size = size_](const std::byte* p) { ::munmap(const_cast<std::byte*>(p), size); });
+  descriptor_ = std::exchange(file.fd, -1);
+  data_ = std::shared_ptr<const std::byte>(static_cast<const std::byte*>(mapped), [size = size_, fd = descriptor_](const std::byte* p) {
+    ::munmap(const_cast<std::byte*>(p), size);
+    ::close(fd);
+  });
+}
+
+void MappedFile::read_at(std::size_t offset, void* to, std::size_t bytes) const {
+  for (std::size_t done = 0; done < bytes;) {
+    const ssize_t n = ::pread(descriptor_, static_cast<std::byte*>(to) + done, bytes - done, static_cast<off_t>(offset + done));
+    if (n < 0 && errno == EINTR) continue;
+    if (n <= 0)
+      throw FileError("file: cannot read", {{"file", path_},
+                                            {"at byte", std::to_string(offset + done)},
+                                            {"reason", n == 0 ? "the file was cut after it was opened" : system_reason()},
+                                            {"try", "copy the file again"}});
+    done += static_cast<std::size_t>(n);
+  }
 }
 
 void MappedFile::release_pages(const std::byte* begin, std::size_t bytes) const {

@@ -23,8 +23,14 @@ class MappedFile {
   /// are read again when touched. So a file larger than the memory can be walked through once.
   void release_pages(const std::byte* begin, std::size_t bytes) const;
 
+  /// Copies `bytes` bytes from `offset` on through the system's read, not through the mapping: a file cut behind our back or a failing disk
+  /// is an error here, where touching the mapping would end the process.
+  /// errors  FileError with the byte and the reason
+  void read_at(std::size_t offset, void* to, std::size_t bytes) const;
+
  private:
   std::string path_;
+  int descriptor_ = -1;  // open as long as data_ is held
   std::shared_ptr<const std::byte> data_;
   std::size_t size_ = 0;
 };

@@ -91,6 +91,9 @@ struct ByteSource::State {
     filled = std::fread(stored.data(), 1, stored.size(), file.get());
     read_bytes += static_cast<int64_t>(filled);
     if (filled == 0 && std::ferror(file.get())) fail("the file cannot be read", std::strerror(errno), "check the disk");
+    if (filled == 0 && file_bytes > 0 && read_bytes != file_bytes)
+      fail("the file changed while it was read", fmt::format("{} bytes when it was opened, {} were there", file_bytes, read_bytes),
+           "put the whole file back; write new data under another name");
     return filled > 0;
   }
 

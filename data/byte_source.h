@@ -14,7 +14,8 @@ struct ByteSourceOptions {
 /// Reads a zstd file (several frames, skippable frames) or plain text; told apart by their first bytes, not by their name. A file named
 /// *.zst must be zstd.
 /// errors   FileError with the file, the byte and the way out: missing file; gzip, xz, bzip2 or plain text under a .zst name; damaged,
-///          truncated or trailing bytes; a checksum that does not match; a window above 2^window_log
+///          truncated or trailing bytes; a file cut or added to since it was opened; a checksum that does not match; a window above
+///          2^window_log
 class ByteSource {
  public:
   explicit ByteSource(const std::string& path, ByteSourceOptions options = {});

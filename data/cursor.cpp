@@ -4,6 +4,7 @@
 #include <nlohmann/json.hpp>
 
 #include "core/error.h"
+#include "core/strict_json.h"
 
 namespace longhand {
 namespace {
@@ -13,7 +14,7 @@ nlohmann::json place_to_json(const DocumentPosition& p) {
 }
 
 DocumentPosition place_from_json(const nlohmann::json& j) {
-  return {j.at(0).get<int64_t>(), j.at(1).get<int64_t>(), j.at(2).get<int64_t>(), j.at(3).get<int64_t>()};
+  return {whole_number(j.at(0)), whole_number(j.at(1)), whole_number(j.at(2)), whole_number(j.at(3))};
 }
 
 }  // namespace
@@ -38,11 +39,11 @@ DataCursor DataCursor::from_json(std::string_view text) {
     const auto in = nlohmann::ordered_json::parse(text);
     DataCursor out;
     for (const auto& [name, value] : in.at("made_with").items()) out.made_with.emplace_back(name, value.get<std::string>());
-    out.batches = in.at("batches").get<int64_t>();
+    out.batches = whole_number(in.at("batches"));
     out.next = place_from_json(in.at("next"));
-    out.block = in.at("block").get<int64_t>();
-    out.first_row = in.at("first_row").get<int64_t>();
-    out.used_rows = in.at("used_rows").get<int64_t>();
+    out.block = whole_number(in.at("block"));
+    out.first_row = whole_number(in.at("first_row"));
+    out.used_rows = whole_number(in.at("used_rows"));
     for (const auto& row : in.at("streams"))
       out.streams.push_back({row.at("started").get<bool>(), row.at("in_document").get<bool>(), place_from_json(row.at("at"))});
     return out;

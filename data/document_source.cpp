@@ -91,6 +91,7 @@ class PartReader {
   PartReader(const Parts& parts, int64_t index, int64_t from_line, const ShardOptions& options)
       : part_(parts.parts[at(index)]), index_(index) {
     if (!part_.cache) {
+      require_size(parts.list[at(index)]);
       reader_.emplace(parts.list[at(index)].path, options);
       skip_to(from_line);
       return;
@@ -129,6 +130,17 @@ class PartReader {
 
  private:
   static std::size_t at(int64_t index) { return static_cast<std::size_t>(index); }
+  // A shard is read again in every epoch; one that is gone is the reader's to name.
+  static void require_size(const DataPart& part) {
+    std::error_code gone;
+    const auto bytes = static_cast<int64_t>(std::filesystem::file_size(part.path, gone));
+    if (!gone && bytes != part.bytes)
+      throw FileError("data: a shard changed since it was first opened",
+                      {{"file", part.path},
+                       {"bytes", std::to_string(bytes)},
+                       {"expected", std::to_string(part.bytes)},
+                       {"try", "put the file back as it was; write new data under another name"}});
+  }
 
   Part part_;
   int64_t index_;

@@ -11,6 +11,7 @@
 #include <nlohmann/json.hpp>
 
 #include "core/error.h"
+#include "core/strict_json.h"
 #include "data/document_source.h"
 #include "data/tokenizer.h"
 
@@ -205,10 +206,12 @@ class CacheWriter {
   Tail tail_{};
 };
 
-DocumentRow row_at(const MappedFile& file, int64_t documents_at, int64_t document) {
-  DocumentRow row;
-  std::memcpy(&row, file.bytes().data() + documents_at + document * static_cast<int64_t>(sizeof row), sizeof row);
-  return row;
+// Rows `document` and, when `count` is 2, the one behind it.
+std::array<DocumentRow, 2> rows_at(const MappedFile& file, int64_t documents_at, int64_t document, std::size_t count) {
+  std::array<DocumentRow, 2> rows{};
+  file.read_at(static_cast<std::size_t>(documents_at) + static_cast<std::size_t>(document) * sizeof(DocumentRow), rows.data(),
+               count * sizeof(DocumentRow));
+  return rows;
 }
 
 }  // namespace
@@ -261,12 +264,14 @@ TokenCache::TokenCache(const std::string& path) : file_(path) {
         std::string_view(reinterpret_cast<const char*>(bytes) + description_at, static_cast<std::size_t>(description_bytes)));
     tokenizer_name_ = description.at("tokenizer").get<std::string>();
     fingerprint_ = description.at("fingerprint").get<std::string>();
-    vocab_size_ = description.at("vocab_size").get<int64_t>();
+    vocab_size_ = whole_number(description.at("vocab_size"));
     set_names_ = description.at("sets").get<std::vector<std::string>>();
     int64_t first = 0;
     for (const auto& shard : description.at("shards")) {
-      shards_.push_back({shard.at("name").get<std::string>(), shard.at("bytes").get<int64_t>(), first, shard.at("documents").get<int64_t>(),
-                         shard.at("text_bytes").get<int64_t>()});
+      shards_.push_back({shard.at("name").get<std::string>(), whole_number(shard.at("bytes")), first, whole_number(shard.at("documents")),
+                         whole_number(shard.at("text_bytes"))});
+      if (shards_.back().documents < 0 || shards_.back().documents > documents_ - first)
+        refuse(path, "the description does not match the table", fmt::format("a shard of {} documents", shards_.back().documents));
       first += shards_.back().documents;
     }
     if (first != documents_)
@@ -277,14 +282,15 @@ TokenCache::TokenCache(const std::string& path) : file_(path) {
 }
 
 int64_t TokenCache::line_of(int64_t document) const {
-  return static_cast<int64_t>(row_at(file_, documents_at_, document).line);
+  return static_cast<int64_t>(rows_at(file_, documents_at_, document, 1)[0].line);
 }
 
 void TokenCache::read(int64_t document, TokenDocument& out) const {
-  const DocumentRow row = row_at(file_, documents_at_, document);
+  const bool last_document = document + 1 == documents_;
+  const auto [row, row_behind] = rows_at(file_, documents_at_, document, last_document ? 1 : 2);
   const auto first = static_cast<int64_t>(row.first_token);
-  const int64_t last = document + 1 < documents_ ? static_cast<int64_t>(row_at(file_, documents_at_, document + 1).first_token) : tokens_;
-  if (first > last || last > tokens_ || row.set >= set_names_.size())
+  const int64_t last = last_document ? tokens_ : static_cast<int64_t>(row_behind.first_token);
+  if (first < 0 || first > last || last > tokens_ || row.set >= set_names_.size())
     refuse(path(), "the table of documents is damaged", fmt::format("document {} has tokens {} to {}", document, first, last));
   out.at.line = static_cast<int64_t>(row.line);
   out.at.token = 0;
@@ -292,15 +298,15 @@ void TokenCache::read(int64_t document, TokenDocument& out) const {
   out.set_name = set_names_[row.set];
   const auto count = static_cast<std::size_t>(last - first);
   out.tokens.resize(count);
-  const std::byte* from = file_.bytes().data() + kTokensAt + first * token_bytes_;
-  if (token_bytes_ == 2) {
-    for (std::size_t i = 0; i < count; ++i) {
+  const auto from = static_cast<std::size_t>(kTokensAt + first * token_bytes_);
+  file_.read_at(from, out.tokens.data(), count * static_cast<std::size_t>(token_bytes_));
+  if (token_bytes_ == 2) {  // spread from the end on, so that no id is overwritten before it is read
+    const char* narrow = reinterpret_cast<const char*>(out.tokens.data());
+    for (std::size_t i = count; i-- > 0;) {
       uint16_t id;
-      std::memcpy(&id, from + 2 * i, 2);
+      std::memcpy(&id, narrow + 2 * i, 2);
       out.tokens[i] = id;
     }
-  } else {
-    std::memcpy(out.tokens.data(), from, 4 * count);
   }
   const auto bad = std::find_if(out.tokens.begin(), out.tokens.end(), [&](int32_t id) { return id < 0 || id >= vocab_size_; });
   if (bad != out.tokens.end())

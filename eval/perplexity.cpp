@@ -154,12 +154,14 @@ double ValidationLoss::bits_per_byte(int64_t bytes) const {
   return loss * static_cast<double>(tokens) / (static_cast<double>(bytes) * std::numbers::ln2);
 }
 
-ValidationLoss validation_loss(const LanguageModel& model, const NextBatch& next, int64_t max_batches) {
+ValidationLoss validation_loss(const LanguageModel& model, const NextBatch& next, int64_t max_batches, const ValidationPart& part) {
   const NoGrad no_grad;
-  ValidationLoss result;
-  double sum = 0, weight = 0;
+  std::vector<double> sums;  // of each batch: loss, weight and positions
   TokenBatch batch;
   for (int64_t i = 0; i < max_batches && next(batch); ++i) {
+    sums.resize(sums.size() + 3);
+    if (i % part.parts != part.part) continue;
+    double* const sum = &sums[sums.size() - 3];
     const std::vector<double> loss = model.loss(batch).token_loss.to_vector<double>();
     const std::vector<double> mask = batch.mask.defined() ? batch.mask.to_vector<double>() : std::vector<double>(loss.size(), 1.0);
     for (std::size_t j = 0; j < loss.size(); ++j) {
@@ -167,13 +169,19 @@ ValidationLoss validation_loss(const LanguageModel& model, const NextBatch& next
       if (!std::isfinite(loss[j]))
         throw NumericError("eval: the validation loss is not a finite number",
                            {{"loss", fmt::format("{}", loss[j])}, {"batch", std::to_string(i)}, {"element", std::to_string(j)}});
-      sum += mask[j] * loss[j], weight += mask[j];
-      ++result.tokens;
+      sum[0] += mask[j] * loss[j], sum[1] += mask[j], sum[2] += 1;
     }
+  }
+  if (part.parts > 1) part.sum_over_parts(sums);
+  ValidationLoss result;
+  double loss = 0, weight = 0;
+  for (std::size_t i = 0; i < sums.size(); i += 3) {
+    loss += sums[i], weight += sums[i + 1];
+    result.tokens += static_cast<int64_t>(sums[i + 2]);
   }
   if (result.tokens == 0)
     throw ValueError("eval: no token to compute the validation loss from", {{"batches", std::to_string(max_batches)}});
-  result.loss = sum / weight;
+  result.loss = loss / weight;
   return result;
 }
 

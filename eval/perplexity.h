@@ -52,9 +52,15 @@ struct ValidationLoss {
 /// Fills `batch` with rows on the model's device; false when there are none left.
 using NextBatch = std::function<bool(TokenBatch& batch)>;
 
+/// What a process does of a validation that several share: the batches i with i % parts == part.
+struct ValidationPart {
+  int64_t part = 0, parts = 1;
+  std::function<void(std::vector<double>&)> sum_over_parts;  // replaces each number by the sum over all parts; needed when parts > 1
+};
+
 /// Mean loss over the first `max_batches` batches, every row from the zero state, each position weighted by its mask; sums in f64 on the
-/// host in the order of the batches, so that the same batches give the same bits.
+/// host, first within a batch and then over the batches in their order, so that the same batches give the same bits in any number of parts.
 /// errors   ValueError when no position counts; NumericError for a loss that is no number
-ValidationLoss validation_loss(const LanguageModel& model, const NextBatch& next, int64_t max_batches);
+ValidationLoss validation_loss(const LanguageModel& model, const NextBatch& next, int64_t max_batches, const ValidationPart& part = {});
 
 }  // namespace longhand

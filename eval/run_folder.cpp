@@ -169,7 +169,7 @@ Metrics read_metrics(const std::string& path) {
       if (bad++ == 0) first_bad = metrics.lines;
       continue;
     }
-    if (!json.contains("step") || !json["step"].is_number()) {
+    if (!json.contains("step") || !json["step"].is_number_integer()) {
       ++stepless;
       continue;
     }

@@ -2,6 +2,8 @@
 // this is tests/fuzz/run.sh; what that found stands here by name.
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
+#include <stdexcept>
 
 #include "core/philox.h"
 #include "tests/fuzz/readers.h"
@@ -73,6 +75,36 @@ TEST("fuzz: damaged files of every kind are read or refused, nothing else") {
     }
     CHECK(taken < inputs);
   }
+}
+
+// --- what coverage-guided fuzzing found ---------------------------------------------------------------------------
+
+const Reader& reader_named(const std::string& name) {
+  for (const Reader& reader : readers())
+    if (reader.name == name) return reader;
+  throw std::logic_error(name);
+}
+
+TEST("fuzz: a number of a cursor that has a fraction, or does not fit into 64 bits, is refused") {
+  const ScratchFolder scratch;
+  const auto cursor_with = [](const std::string& number) {
+    return R"({"made_with":{},"batches":0,"next":[0,-1,)" + number + R"(,0],"block":0,"first_row":0,"used_rows":0,"streams":[]})";
+  };
+  CHECK_FALSE(read_bytes(reader_named("cursor"), scratch.path(), cursor_with("7")));
+  for (const std::string& number :
+       {std::string(127, '8'), std::string("1e300"), std::string("0.5"), std::string("true"), std::string("\"7\"")})
+    CHECK_MESSAGE(read_bytes(reader_named("cursor"), scratch.path(), cursor_with(number)), number);
+}
+
+TEST("fuzz: a token cache whose table puts a document in front of the first token is refused, not given memory") {
+  const ScratchFolder scratch;
+  const Reader& reader = reader_named("cache");
+  std::string bytes = samples_of(reader, scratch.path()).at(0);
+  uint64_t table_at = 0;
+  std::memcpy(&table_at, bytes.data() + bytes.size() - 88 + 32, sizeof table_at);  // data/README.md
+  REQUIRE(table_at + 24 < bytes.size());
+  bytes.at(table_at + 7) = '\xC0';  // the highest byte of the first document's first token
+  CHECK_NOTHROW(CHECK(read_bytes(reader, scratch.path(), bytes)));
 }
 
 }  // namespace

@@ -14,8 +14,10 @@
 #include "core/error.h"
 #include "core/switches.h"
 #include "tools/bench_command.h"
+#include "tools/bench_model_command.h"
 #include "tools/convert_command.h"
 #include "tools/data_commands.h"
+#include "tools/doctor_command.h"
 #include "tools/eval_command.h"
 #include "tools/generate_command.h"
 #include "tools/init_command.h"
@@ -52,6 +54,7 @@ void add_train(CLI::App& app, Action& action) {
                    "Instead of training do the first N steps twice, and compare every loss, weight and moment bit for bit")
       ->type_name("N")
       ->check(at_least(1));
+  command->add_flag("--nccl", options->nccl, "Join GPUs by NCCL even when there is only one, to see what that costs");
   command->add_flag("--help-recipe", options->help_recipe, "List every key of a recipe with type, default and meaning");
   command->callback([=, &action] { action = [=] { return run_train(*options); }; });
 }
@@ -186,6 +189,24 @@ void add_bench(CLI::App& app, Action& action) {
   data->add_option("--tokenizer", read->tokenizer, "A tokenizer.json, or bytes")->type_name("FILE")->capture_default_str();
   data->add_option("--threads", read->threads, "Threads of the last row")->type_name("N")->check(at_least(0))->capture_default_str();
   data->callback([=, &action] { action = [=] { return run_bench_data(*read); }; });
+
+  auto models = std::make_shared<BenchModelOptions>();
+  auto* train =
+      bench->add_subcommand("train", "Whole training steps of models on random tokens: tokens/s, MFU, peak memory, share of the floor");
+  auto* prefill = bench->add_subcommand("prefill", "Long prompts of random tokens at constant memory");
+  auto* decode = bench->add_subcommand("decode", "One token after the other, logits read by the host");
+  add_bench_model_options(*train, *prefill, *decode, *models);
+  train->callback([=, &action] { action = [=] { return run_bench_train(*models); }; });
+  prefill->callback([=, &action] { action = [=] { return run_bench_prefill(*models); }; });
+  decode->callback([=, &action] { action = [=] { return run_bench_decode(*models); }; });
+}
+
+void add_doctor(CLI::App& app, Action& action) {
+  auto* command =
+      app.add_subcommand("doctor", "Examine build, libraries, devices and data, and compute known answers; says how to mend what is wrong");
+  auto options = std::make_shared<DoctorCommand>();
+  add_doctor_options(*command, *options);
+  command->callback([=, &action] { action = [=] { return run_doctor(*options); }; });
 }
 
 void add_report(CLI::App& app, Action& action) {
@@ -244,6 +265,7 @@ int run(int argc, char** argv) {
   add_inspect(app, action);
   add_bench(app, action);
   add_report(app, action);
+  add_doctor(app, action);
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& problem) {

@@ -3,9 +3,17 @@
 
 #include <fmt/format.h>
 
+#include <omp.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
 #include <filesystem>
 #include <memory>
+#include <set>
+#include <thread>
 
+#include "core/crc32.h"
 #include "core/error.h"
 #include "core/files.h"
 #include "data/dataset.h"
@@ -13,6 +21,8 @@
 #include "eval/perplexity.h"
 #include "eval/run_folder.h"
 #include "models/checkpoint.h"
+#include "train/communicator.h"
+#include "train/data_record.h"
 #include "train/determinism.h"
 #include "train/recipe.h"
 #include "train/run_batches.h"
@@ -54,7 +64,7 @@ void require_paths(const Recipe& recipe) {
 }
 
 // The recipe of a run that goes on, with the settings that may change.
-Recipe recipe_to_resume(const RunFolder& folder, const std::vector<std::string>& overrides) {
+Recipe recipe_to_resume(const RunFolder& folder, const std::vector<std::string>& overrides, bool say) {
   const std::string file = folder.file("config.toml");
   const Recipe before = read_recipe(file);
   Recipe after = read_recipe(file, overrides);
@@ -65,19 +75,26 @@ Recipe recipe_to_resume(const RunFolder& folder, const std::vector<std::string>&
                          {"run", change.before},
                          {"given", change.after},
                          {"try", "start another run, with --init-from " + folder.path()}});
-    fmt::print(stderr, "changed     {}: {} instead of {}\n", change.key, change.after, change.before);
+    if (say) fmt::print(stderr, "changed     {}: {} instead of {}\n", change.key, change.after, change.before);
   }
   after.model.complete();
   return after;
 }
 
-// Mean loss over the first batches of validation_source(), every row from the zero state.
-std::function<double(const LanguageModel&)> make_validation(const Recipe& recipe, std::shared_ptr<const Tokenizer> tokenizer) {
+// Mean loss over the first batches of validation_source(), every row from the zero state. Every process reads all batches and takes its
+// part of them.
+std::function<double(const LanguageModel&)> make_validation(const Recipe& recipe, std::shared_ptr<const Tokenizer> tokenizer,
+                                                            Communicator& processes) {
   if (!has_validation(recipe)) return {};
   const std::function<BatchStream()> open = validation_source(recipe, tokenizer);
   const int64_t batches = recipe.train.val_batches * recipe.train.grad_accumulation;
   const auto said = std::make_shared<int64_t>(0);  // bad lines told of so far: the same ones come every time
-  return [=](const LanguageModel& model) {
+  const ValidationPart part{.part = processes.rank(), .parts = processes.size(), .sum_over_parts = [&processes](std::vector<double>& sums) {
+                              const Tensor all = Tensor::from(Device::cpu(), {static_cast<int64_t>(sums.size())}, sums);
+                              processes.all_reduce_sum(all);
+                              sums = all.to_vector<double>();
+                            }};
+  return [=, leads = processes.leads()](const LanguageModel& model) {
     BatchStream stream = open();
     auto next = [&](TokenBatch& out) {
       Batch batch;
@@ -87,8 +104,8 @@ std::function<double(const LanguageModel&)> make_validation(const Recipe& recipe
              Tensor::from(model.device(), shape, std::vector<float>(batch.mask.begin(), batch.mask.end()))};
       return true;
     };
-    const double loss = validation_loss(model, next, batches).loss;
-    if (const BadLines& bad = stream.bad_lines(); bad.count() > *said) {
+    const double loss = validation_loss(model, next, batches, part).loss;
+    if (const BadLines& bad = stream.bad_lines(); leads && bad.count() > *said) {
       *said = bad.count();
       fmt::print(stderr, "{} bad lines of the validation data were left out, the first:\n{}\n", bad.count(), bad.first().front());
     }
@@ -130,22 +147,84 @@ int verify(const Recipe& recipe, const std::shared_ptr<const Tokenizer>& tokeniz
   return 0;
 }
 
-int train(TrainingJob& job, const Device& device) {
+// The file that a process other than 0 tells its progress to.
+struct LogFile {
+  explicit LogFile(const std::string& path) : file(std::fopen(path.c_str(), "a")) {
+    if (file == nullptr) throw FileError("train: the log of a process cannot be written", {{"file", path}});
+    std::setvbuf(file, nullptr, _IOLBF, BUFSIZ);
+  }
+  ~LogFile() { std::fclose(file); }
+  LogFile(const LogFile&) = delete;
+  LogFile& operator=(const LogFile&) = delete;
+  std::FILE* file;
+};
+
+int train(TrainingJob& job, const Device& device, Communicator& processes) {
   const Dtype dtype = parse_dtype(job.recipe.train.dtype);
   if (!job.recipe.init_from.empty() && !job.resume) require_same_tokenizer(job.recipe, *job.tokenizer);
-  if (!job.resume) write_file_atomically(job.folder.file("config.toml"), to_toml(job.recipe));  // first: a killed start can be resumed
+  if (!job.resume && processes.leads())
+    write_file_atomically(job.folder.file("config.toml"), to_toml(job.recipe));  // first: a killed start can be resumed
+  processes.barrier();
+  std::optional<LogFile> log;
+  if (!processes.leads()) {
+    fs::create_directories(job.folder.file("logs"));
+    job.messages = log.emplace(job.folder.file(fmt::format("logs/rank-{}.log", processes.rank()))).file;
+  }
+  if (!processes.alone()) job.processes = &processes;
   LanguageModel model(job.recipe.model, device, dtype);
   if (!job.resume || !job.folder.latest_step()) {
     model.initialize(static_cast<uint64_t>(job.recipe.seed));
     if (!job.recipe.init_from.empty()) load_weights(model, job.recipe.init_from);
   }
-  if (job.resume) write_file_atomically(job.folder.file("config.toml"), to_toml(job.recipe));
-  job.evaluate = make_validation(job.recipe, job.tokenizer);
+  if (job.resume && processes.leads()) write_file_atomically(job.folder.file("config.toml"), to_toml(job.recipe));
+  job.evaluate = make_validation(job.recipe, job.tokenizer, processes);
   const TrainingOutcome outcome = run_training(job, model);
   if (outcome.signal != 0) return 128 + outcome.signal;
-  fmt::print(stderr, "model       {}\n", job.folder.checkpoint(outcome.step));
+  if (processes.leads()) fmt::print(stderr, "model       {}\n", job.folder.checkpoint(outcome.step));
   return 0;
 }
+
+// The device of this process: of several on a machine with GPUs, each has its own.
+Device device_of(const std::string& asked, Communicator& processes, const LocalPlace& place) {
+  const int gpus = cuda_device_count();
+  const std::string name = !asked.empty() ? asked : gpus > 0 ? "cuda" : "cpu";
+  if (processes.alone() || name == "cpu") return Device::parse(name);
+  if (name != "cuda")
+    throw ConfigError("train: several processes have a GPU each: none is named",
+                      {{"given", "--device " + name}, {"try", "--device cuda, and CUDA_VISIBLE_DEVICES to leave some out"}});
+  if (gpus >= place.size) return Device::cuda(static_cast<int>(place.rank));
+  // A launcher may show each process a GPU of its own.
+  char host[256] = "";
+  ::gethostname(host, sizeof host - 1);
+  const char* visible = std::getenv("CUDA_VISIBLE_DEVICES");
+  const std::vector<std::string> all = processes.all_texts(fmt::format("{} {} {}", host, gpus, visible == nullptr ? "" : visible));
+  if (gpus == 1 && std::set<std::string>(all.begin(), all.end()).size() == all.size()) return Device::cuda(0);
+  throw DeviceError("train: a machine has fewer GPUs than processes", {{"machine", host},
+                                                                       {"GPUs", std::to_string(gpus)},
+                                                                       {"processes", std::to_string(place.size)},
+                                                                       {"try", "one process a GPU, or --device cpu"}});
+}
+
+// What has to be the same for all processes, and is compared before anything begins.
+std::string description_of(const Recipe& recipe, const Device& device, const std::string& run) {
+  const MappedFile program("/proc/self/exe");
+  std::string text = fmt::format("build: {:08x}, {} bytes\ndevice: {}\nrun: {}\n", crc32(program.bytes().data(), program.size()),
+                                 program.size(), device.is_cuda() ? device.description() : "cpu", run);
+  for (const DataFileRecord& file : record_data(recipe.data.files))
+    text += fmt::format("data: {}, {} bytes, check {:08x}\n", file.file, file.bytes, file.check);
+  std::string section;
+  const std::string toml = to_toml(recipe);
+  for (std::size_t at = 0; at < toml.size();) {
+    const std::size_t end = std::min(toml.find('\n', at), toml.size());
+    const std::string line = toml.substr(at, end - at);
+    if (line.starts_with("[")) section = line.substr(1, line.find(']') - 1) + ".";
+    else if (!line.empty()) text += "recipe: " + section + line + "\n";
+    at = end + 1;
+  }
+  return text;
+}
+
+int train_together(const TrainCommand& command, std::unique_ptr<Communicator>& processes, const LocalPlace& place);
 
 }  // namespace
 
@@ -154,6 +233,26 @@ int run_train(const TrainCommand& command) {
     print_recipe_keys();
     return 0;
   }
+  LocalPlace place;
+  std::unique_ptr<Communicator> processes = join_processes(place);
+  if (processes->alone()) return train_together(command, processes, place);
+  if (std::getenv("OMP_NUM_THREADS") == nullptr)
+    omp_set_num_threads(
+        static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(omp_get_num_procs(), ::sysconf(_SC_NPROCESSORS_ONLN) / place.size))));
+  try {
+    return train_together(command, processes, place);
+  } catch (const std::exception& problem) {
+    // What is wrong for all is said once, by process 0, whose end is the end of all; what is wrong for one it says itself.
+    if (!processes->leads()) std::this_thread::sleep_for(std::chrono::seconds(1));
+    fmt::print(stderr, "error: {}\nprocess {} of {} ends the run\n", problem.what(), processes->rank(), processes->size());
+    std::fflush(nullptr);
+    processes->abort(1);
+  }
+}
+
+namespace {
+
+int train_together(const TrainCommand& command, std::unique_ptr<Communicator>& processes, const LocalPlace& place) {
   const bool resume = !command.resume.empty();
   if (resume && command.verify_determinism > 0)
     throw ConfigError("train: determinism is verified from a recipe's start, not from a checkpoint",
@@ -163,11 +262,17 @@ int run_train(const TrainCommand& command) {
                       {{"try", "longhand train --resume RUN [--set key=value]"}});
   if (!resume && command.recipe.empty())
     throw ConfigError("train: no recipe", {{"try", "longhand train RECIPE.toml, or longhand train --resume RUN"}});
-  const Device device = Device::parse(!command.device.empty() ? command.device : cuda_device_count() > 0 ? "cuda" : "cpu");
+  if (command.verify_determinism > 0 && !processes->alone())
+    throw ConfigError("train: determinism is verified in one process", {{"processes", std::to_string(processes->size())}});
+  const Device device = device_of(command.device, *processes, place);
+  processes = with_device(std::move(processes), device, command.nccl);
 
   if (resume) {
-    const RunFolder folder = RunFolder::open(kRuns, command.resume);
-    const Recipe recipe = recipe_to_resume(folder, command.overrides);
+    std::optional<RunFolder> own;
+    if (processes->leads()) own = RunFolder::open(kRuns, command.resume);
+    const RunFolder folder = own ? *own : RunFolder::beside(processes->all_texts("")[0]);
+    if (own) processes->all_texts(folder.path());
+    const Recipe recipe = recipe_to_resume(folder, command.overrides, processes->leads());
     require_paths(recipe);
     TrainingJob job{.recipe = recipe,
                     .folder = folder,
@@ -175,7 +280,8 @@ int run_train(const TrainCommand& command) {
                     .resume = true,
                     .evaluate = {},
                     .on_step = {}};
-    return train(job, device);
+    if (!processes->alone()) require_same_everywhere(*processes, description_of(recipe, device, folder.path()));
+    return train(job, device, *processes);
   }
   auto settings = command.overrides;
   if (!command.init_from.empty()) settings.push_back("init_from=" + command.init_from);
@@ -186,18 +292,23 @@ int run_train(const TrainCommand& command) {
   resolve_model(recipe, tokenizer->vocab_size());
   if (recipe.train.dtype == "auto") recipe.train.dtype = device.is_cuda() ? "bf16" : "f32";
   if (command.verify_determinism > 0) return verify(recipe, tokenizer, device, command.verify_determinism);
+  if (!processes->alone()) require_same_everywhere(*processes, description_of(recipe, device, recipe.name));
+  std::optional<RunFolder> own;
+  if (processes->leads()) own = RunFolder::create(kRuns, recipe.name);
   TrainingJob job{.recipe = recipe,
-                  .folder = RunFolder::create(kRuns, recipe.name),
+                  .folder = own ? *own : RunFolder::beside(std::string(kRuns) + "/" + recipe.name),
                   .tokenizer = tokenizer,
                   .resume = false,
                   .evaluate = {},
                   .on_step = {}};
   try {
-    return train(job, device);
+    return train(job, device, *processes);
   } catch (...) {
-    remove_if_nothing_happened(job.folder);
+    if (processes->leads()) remove_if_nothing_happened(job.folder);
     throw;
   }
 }
+
+}  // namespace
 
 }  // namespace longhand

@@ -14,9 +14,11 @@ struct TrainCommand {
   std::string init_from;               // stands for init_from of the recipe
   std::string name;                    // stands for name of the recipe
   int64_t verify_determinism = 0;      // do so many steps twice and compare, instead of training
+  bool nccl = false;                   // join GPUs by NCCL even when there is only one, to see what it costs
   bool help_recipe = false;            // only list the keys of a recipe
 };
 
+/// Started by mpirun or srun, the processes train one model together: docs/scale.md.
 /// returns  0 when the run has done all its steps; 128 + the signal's number when it was interrupted (a checkpoint is written)
 /// errors   ConfigError for what cannot be followed, among it a setting that may not change on resume; those of run_training()
 int run_train(const TrainCommand& command);

@@ -67,7 +67,13 @@ bool is_bare(const std::string& path) {
 
 }  // namespace
 
+RunFolder::RunFolder(std::string path, std::shared_ptr<const RunLock> lock) : path_(std::move(path)), lock_(std::move(lock)) {}
+
 RunFolder::RunFolder(std::string path) : path_(std::move(path)), lock_(std::make_shared<const RunLock>(path_)) {}
+
+RunFolder RunFolder::beside(const std::string& path) {
+  return RunFolder(path, nullptr);
+}
 
 RunFolder RunFolder::create(const std::string& runs, const std::string& name) {
   const std::string path = runs + "/" + name;
@@ -170,7 +176,7 @@ void RunFolder::truncate_metrics(int64_t step) const {
     if (end == std::string::npos) break;  // the last line was cut off
     const auto line = nlohmann::json::parse(text.begin() + static_cast<std::ptrdiff_t>(at), text.begin() + static_cast<std::ptrdiff_t>(end),
                                             nullptr, false);
-    if (!line.is_object() || !line.contains("step"))
+    if (!line.is_object() || !line.contains("step") || !line["step"].is_number_integer())
       throw FileError("run: a line of the metrics is not a JSON object with a step", {{"file", path}, {"byte", std::to_string(at)}});
     if (line["step"].get<int64_t>() <= step) kept += text.substr(at, end + 1 - at);
     at = end + 1;

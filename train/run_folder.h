@@ -33,6 +33,9 @@ class RunFolder {
   /// errors  FileError when there is no such run; those of RunLock
   static RunFolder open(const std::string& runs, const std::string& path_or_name);
 
+  /// The folder as the other processes of a run see it that one of them works on; it is not locked, and only read.
+  static RunFolder beside(const std::string& path);
+
   const std::string& path() const { return path_; }
   std::string name() const;
   std::string file(const std::string& name) const { return path_ + "/" + name; }
@@ -50,8 +53,9 @@ class RunFolder {
   void truncate_metrics(int64_t step) const;
 
  private:
-  explicit RunFolder(std::string path);
-  std::vector<int64_t> steps() const;  // of all complete checkpoints, ascending
+  RunFolder(std::string path, std::shared_ptr<const RunLock> lock);
+  explicit RunFolder(std::string path);  // locks it
+  std::vector<int64_t> steps() const;    // of all complete checkpoints, ascending
   void remove_checkpoint(int64_t step) const;
   std::string path_;
   std::shared_ptr<const RunLock> lock_;

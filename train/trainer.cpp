@@ -11,6 +11,7 @@
 #include "core/switches.h"
 #include "models/checkpoint.h"
 #include "models/model_family.h"
+#include "train/communicator.h"
 
 namespace longhand {
 namespace {
@@ -32,19 +33,28 @@ int64_t positions_that_count(const Batch& batch) {
 
 }  // namespace
 
-Trainer::Trainer(const Recipe& recipe, LanguageModel& model)
+Trainer::Trainer(const Recipe& recipe, LanguageModel& model, Communicator* processes)
     : recipe_(recipe),
       model_(model),
+      processes_(processes),
       link_(make_host_link(model.device())),
       initial_state_(make_initial_state(recipe.initial_state, {.zero_state = [&model](int64_t rows) { return model.zero_state(rows); },
                                                                .device = model.device(),
                                                                .link = *link_,
                                                                .seed = static_cast<uint64_t>(recipe.seed),
-                                                               .options = recipe.initial_state_options})),
+                                                               .options = recipe.initial_state_options,
+                                                               .processes = processes})),
       optimizer_(model.parameters(), optimizer_options(recipe, model)),
       lr_{recipe.train.steps, recipe.optimizer.lr, recipe.optimizer.min_lr, recipe.optimizer.warmup_fraction},
       decay_(decay_schedule_from(recipe.optimizer.weight_decay_schedule)),
-      graphs_(recipe.train.graph && model.device().is_cuda()) {}
+      graphs_(recipe.train.graph && model.device().is_cuda()) {
+  const int64_t rows = recipe.train.batch_size / recipe.train.grad_accumulation;
+  if (processes_ != nullptr && rows < processes_->size())
+    throw ConfigError("train: a micro-batch has fewer rows than there are processes",
+                      {{"rows", std::to_string(rows)},
+                       {"processes", std::to_string(processes_->size())},
+                       {"try", "fewer processes, a larger train.batch_size, or a smaller train.grad_accumulation"}});
+}
 
 void Trainer::upload(const Batch& rows, TokenBatch& to) {
   const Shape shape{rows.rows, rows.length};
@@ -56,7 +66,8 @@ void Trainer::upload(const Batch& rows, TokenBatch& to) {
 
 Batch Trainer::micro_batch(const Batch& batch, int64_t m) const {
   const int64_t rows = batch.rows / recipe_.train.grad_accumulation;
-  return rows_of(batch, m * rows, (m + 1) * rows);
+  const Part own = processes_ != nullptr ? processes_->own(rows) : Part{0, rows};
+  return rows_of(batch, m * rows + own.begin, m * rows + own.end);
 }
 
 std::string Trainer::first_non_finite_of(const Batch& batch, int64_t step) {
@@ -97,21 +108,24 @@ void Trainer::step(const Batch& batch) {
   places_.resize(static_cast<std::size_t>(train.grad_accumulation));
   micro_batches_.clear();
   for (int64_t m = 0; m < train.grad_accumulation; ++m) {
-    const Batch cut = train.grad_accumulation > 1 ? micro_batch(batch, m) : Batch{};
-    const Batch& rows = train.grad_accumulation > 1 ? cut : batch;
+    const bool whole = train.grad_accumulation == 1 && (processes_ == nullptr || processes_->alone());
+    const Batch cut = whole ? Batch{} : micro_batch(batch, m);
+    const Batch& rows = whole ? batch : cut;
     const BatchInfo info{.step = steps_done_,
                          .micro = m,
                          .rows = rows.rows,
                          .resets = streams ? std::span<const uint8_t>(rows.resets) : std::span<const uint8_t>(),
-                         .row_ids = rows.row_ids};
+                         .row_ids = rows.row_ids,
+                         .all_rows = batch.rows / train.grad_accumulation};
     initial_state_->prepare(info);
     TokenBatch& place = places_[static_cast<std::size_t>(m)];
     upload(rows, place);
     const int64_t counted = positions_that_count(rows);
-    micro_batches_.push_back({.info = {.step = info.step, .micro = m, .rows = info.rows, .resets = {}, .row_ids = {}},
-                              .counted = counted,
-                              .share = static_cast<double>(counted) / static_cast<double>(positions),
-                              .tokens = place});
+    micro_batches_.push_back(
+        {.info = {.step = info.step, .micro = m, .rows = info.rows, .resets = {}, .row_ids = {}, .all_rows = info.all_rows},
+         .counted = counted,
+         .share = static_cast<double>(counted) / static_cast<double>(positions),
+         .tokens = place});
     if (counted == rows.rows * rows.length) micro_batches_.back().tokens.mask = Tensor();
   }
   optimizer_.set_rates(lr_at(steps_done_), weight_decay_at(steps_done_));
@@ -164,13 +178,20 @@ void Trainer::run_step() {
     }
   }
   model_.parameters().complete_grads();
+  if (!loss) loss = Tensor::zeros(model_.device(), model_.parameters().flat_master().dtype(), {});  // other processes have positions
+  if (processes_ != nullptr) {
+    processes_->all_reduce_sum(loss);
+    processes_->all_reduce_sum(model_.parameters().flat_grad());
+  }
   optimizer_.step(loss);
 }
 
 void Trainer::save(const std::string& folder, std::optional<int64_t> end_of_text) const {
+  const auto carried = initial_state_->save();
+  if (processes_ != nullptr && !processes_->leads()) return;
   save_model(model_, folder, {.end_of_text = end_of_text});
   write_safetensors(folder + kOptimizerFile, optimizer_.save(), {{"format", "longhand adamw"}});
-  if (const auto carried = initial_state_->save(); !carried.empty())
+  if (!carried.empty())
     write_safetensors(folder + kCarriedFile, carried, {{"format", "longhand initial state"}, {"strategy", recipe_.initial_state}});
 }
 

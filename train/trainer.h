@@ -1,10 +1,10 @@
 // Trainer: one optimizer step after the other. What a step does:
 //
-//   tokens, targets, row keys and rates go to the device
+//   tokens, targets, row keys and rates of this process's rows go to the device
 //   for each micro-batch:  h0        = initial_state.begin(info)
 //                          loss, h_T = model.loss(rows, h0, share of the step's positions)
 //                          backward(loss);  initial_state.end(info, h_T)
-//   optimizer.step()
+//   gradients and loss are summed over the processes;  optimizer.step()
 //
 // On a GPU all but the first line is recorded as a graph in the second step and replayed in those after it, to the same bits.
 //
@@ -26,12 +26,17 @@
 
 namespace longhand {
 
+class Communicator;
+
 class Trainer {
  public:
-  /// recipe  resolved; its [data] files are not looked at
-  Trainer(const Recipe& recipe, LanguageModel& model);
+  /// recipe     resolved; its [data] files are not looked at
+  /// processes  that train the same model together, each with its part of the rows of every micro-batch; outlives the trainer. They make
+  ///            the same calls in the same order, with the same batches. null: this one is alone
+  /// errors     ConfigError when a micro-batch has fewer rows than there are processes
+  Trainer(const Recipe& recipe, LanguageModel& model, Communicator* processes = nullptr);
 
-  /// Queues one step on a batch of recipe.train.batch_size rows; on a GPU it returns before the step is done.
+  /// Queues one step on a batch of recipe.train.batch_size rows, those of all processes; on a GPU it returns before the step is done.
   /// The rows are cut into grad_accumulation micro-batches of neighbouring rows; each counts by its unmasked positions, so that the
   /// gradient is that of the mean loss over the whole batch.
   void step(const Batch& batch);
@@ -58,6 +63,7 @@ class Trainer {
   const AdamW& optimizer() const { return optimizer_; }
   const HostLink& link() const { return *link_; }
 
+  /// The batch of a step is the same on all processes; so is what is saved, whatever their number: process 0 writes it.
   /// model.safetensors, config.json, optimizer.safetensors and, where the strategy carries something, carried_state.safetensors.
   /// end_of_text  id that closes a document, for the libraries that open the model
   void save(const std::string& folder, std::optional<int64_t> end_of_text = {}) const;
@@ -73,12 +79,13 @@ class Trainer {
   };
 
   void upload(const Batch& rows, TokenBatch& to);
-  Batch micro_batch(const Batch& batch, int64_t m) const;
-  void run_step();    // the device's part
-  void queue_step();  // run_step() or its graph
+  Batch micro_batch(const Batch& batch, int64_t m) const;  // this process's rows of it
+  void run_step();                                         // the device's part
+  void queue_step();                                       // run_step() or its graph
 
   Recipe recipe_;
   LanguageModel& model_;
+  Communicator* processes_;  // null: alone
   std::unique_ptr<HostLink> link_;
   std::unique_ptr<InitialState> initial_state_;
   AdamW optimizer_;

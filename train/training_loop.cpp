@@ -12,8 +12,10 @@
 #include "core/allocator.h"
 #include "core/error.h"
 #include "core/files.h"
+#include "core/strict_json.h"
 #include "data/dataset.h"
 #include "data/tokenizer.h"
+#include "train/communicator.h"
 #include "train/data_record.h"
 #include "train/interrupt.h"
 #include "train/run_batches.h"
@@ -42,12 +44,15 @@ class Loop {
       : job_(job),
         recipe_(job.recipe),
         model_(model),
-        trainer_(recipe_, model),
+        alone_(single_process()),
+        processes_(job.processes != nullptr ? *job.processes : *alone_),
+        trainer_(recipe_, model, job.processes),
         line_(job.messages),
         data_(record_data(recipe_.data.files)),
         start_(restore()),
-        done_(start_),
-        metrics_file_(job.folder.file("metrics.jsonl")) {}
+        done_(start_) {
+    if (processes_.leads()) metrics_file_.emplace(job.folder.file("metrics.jsonl"));
+  }
 
   TrainingOutcome run() {
     introduce();
@@ -76,7 +81,7 @@ class Loop {
       // A GPU works on this step while the numbers of the step before are read. A CPU has done it: read now, its time is its own.
       const int64_t left_open = model_.device().is_cuda() || pause_due ? 1 : 0;
       while (open_reports_ > left_open) take_report();
-      outcome.signal = step < recipe_.train.steps ? interrupt.signal() : 0;
+      if (step < recipe_.train.steps) outcome.signal = static_cast<int>(processes_.all_reduce_max(interrupt.signal()));
       const bool last = step == recipe_.train.steps || outcome.signal != 0;
       if (last || pause_due) {
         done_.cursor = batch.cursor_after;
@@ -105,30 +110,31 @@ class Loop {
     const auto step = job_.resume ? job_.folder.latest_step() : std::nullopt;
     if (!step) {
       if (job_.resume) line_.say("the run has no checkpoint yet: it begins again at step 1");
-      job_.folder.truncate_metrics(0);
+      if (processes_.leads()) job_.folder.truncate_metrics(0);
       return {};
     }
     const std::string folder = job_.folder.checkpoint(*step), file = folder + "/training.json";
     Progress progress;
     try {
       const auto json = nlohmann::json::parse(read_text_file(file));
-      if (json.at("format").get<int64_t>() != kCheckpointFormat || json.at("step").get<int64_t>() != *step)
+      if (whole_number(json.at("format")) != kCheckpointFormat || whole_number(json.at("step")) != *step)
         throw FileError("train: a checkpoint of another format or step", {{"file", file}});
-      progress = {*step, json.at("tokens").get<int64_t>(), json.at("elapsed_s").get<double>(),
+      progress = {*step, whole_number(json.at("tokens")), json.at("elapsed_s").get<double>(),
                   DataCursor::from_json(json.at("cursor").dump())};
       if (json.contains("data")) require_same_data(data_from(json["data"]), data_);  // older checkpoints have none
     } catch (const nlohmann::json::exception& error) {
       throw FileError("train: training.json cannot be read", {{"file", file}, {"reason", error.what()}});
     }
     trainer_.load(folder, *step);
-    job_.folder.truncate_metrics(*step);  // only now that the run can go on from there
+    if (processes_.leads()) job_.folder.truncate_metrics(*step);  // only now that the run can go on from there
     return progress;
   }
 
   static std::vector<DataFileRecord> data_from(const nlohmann::json& rows) {
     std::vector<DataFileRecord> out;
     for (const auto& row : rows)
-      out.push_back({row.at("file").get<std::string>(), row.at("bytes").get<int64_t>(), row.at("check").get<uint32_t>()});
+      out.push_back(
+          {row.at("file").get<std::string>(), whole_number(row.at("bytes")), static_cast<uint32_t>(whole_number(row.at("check")))});
     return out;
   }
 
@@ -142,6 +148,7 @@ class Loop {
     line_.say(fmt::format("parameters  {}, {} without the embedding", model_.parameter_count(), model_.non_embedding_parameter_count()));
     line_.say(fmt::format("device      {} ({}), compute in {}", model_.device().name(), model_.device().description(),
                           name_of(model_.compute_dtype())));
+    if (job_.processes != nullptr) line_.say(fmt::format("processes   {}", processes_.describe()));
     std::string files;
     for (const std::string& name : recipe_.data.files) files += (files.empty() ? "" : ", ") + name;
     if (recipe_.data.task != kTextRows) files = "samples of " + recipe_.data.task + (files.empty() ? "" : " from " + files);
@@ -186,12 +193,13 @@ class Loop {
     s.peak_memory_bytes = peak_memory_bytes();
     s.tokens_per_s =
         seconds > 0 ? static_cast<double>((done_.step - interval_step_) * recipe_.train.batch_size * recipe_.train.length) / seconds : 0;
-    if (const double peak = trainer_.link().bf16_peak_flops(); peak > 0) s.mfu = model_.training_flops_per_token() * s.tokens_per_s / peak;
+    if (const double peak = trainer_.link().bf16_peak_flops(); peak > 0)
+      s.mfu = model_.training_flops_per_token() * s.tokens_per_s / (peak * static_cast<double>(processes_.size()));
     if (job_.on_step) job_.on_step(s);
     if (done_.step != 1 && !due(recipe_.train.log_every, done_.step) && done_.step != recipe_.train.steps && !val_loss &&
         report_.skipped_in_a_row == 0)
       return;
-    metrics_file_.write(s);
+    if (metrics_file_) metrics_file_->write(s);
     const double per_step = busy / static_cast<double>(done_.step - start_.step);
     line_.show(s, recipe_.train.steps, per_step * static_cast<double>(recipe_.train.steps - done_.step));
     interval_busy_s_ = busy;
@@ -208,6 +216,7 @@ class Loop {
       try {
         not_counted([&] { val_loss = job_.evaluate(model_); });
       } catch (...) {
+        if (!processes_.alone()) throw;  // the others are not here to save
         failed = std::current_exception();
       }
     }
@@ -231,7 +240,8 @@ class Loop {
   }
 
   void save() {
-    metrics_file_.sync();  // no checkpoint without the metrics before it
+    if (!processes_.leads()) return trainer_.save({});
+    metrics_file_->sync();  // no checkpoint without the metrics before it
     const KeptCheckpoints keep{recipe_.train.keep_last, recipe_.train.keep_every};
     job_.folder.write_checkpoint(done_.step, keep, [&](const std::string& folder) {
       trainer_.save(folder, job_.tokenizer->end_of_text());
@@ -258,6 +268,8 @@ class Loop {
                           report_.loss, report_.grad_norm, report_.skipped));
     if (report_.skipped_in_a_row == 1) {
       not_counted([&] { first_non_finite_ = trainer_.first_non_finite_of(batch, done_.step - 1); });
+      for (const std::string& found : processes_.all_texts(first_non_finite_))  // in whose rows it was
+        if (first_non_finite_.empty()) first_non_finite_ = found;
       if (first_non_finite_.empty()) first_non_finite_ = "not known: computed again, everything was finite";
       line_.say("            first not finite: " + first_non_finite_);
     }
@@ -282,12 +294,14 @@ class Loop {
   const TrainingJob& job_;
   const Recipe& recipe_;
   LanguageModel& model_;
+  const std::unique_ptr<Communicator> alone_;
+  Communicator& processes_;
   Trainer trainer_;
   ProgressLine line_;
   const std::vector<DataFileRecord> data_;  // as this start found the files
   Progress start_, done_;  // where this start began | steps whose report has come, with the cursor behind the last batch at a pause
-  MetricsFile metrics_file_;
-  StepReport report_;  // of step done_.step
+  std::optional<MetricsFile> metrics_file_;  // of process 0
+  StepReport report_;                        // of step done_.step
   int open_reports_ = 0;
   std::string queued_;              // what was said of it
   std::deque<Batch> open_batches_;  // of those steps

@@ -11,6 +11,7 @@
 
 namespace longhand {
 
+class Communicator;
 class Tokenizer;
 struct DataOptions;
 
@@ -22,6 +23,7 @@ struct TrainingJob {
   std::function<double(const LanguageModel&)> evaluate;  // validation loss in nats per token; may be empty
   std::FILE* messages = stderr;                          // null: silent
   std::function<void(const LoggedStep&)> on_step;        // after every step, in order; may be empty
+  Communicator* processes = nullptr;                     // that train together: process 0 writes the run; null: this one is alone
 };
 
 struct TrainingOutcome {

@@ -4,6 +4,7 @@
 #include <zstd.h>
 
 #include <algorithm>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
@@ -229,11 +230,43 @@ void write_zstd_samples(const std::string& folder) {
   put(folder + "/many", compressed(many));
 }
 
-void read_cache(const std::string& path) {
-  const TokenCache cache(path);
+void read_documents_of(const TokenCache& cache) {
   TokenDocument document;
   for (int64_t i = 0; i < cache.documents(); ++i) cache.read(i, document), cache.line_of(i);
+  for (const CachedShard& shard : cache.shards())
+    promise(shard.documents >= 0 && shard.first_document + shard.documents <= cache.documents(), "cache: a shard outside the documents");
+}
+// The file with the check sum that its tables ought to have, so that what lies behind that check is read as well (data/README.md).
+std::string with_right_checksum(std::string bytes) {
+  constexpr std::size_t kTail = 88, kCheckedTail = 64;
+  if (bytes.size() < 16 + kTail) return bytes;
+  char* tail = bytes.data() + bytes.size() - kTail;
+  uint64_t numbers[3];  // version, bytes of a token, tokens
+  std::memcpy(numbers, tail, sizeof numbers);
+  const uint64_t tables_at = (16 + numbers[1] * numbers[2] + 7) / 8 * 8;
+  if (tables_at > bytes.size() - kTail) return bytes;
+  const std::string checked = bytes.substr(tables_at, bytes.size() - kTail + kCheckedTail - tables_at);
+  uint64_t hash = 0xcbf29ce484222325u;
+  for (std::size_t at = 0; at < checked.size(); at += 8) {
+    uint64_t word = 0;
+    std::memcpy(&word, checked.data() + at, std::min<std::size_t>(8, checked.size() - at));
+    hash = (hash ^ word) * 0x100000001b3u;
+    hash ^= hash >> 29;
+  }
+  std::memcpy(tail + kCheckedTail, &hash, sizeof hash);
+  return bytes;
+}
+void read_cache(const std::string& path) {
+  const std::string sealed = path + ".sealed";
+  put(sealed, with_right_checksum(text_in(path)));
+  try {
+    read_documents_of(TokenCache(sealed));
+  } catch (const Error&) {
+  }
+  const TokenCache cache(path);
+  read_documents_of(cache);
   cache.verify();
+  promise(text_in(path) == text_in(sealed), "cache: a sound one has another check sum");
 }
 void write_cache_samples(const std::string& folder) {
   const std::string shard = folder + "-shard.jsonl";

@@ -2,6 +2,7 @@
 #include "train/initial_state/carried_state.h"
 
 #include "core/error.h"
+#include "train/communicator.h"
 #include "train/initial_state/row_kernels.h"
 
 namespace longhand {
@@ -51,6 +52,12 @@ std::map<std::string, Tensor> CarriedState::save() const {
   if (carried_.empty()) return {};
   std::vector<RecurrentState> slots;  // on the host: a device has no room for them twice
   for (const RecurrentState& state : carried_) slots.push_back(state.to(Device::cpu()));
+  if (context_.processes != nullptr && !context_.processes->alone()) {
+    for (RecurrentState& slot : slots)
+      for (LayerState& layer : slot.layers())
+        for (auto& [name, variable] : layer) variable = Variable(context_.processes->gather(variable.value().contiguous()));
+    if (!context_.processes->leads()) return {};
+  }
   return RecurrentState::concatenate(slots).named_tensors();
 }
 
@@ -61,19 +68,23 @@ void CarriedState::load(const std::map<std::string, Tensor>& stored, int64_t mic
   if (rows % micro_batches != 0)
     throw FileError(strategy_ + ": the stored rows cannot be cut into the micro-batches",
                     {{"rows", std::to_string(rows)}, {"micro-batches", std::to_string(micro_batches)}});
-  const auto expected = treatment_.covered(context_.zero_state(rows)).named_tensors();
+  const auto expected = treatment_.covered(context_.zero_state(1)).named_tensors();
   for (const auto& [name, zeros] : expected) {
     const auto found = stored.find(name);
-    const bool fits = found != stored.end() && found->second.shape() == zeros.shape() && found->second.dtype() == zeros.dtype();
+    Shape shape = zeros.shape();
+    shape[0] = rows;
+    const bool fits = found != stored.end() && found->second.shape() == shape && found->second.dtype() == zeros.dtype();
     if (!fits || stored.size() != expected.size())
-      throw FileError(
-          strategy_ + ": the stored state is not this model's",
-          {{"tensor", name}, {"found", found == stored.end() ? "(absent)" : found->second.describe()}, {"expected", zeros.describe()}});
+      throw FileError(strategy_ + ": the stored state is not this model's",
+                      {{"tensor", name},
+                       {"found", found == stored.end() ? "(absent)" : found->second.describe()},
+                       {"expected", zeros.describe() + " for each of " + std::to_string(rows) + " rows"}});
   }
   const int64_t each = rows / micro_batches;
+  const Part own = context_.processes != nullptr ? context_.processes->own(each) : Part{0, each};
   for (int64_t m = 0; m < micro_batches; ++m) {
     std::map<std::string, Tensor> part;
-    for (const auto& [name, tensor] : stored) part[name] = tensor.slice(0, m * each, (m + 1) * each);
+    for (const auto& [name, tensor] : stored) part[name] = tensor.slice(0, m * each + own.begin, m * each + own.end);
     carried_.push_back(RecurrentState::from_named_tensors(part, context_.device));
   }
 }

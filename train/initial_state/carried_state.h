@@ -14,7 +14,7 @@ class CarriedState final : public InitialState {
   RecurrentState begin(const BatchInfo& info) override;
   void end(const BatchInfo& info, const RecurrentState& h_T) override;
   void forget() override;
-  /// One state of all rows of the step, "layers.3.ssm".
+  /// One state of all rows of the step, those of all processes, "layers.3.ssm".
   std::map<std::string, Tensor> save() const override;
   void load(const std::map<std::string, Tensor>& stored, int64_t micro_batches) override;
 
@@ -22,7 +22,7 @@ class CarriedState final : public InitialState {
   InitialStateContext context_;
   std::string strategy_;
   Treatment treatment_;
-  std::vector<RecurrentState> carried_;  // by micro-batch slot; on a GPU each stays where it is
+  std::vector<RecurrentState> carried_;  // this process's rows, by micro-batch slot; on a GPU each stays where it is
 };
 
 }  // namespace longhand

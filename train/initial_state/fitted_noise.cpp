@@ -2,9 +2,10 @@
 //   S_0[l, h] ~ N(mean[l, h], std[l, h]^2)     over all elements of head h of the final states seen so far; zeros until there are any
 // A final state's weight in mean and std falls by statistics_decay with every step: 1 keeps the whole run, 0 the last step alone, and
 // 1 - 1/n about the last n steps. Within a step all micro-batches draw from the statistics of the steps before, and rows are counted one
-// after the other, so gradient accumulation changes nothing. A row whose state is not finite is not counted.
-// source  Buitrago Ruiz & Gu 2025, arXiv:2507.02782, section 4
+// after the other, whatever process they are on, so neither gradient accumulation nor the number of processes changes anything. A row whose
+// state is not finite is not counted. source  Buitrago Ruiz & Gu 2025, arXiv:2507.02782, section 4
 #include "core/error.h"
+#include "train/communicator.h"
 #include "train/initial_state/noise.h"
 
 namespace longhand {
@@ -17,6 +18,7 @@ class FittedNoise final : public InitialState {
   explicit FittedNoise(const InitialStateContext& context)
       : noise_(context, "fitted-noise"),
         decay_(context.options.statistics_decay),
+        processes_(context.processes),
         running_(Tensor::zeros(context.device, Dtype::f64, {noise_.groups(), 3})),
         normals_(Tensor::zeros(context.device, Dtype::f32, {noise_.groups(), 2})) {}
 
@@ -28,8 +30,13 @@ class FittedNoise final : public InitialState {
   }
 
   void end(const BatchInfo& info, const RecurrentState& h_T) override {
-    const Tensor moments = Tensor::zeros(running_.device(), Dtype::f64, {info.rows, noise_.groups(), 3});
-    for (const Noise::Part& part : noise_.parts()) row_moments(h_T.get(part.layer, part.name).value(), part.groups, moments, part.first);
+    const int64_t rows = info.all_rows > 0 ? info.all_rows : info.rows;
+    const Tensor moments = Tensor::zeros(running_.device(), Dtype::f64, {rows, noise_.groups(), 3});
+    const Part own = processes_ != nullptr ? processes_->own(rows) : Part{0, rows};
+    const Tensor own_moments = moments.slice(0, own.begin, own.end);
+    for (const Noise::Part& part : noise_.parts())
+      row_moments(h_T.get(part.layer, part.name).value(), part.groups, own_moments, part.first);
+    if (processes_ != nullptr) processes_->all_gather(moments, processes_->cuts(rows));
     merge_rows(running_, moments);
   }
 
@@ -61,6 +68,7 @@ class FittedNoise final : public InitialState {
 
   Noise noise_;
   double decay_;
+  Communicator* processes_;
   Tensor running_;  // [groups, 3] f64  of the steps so far, the one in hand included
   Tensor normals_;  // [groups, 2] f32  mean and std that the step in hand draws from
 };

@@ -19,6 +19,7 @@
 
 namespace longhand {
 
+class Communicator;
 class HostLink;
 
 /// Settings that strategies share; each uses those that mean something for it.
@@ -33,11 +34,12 @@ struct InitialStateOptions {
 /// What a strategy may know about a micro-batch. With gradient accumulation the rows of a step are cut into micro-batches of equal size;
 /// micro-batch m of every step is the same slot, so row b of a step is row b of the next one whatever the accumulation.
 struct BatchInfo {
-  int64_t step = 0;   // from 0
-  int64_t micro = 0;  // micro-batch of the step, from 0
-  int64_t rows = 0;
+  int64_t step = 0;                  // from 0
+  int64_t micro = 0;                 // micro-batch of the step, from 0
+  int64_t rows = 0;                  // of this process
   std::span<const uint8_t> resets;   // [rows]  1: the row begins a new sequence; empty when rows never continue each other (packed)
   std::span<const int64_t> row_ids;  // [rows]  a number for each row of the run, independent of how it is cut into batches
+  int64_t all_rows = 0;              // of all processes, which share a micro-batch's rows in order; 0: `rows`, this process is alone
 };
 
 class InitialState {
@@ -57,7 +59,8 @@ class InitialState {
   /// Drops what is kept from batch to batch, after a step whose loss or gradient was not finite.
   virtual void forget() {}
 
-  /// What a resumed run needs to go on exactly; becomes carried_state.safetensors. Empty when there is nothing.
+  /// What a resumed run needs to go on exactly, on any number of processes; becomes carried_state.safetensors. Empty when there is nothing.
+  /// All processes call it together; what process 0 gets is the whole.
   virtual std::map<std::string, Tensor> save() const { return {}; }
 
   /// The counterpart of save(); an empty map means a run that starts.
@@ -73,6 +76,7 @@ struct InitialStateContext {
   HostLink& link;  // to that device; outlives the strategy
   uint64_t seed = 0;
   InitialStateOptions options;
+  Communicator* processes = nullptr;  // that share the rows; null: this one is alone
 };
 
 struct InitialStateStrategy {

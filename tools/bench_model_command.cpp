@@ -1,0 +1,248 @@
+// See bench_model_command.h.
+#include "tools/bench_model_command.h"
+
+#include <fmt/format.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <chrono>
+#include <filesystem>
+
+#include "autograd/tape.h"
+#include "core/allocator.h"
+#include "core/error.h"
+#include "core/op_scope.h"
+#include "core/philox.h"
+#include "models/decoder.h"
+#include "tools/ceilings.h"
+#include "tools/device_options.h"
+#include "tools/option_checks.h"
+#include "train/progress.h"
+#include "train/trainer.h"
+
+namespace longhand {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+constexpr int kWarmSteps = 4;
+constexpr int64_t kPrefillTokens = 131072, kDecodeSteps = 256, kParts = 8;
+constexpr double kUpdateBytes = 30;  // of AdamW, a parameter; see train/adamw_cuda.cu
+
+double ms_since(Clock::time_point start) {
+  return std::chrono::duration<double, std::milli>(Clock::now() - start).count();
+}
+
+std::vector<int32_t> random_tokens(int64_t count, int64_t vocab, uint64_t key) {
+  std::vector<int32_t> tokens(static_cast<std::size_t>(count));
+  for (std::size_t i = 0; i < tokens.size(); ++i) tokens[i] = static_cast<int32_t>(philox_u64(key, i) % static_cast<uint64_t>(vocab));
+  return tokens;
+}
+
+Batch random_batch(const Recipe& recipe, uint64_t key) {
+  Batch batch;
+  batch.rows = recipe.train.batch_size;
+  batch.length = recipe.train.length;
+  const int64_t positions = batch.rows * batch.length;
+  batch.tokens = random_tokens(positions, recipe.model.vocab_size, 2 * key);
+  batch.targets = random_tokens(positions, recipe.model.vocab_size, 2 * key + 1);
+  batch.mask.assign(static_cast<std::size_t>(positions), 1);
+  batch.resets.assign(static_cast<std::size_t>(batch.rows), 0);
+  for (int64_t b = 0; b < batch.rows; ++b) batch.row_ids.push_back(static_cast<int64_t>(key) * batch.rows + b);
+  return batch;
+}
+
+std::string name_of_recipe(const std::string& path) {
+  return std::filesystem::path(path).stem().string();
+}
+
+LanguageModel fresh_model(const ModelConfig& config, const DeviceChoice& choice) {
+  LanguageModel model(config, choice.device, choice.dtype, choice.master_dtype());
+  model.initialize(1);
+  return model;
+}
+
+std::string peak_text(const Device& device) {
+  return bytes_text(device.allocator().use().peak_bytes);
+}
+
+void print_ceilings(const DeviceChoice& choice, const Ceilings& ceilings) {
+  fmt::print("device {}\nceilings measured now: copy {:.1f} GB/s, {} product {:.2f} TFLOP/s\n\n", choice.device.description(),
+             ceilings.copy_bytes_per_s / 1e9, name_of(choice.dtype), ceilings.product_flops_per_s / 1e12);
+}
+
+std::vector<int64_t> batches_or(const BenchModelOptions& options, int64_t fallback) {
+  return options.batches.empty() ? std::vector<int64_t>{fallback} : options.batches;
+}
+
+void train_case(const Recipe& recipe, const std::string& name, const DeviceChoice& choice, const Ceilings& ceilings,
+                const BenchModelOptions& options) {
+  const Device& device = choice.device;
+  LanguageModel model = fresh_model(recipe.model, choice);
+  Trainer trainer(recipe, model);
+  std::vector<Batch> batches;
+  for (uint64_t i = 0; i < 4; ++i) batches.push_back(random_batch(recipe, i));
+  std::size_t count = 0;
+  const auto step = [&] { trainer.step(batches[count++ % batches.size()]); };
+  device.allocator().reset_peak();
+  for (int i = 0; i < kWarmSteps; ++i) step();
+  device.synchronize();
+  const auto begin = Clock::now();
+  for (int64_t i = 0; i < options.steps; ++i) step();
+  device.synchronize();
+  const double ms = ms_since(begin) / static_cast<double>(options.steps),
+               tokens = static_cast<double>(recipe.train.batch_size * recipe.train.length);
+  const double flops = model.training_flops_per_token() * tokens, peak = device.is_cuda() ? trainer.link().bf16_peak_flops() : 0;
+  const double floor_ms = 1e3 * (flops / ceilings.product_flops_per_s +
+                                 kUpdateBytes * static_cast<double>(model.parameter_count()) / ceilings.copy_bytes_per_s);
+  fmt::print("{:<16}{:>7}{:>8}{:>11.2f}{:>12.0f}{:>8}{:>9.2f}{:>7.0f}%  {:<12}{}\n", name, recipe.train.batch_size, recipe.train.length, ms,
+             tokens / ms * 1e3, peak > 0 ? fmt::format("{:.1f}%", 100 * flops / (ms / 1e3) / peak) : "-", floor_ms, 100 * floor_ms / ms,
+             peak_text(device), trainer.queued());
+  if (options.by_op) {
+    const OpTimes times(device);
+    step();
+    std::vector<std::pair<double, std::string>> rows;
+    double sum = 0;
+    for (const auto& [op, op_ms] : times.milliseconds()) {
+      rows.emplace_back(op_ms, op);
+      sum += op_ms;
+    }
+    std::sort(rows.rbegin(), rows.rend());
+    for (const auto& [op_ms, op] : rows) fmt::print("    {:<40}{:>10.3f} ms{:>7.1f}%\n", op, op_ms, 100 * op_ms / sum);
+    fmt::print("    {:<40}{:>10.3f} ms, launch by launch, each waited for\n", "sum", sum);
+  }
+  std::fflush(stdout);
+}
+
+void prefill_case(const ModelConfig& config, const std::string& name, int64_t batch, const DeviceChoice& choice,
+                  const BenchModelOptions& options) {
+  const Device& device = choice.device;
+  const LanguageModel model = fresh_model(config, choice);
+  const int64_t total = options.tokens > 0 ? options.tokens : kPrefillTokens, chunk = std::min(options.chunk, total);
+  const NoGrad no_grad;
+  std::vector<Tensor> chunks;
+  for (uint64_t i = 0; i < 4; ++i)
+    chunks.push_back(Tensor::from(device, {batch, chunk}, random_tokens(batch * chunk, config.vocab_size, i)));
+  (void)model.forward(chunks[0], model.zero_state(batch));  // whatever is made once
+  RecurrentState state = model.zero_state(batch);
+  const int64_t count = std::max<int64_t>(1, total / chunk), part = std::max<int64_t>(1, count / kParts);
+  std::string first_peak;
+  double first_ms = 0;
+  device.synchronize();
+  device.allocator().reset_peak();
+  const auto begin = Clock::now();
+  auto last_part = begin;
+  for (int64_t i = 0; i < count; ++i) {
+    if (i == count - part) {
+      device.synchronize();
+      last_part = Clock::now();
+    }
+    state = model.forward(chunks[static_cast<std::size_t>(i) % chunks.size()], state).state;
+    if (i + 1 == part) {
+      device.synchronize();
+      first_peak = peak_text(device);
+      first_ms = ms_since(begin);
+    }
+  }
+  (void)model.logits(model.forward(chunks[0].slice(1, 0, 1).contiguous(), state).hidden.value());
+  device.synchronize();
+  const double ms = ms_since(begin), part_tokens = static_cast<double>(batch * part * chunk),
+               tokens = static_cast<double>(batch * count * chunk);
+  fmt::print("{:<16}{:>7}{:>10}{:>8}{:>12.1f}{:>12.0f}{:>14.0f}{:>14.0f}  {} / {}\n", name, batch, count * chunk, chunk, ms,
+             tokens / ms * 1e3, part_tokens / first_ms * 1e3, part_tokens / ms_since(last_part) * 1e3, first_peak, peak_text(device));
+  std::fflush(stdout);
+}
+
+void decode_case(const ModelConfig& config, const std::string& name, int64_t batch, const DeviceChoice& choice, const Ceilings& ceilings,
+                 const BenchModelOptions& options) {
+  const Device& device = choice.device;
+  LanguageModel model = fresh_model(config, choice);
+  const RecurrentState zero = model.zero_state(batch);
+  Decoder decoder(model, zero);
+  const int64_t steps = options.tokens > 0 ? options.tokens : kDecodeSteps;
+  const std::vector<int32_t> tokens = random_tokens(batch * 16, config.vocab_size, 3);
+  std::vector<float> on_host;
+  const auto step = [&](int64_t i) {
+    const auto from = tokens.begin() + (i % 16) * batch;
+    on_host = decoder.step(std::vector<int32_t>(from, from + batch)).to_vector<float>();  // as sampling does
+  };
+  for (int64_t i = 0; i < kWarmSteps; ++i) step(i);
+  device.synchronize();
+  const auto begin = Clock::now();
+  for (int64_t i = 0; i < steps; ++i) step(i);
+  device.synchronize();
+  const double ms = ms_since(begin) / static_cast<double>(steps);
+  const double bytes = static_cast<double>(model.parameter_count() * size_of(choice.dtype)) + 2 * static_cast<double>(zero.size_bytes());
+  const double floor_ms = 1e3 * bytes / ceilings.copy_bytes_per_s;
+  fmt::print("{:<16}{:>7}{:>8}{:>12.3f}{:>14.0f}{:>10.3f}{:>7.0f}%  {}\n", name, batch, steps, ms, static_cast<double>(batch) / ms * 1e3,
+             floor_ms, 100 * floor_ms / ms, peak_text(device));
+  std::fflush(stdout);
+}
+
+}  // namespace
+
+void add_bench_model_options(CLI::App& train, CLI::App& prefill, CLI::App& decode, BenchModelOptions& o) {
+  for (CLI::App* command : {&train, &prefill, &decode}) {
+    command->add_option("recipes", o.recipes, "Recipes: their models with fresh weights")->required()->type_name("RECIPE.toml");
+    command->add_option("--set", o.settings, "Change one key of every recipe; may be repeated")
+        ->type_name("KEY=VALUE")
+        ->allow_extra_args(false);
+    command->add_option("--device", o.device, "cpu, cuda, cuda:N, or auto: a GPU if there is one")
+        ->type_name("DEVICE")
+        ->capture_default_str();
+    command->add_option("--dtype", o.dtype, "f32, bf16, or auto: bf16 on a GPU, f32 on a CPU")->type_name("TYPE")->capture_default_str();
+    command->add_option("--batch", o.batches, "Rows at once; several are measured one after the other")->type_name("N")->check(at_least(1));
+  }
+  train.add_option("--steps", o.steps, "Timed steps")->type_name("N")->check(at_least(1))->capture_default_str();
+  train.add_flag("--by-op", o.by_op, "Also the milliseconds of each op");
+  prefill.add_option("--tokens", o.tokens, "Of a row; 0: 131,072")->type_name("N")->check(at_least(0))->capture_default_str();
+  prefill.add_option("--chunk", o.chunk, "Tokens of a row at once")->type_name("N")->check(at_least(1))->capture_default_str();
+  decode.add_option("--tokens", o.tokens, "Timed steps; 0: 256")->type_name("N")->check(at_least(0))->capture_default_str();
+}
+
+int run_bench_train(const BenchModelOptions& options) {
+  const DeviceChoice choice = choose_device(options.device, options.dtype);
+  const Ceilings ceilings = measure_ceilings(choice.device, choice.dtype);
+  print_ceilings(choice, ceilings);
+  fmt::print("{:<16}{:>7}{:>8}{:>11}{:>12}{:>8}{:>9}{:>8}  {:<12}{}\n", "model", "batch", "length", "ms/step", "tokens/s", "MFU",
+             "floor ms", "share", "peak memory", "queued as");
+  for (const std::string& path : options.recipes) {
+    Recipe recipe = read_recipe(path, options.settings);
+    recipe.model = recipe_model_config(path, options.settings);
+    recipe.model.complete();
+    for (const int64_t batch : batches_or(options, recipe.train.batch_size)) {
+      recipe.train.batch_size = batch;
+      if (batch % recipe.train.grad_accumulation != 0) recipe.train.grad_accumulation = 1;
+      train_case(recipe, name_of_recipe(path), choice, ceilings, options);
+      choice.device.allocator().release_cached();
+    }
+  }
+  return 0;
+}
+
+int run_bench_prefill(const BenchModelOptions& options) {
+  const DeviceChoice choice = choose_device(options.device, options.dtype);
+  fmt::print("device {}\n\n{:<16}{:>7}{:>10}{:>8}{:>12}{:>12}{:>14}{:>14}  {}\n", choice.device.description(), "model", "batch", "tokens",
+             "chunk", "ms", "tokens/s", "first eighth", "last eighth", "peak memory: first eighth / all");
+  for (const std::string& path : options.recipes)
+    for (const int64_t batch : batches_or(options, 1)) {
+      prefill_case(recipe_model_config(path, options.settings), name_of_recipe(path), batch, choice, options);
+      choice.device.allocator().release_cached();
+    }
+  return 0;
+}
+
+int run_bench_decode(const BenchModelOptions& options) {
+  const DeviceChoice choice = choose_device(options.device, options.dtype);
+  const Ceilings ceilings = measure_ceilings(choice.device, choice.dtype);
+  print_ceilings(choice, ceilings);
+  fmt::print("{:<16}{:>7}{:>8}{:>12}{:>14}{:>10}{:>8}  {}\n", "model", "batch", "steps", "ms/step", "tokens/s", "floor ms", "share",
+             "peak memory");
+  for (const std::string& path : options.recipes)
+    for (const int64_t batch : batches_or(options, 1)) {
+      decode_case(recipe_model_config(path, options.settings), name_of_recipe(path), batch, choice, ceilings, options);
+      choice.device.allocator().release_cached();
+    }
+  return 0;
+}
+
+}  // namespace longhand

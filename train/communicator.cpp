@@ -1,0 +1,127 @@
+// One process by itself, and the choice of how several are joined; see communicator.h.
+#include "train/communicator.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <sstream>
+
+#include "core/error.h"
+
+namespace longhand {
+
+std::unique_ptr<Communicator> mpi_processes(LocalPlace& place);                                          // communicator_mpi.cpp
+std::unique_ptr<Communicator> nccl_processes(std::unique_ptr<Communicator> host, const Device& device);  // communicator_nccl_cuda.cpp
+
+namespace {
+
+class SingleProcess final : public Communicator {
+ public:
+  SingleProcess() : Communicator(1, 0) {}
+  std::string describe() const override { return "1 process"; }
+  void all_reduce_sum(const Tensor&) override {}
+  void reduce_scatter_sum(const Tensor&, int64_t) override {}
+  void all_gather(const Tensor&, std::span<const int64_t>) override {}
+  void broadcast(const Tensor&, int64_t) override {}
+  Tensor gather(const Tensor& part) override { return part; }
+  std::vector<std::string> all_texts(const std::string& own_text) override { return {own_text}; }
+  int64_t all_reduce_max(int64_t value) override { return value; }
+  void barrier() override {}
+
+ protected:
+  void end_all(int code) override { std::exit(code); }
+};
+
+int64_t number_in(const char* variable) {
+  const char* text = std::getenv(variable);
+  return text == nullptr ? 0 : std::strtoll(text, nullptr, 10);
+}
+
+// How many processes a launcher says it started together with this one, and which variable says so; 0 without a launcher.
+struct Launch {
+  int64_t processes = 0;
+  std::string variable;
+};
+Launch launch() {
+  for (const char* variable : {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS"})
+    if (const int64_t n = number_in(variable); n > 0) return {n, variable};
+  // A batch script has SLURM_NTASKS too; a step that srun started has a step id beside the batch step's.
+  if (std::getenv("SLURM_STEP_ID") != nullptr && std::getenv("SLURM_PROCID") != nullptr)
+    if (const int64_t n = number_in("SLURM_STEP_NUM_TASKS"); n > 1) return {n, "SLURM_STEP_NUM_TASKS"};
+  return {};
+}
+
+std::vector<std::string> lines_of(const std::string& text) {
+  std::vector<std::string> lines;
+  std::istringstream in(text);
+  for (std::string line; std::getline(in, line);) lines.push_back(line);
+  return lines;
+}
+
+}  // namespace
+
+Part part_of(int64_t n, int64_t part, int64_t parts, int64_t unit) {
+  const int64_t units = (n + unit - 1) / unit;
+  return {std::min(n, part * units / parts * unit), std::min(n, (part + 1) * units / parts * unit)};
+}
+
+std::vector<int64_t> Communicator::cuts(int64_t n, int64_t unit) const {
+  std::vector<int64_t> out{0};
+  for (int64_t p = 0; p < size(); ++p) out.push_back(part_of(n, p, size(), unit).end);
+  return out;
+}
+
+std::unique_ptr<Communicator> single_process() {
+  return std::make_unique<SingleProcess>();
+}
+
+std::unique_ptr<Communicator> join_processes(LocalPlace& place) {
+  const Launch started = launch();
+  if (started.processes == 0) return single_process();
+#if LONGHAND_WITH_MPI
+  auto processes = mpi_processes(place);
+  if (processes->size() != started.processes && started.variable != "MPI_LOCALNRANKS")
+    throw ConfigError("train: the launcher started several processes, but the MPI library of this build does not see them",
+                      {{started.variable, std::to_string(started.processes)},
+                       {"seen by MPI", std::to_string(processes->size())},
+                       {"try", "the mpirun of the same MPI, or srun --mpi=pmix (srun --mpi=list shows what there is)"}});
+  return processes;
+#else
+  place = {};
+  if (started.processes == 1) return single_process();
+  throw ConfigError("train: several processes were started, but this build has no MPI to join them",
+                    {{started.variable, std::to_string(started.processes)},
+                     {"would be", fmt::format("{} equal runs", started.processes)},
+                     {"try", "install an MPI (libopenmpi-dev) and configure again: the summary then says MPI"}});
+#endif
+}
+
+std::unique_ptr<Communicator> with_device(std::unique_ptr<Communicator> host, const Device& device, bool always) {
+  if (!device.is_cuda() || (host->alone() && !always)) return host;
+#if LONGHAND_WITH_NCCL
+  return nccl_processes(std::move(host), device);
+#else
+  throw DeviceError(
+      "train: this build has no NCCL, through which GPUs exchange gradients",
+      {{"processes", std::to_string(host->size())}, {"try", "install NCCL (libnccl-dev) and configure again, or train on one GPU"}});
+#endif
+}
+
+void require_same_everywhere(Communicator& processes, const std::string& text) {
+  const std::vector<std::string> texts = processes.all_texts(text);
+  for (std::size_t p = 1; p < texts.size(); ++p) {
+    if (texts[p] == texts[0]) continue;
+    std::vector<ErrorRow> rows;
+    const std::vector<std::string> first = lines_of(texts[0]), other = lines_of(texts[p]);
+    for (std::size_t i = 0; i < std::max(first.size(), other.size()) && rows.size() < 8; ++i) {
+      const std::string a = i < first.size() ? first[i] : "(absent)", b = i < other.size() ? other[i] : "(absent)";
+      if (a == b) continue;
+      rows.push_back({"process 0", a});
+      rows.push_back({fmt::format("process {}", p), b});
+    }
+    throw ConfigError("train: the processes do not agree on what to do", rows);
+  }
+}
+
+}  // namespace longhand
