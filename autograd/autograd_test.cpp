@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "autograd/gradcheck.h"
+#include "autograd/gradient_arrival.h"
 #include "autograd/parameters.h"
 #include "autograd/tape.h"
 #include "core/allocator.h"
@@ -144,6 +145,25 @@ TEST("parameters add into one flat buffer, and accumulation starts anew after cl
   run();
   CHECK(a->grad.to_vector<double>() == std::vector<double>(3, 4.0));
   CHECK_THROWS_AS(set.declare("c", {1}, {}), ValueError);
+}
+
+TEST("a gradient's arrival is told once, when it is whole, in the order of the walk") {
+  ParameterSet set;
+  Parameter* twice = set.declare("twice", {1}, {.init = init_constant(3)});
+  Parameter* late = set.declare("late", {1}, {.init = init_constant(2)});
+  Parameter* early = set.declare("early", {1}, {.init = init_constant(5)});
+  set.declare("unused", {1}, {.init = init_constant(1)});
+  set.allocate(kCpu, Dtype::f64, Dtype::f64);
+  set.initialize(1);
+  // twice^2 (recorded first, reached last) + late^2 + (early^2 + (twice + twice)); reached: early, late, twice
+  const Variable first = square(twice->variable), second = square(late->variable), doubled = add(twice->variable, twice->variable);
+  const Variable root = add(add(first, second), add(square(early->variable), doubled));
+  std::vector<std::string> order;
+  backward(root, [&](const std::string& name) {
+    order.push_back(name);
+    CHECK(set.find(name)->grad.to_vector<double>()[0] == (name == "twice" ? 2 * 3 + 2 : name == "late" ? 4 : 10));
+  });
+  CHECK(order == std::vector<std::string>{"early", "late", "twice"});
 }
 
 TEST("gradients take memory from the first backward on, not before") {

@@ -2,8 +2,10 @@
 #include "autograd/tape.h"
 
 #include <algorithm>
+#include <map>
 #include <set>
 
+#include "autograd/gradient_arrival.h"
 #include "autograd/node.h"
 #include "core/error.h"
 #include "core/op_scope.h"
@@ -253,7 +255,32 @@ void Node::run() {
   for (Slot& slot : outputs) slot.grad = Tensor();
 }
 
-void backward(const std::vector<Variable>& roots, const std::vector<Tensor>& grads) {
+namespace {
+
+// The parameters whose gradients a walk still changes: how many inputs of nodes to come each one is.
+class OpenParameters {
+ public:
+  void add(const Node& node) {
+    for (const auto& edge : node.inputs)
+      if (edge && edge->is_parameter) ++inputs_[edge.get()];
+  }
+  // Those of a node, before it runs and forgets its inputs.
+  static std::vector<std::shared_ptr<GradEdge>> of(const Node& node) {
+    std::vector<std::shared_ptr<GradEdge>> out;
+    for (const auto& edge : node.inputs)
+      if (edge && edge->is_parameter) out.push_back(edge);
+    return out;
+  }
+  void close(const std::vector<std::shared_ptr<GradEdge>>& edges, const GradientArrived& arrived) {
+    for (const auto& edge : edges)
+      if (--inputs_.at(edge.get()) == 0) arrived(edge->name);
+  }
+
+ private:
+  std::map<const GradEdge*, int64_t> inputs_;
+};
+
+void walk(const std::vector<Variable>& roots, const std::vector<Tensor>& grads, const GradientArrived& arrived) {
   if (roots.size() != grads.size()) throw ValueError("backward: as many gradients as roots are needed");
   std::vector<std::shared_ptr<Node>> order, stack;
   std::set<Node*> seen;
@@ -282,16 +309,31 @@ void backward(const std::vector<Variable>& roots, const std::vector<Tensor>& gra
     for (const auto& edge : node->inputs) visit_producer(edge.get());
   }
   std::sort(order.begin(), order.end(), [](const auto& a, const auto& b) { return a->order > b->order; });
+  OpenParameters open;
+  if (arrived)
+    for (const auto& node : order) open.add(*node);
   for (auto& node : order) {
+    const auto parameters = arrived ? OpenParameters::of(*node) : std::vector<std::shared_ptr<GradEdge>>();
     node->run();
     node.reset();
+    if (arrived) open.close(parameters, arrived);
   }
 }
 
+}  // namespace
+
+void backward(const std::vector<Variable>& roots, const std::vector<Tensor>& grads) {
+  walk(roots, grads, {});
+}
+
 void backward(const Variable& root) {
+  backward(root, GradientArrived());
+}
+
+void backward(const Variable& root, const GradientArrived& arrived) {
   if (root.value().numel() != 1)
     throw ShapeError("backward: without a gradient the root must be a scalar", {{"root", root.value().describe()}});
-  backward({root}, {Tensor::full(root.value().device(), root.value().dtype(), root.shape(), 1.0)});
+  walk({root}, {Tensor::full(root.value().device(), root.value().dtype(), root.shape(), 1.0)}, arrived);
 }
 
 // --- views ----------------------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@
 
 #include "core/error.h"
 #include "core/plain_text.h"
+#include "core/safetensors_parts.h"
+#include "core/shared_output_file.h"
 #include "core/strict_json.h"
 
 namespace longhand {
@@ -147,42 +149,109 @@ NamedTensors read_safetensors(const std::string& path) {
   return Reader(path).read();
 }
 
-void write_safetensors(const std::string& path, const std::map<std::string, Tensor>& tensors,
-                       const std::map<std::string, std::string>& metadata, const TensorFileOptions& options) {
+namespace {
+
+// Where the tensors of a file lie: larger element types first, then by name.
+struct Layout {
   struct Row {
     std::string name;
-    Tensor tensor;
-    Dtype dtype;
+    int64_t begin, bytes;  // behind the header
   };
-  std::vector<Row> order;
-  for (const auto& [name, tensor] : tensors) {
+  std::string header;  // with its length in front, a multiple of 64 bytes
+  std::vector<Row> rows;
+  int64_t file_bytes = 0;
+};
+
+struct Described {
+  Dtype dtype;
+  Shape shape;
+};
+
+Layout layout_of(const std::string& path, const std::map<std::string, Described>& tensors,
+                 const std::map<std::string, std::string>& metadata) {
+  std::vector<std::pair<std::string, Described>> order;
+  for (const auto& [name, described] : tensors) {
     if (!is_tensor_name(name) || !is_utf8(name) || name == "__metadata__")
       throw FileError("safetensors: no name for a tensor", {{"file", path}, {"tensor", printable(name)}});
-    order.push_back({name, tensor, stored_dtype(tensor, options)});
+    order.emplace_back(name, described);
   }
-  std::stable_sort(order.begin(), order.end(), [](const Row& a, const Row& b) { return size_of(a.dtype) > size_of(b.dtype); });
+  std::stable_sort(order.begin(), order.end(), [](const auto& a, const auto& b) { return size_of(a.second.dtype) > size_of(b.second.dtype); });
+  Layout layout;
   nlohmann::ordered_json header = nlohmann::ordered_json::object();
   if (!metadata.empty()) header["__metadata__"] = metadata;
   int64_t at = 0;
-  for (const auto& [name, tensor, dtype] : order) {
-    const int64_t bytes = tensor.numel() * size_of(dtype);
+  for (const auto& [name, described] : order) {
+    const auto& [dtype, shape] = described;
+    const int64_t bytes = shape.numel() * size_of(dtype);
     header[name] = {{"dtype", file_name_of(dtype)},
-                    {"shape", std::vector<int64_t>(tensor.shape().begin(), tensor.shape().end())},
+                    {"shape", std::vector<int64_t>(shape.begin(), shape.end())},
                     {"data_offsets", {at, at + bytes}}};
+    layout.rows.push_back({name, at, bytes});
     at += bytes;
   }
   std::string text = header.dump();
   while ((8 + text.size()) % 64 != 0) text += ' ';
+  const uint64_t length = text.size();
+  layout.header.assign(reinterpret_cast<const char*>(&length), 8);
+  layout.header += text;
+  layout.file_bytes = static_cast<int64_t>(layout.header.size()) + at;
+  return layout;
+}
+
+}  // namespace
+
+void write_safetensors(const std::string& path, const std::map<std::string, Tensor>& tensors,
+                       const std::map<std::string, std::string>& metadata, const TensorFileOptions& options) {
+  std::map<std::string, Described> described;
+  for (const auto& [name, tensor] : tensors) described[name] = {stored_dtype(tensor, options), tensor.shape()};
+  const Layout layout = layout_of(path, described, metadata);
   write_file_atomically(path, [&](OutputFile& out) {
-    const uint64_t length = text.size();
-    out.write(&length, 8);
-    out.write(text);
-    for (const auto& [name, tensor, dtype] : order) {
-      const Tensor stored = to_stored(name, tensor, options);
-      out.write(stored.raw(), static_cast<std::size_t>(stored.numel() * size_of(dtype)));
+    out.write(layout.header);
+    for (const Layout::Row& row : layout.rows) {
+      const Tensor& tensor = tensors.at(row.name);
+      const Tensor stored = to_stored(row.name, tensor, options);
+      out.write(stored.raw(), static_cast<std::size_t>(row.bytes));
       if (options.on_written) options.on_written(tensor);
     }
   });
+}
+
+namespace {
+
+Layout layout_of_parts(const std::string& path, const std::map<std::string, TensorParts>& tensors,
+                       const std::map<std::string, std::string>& metadata) {
+  std::map<std::string, Described> described;
+  for (const auto& [name, parts] : tensors) described[name] = {parts.dtype, parts.shape};
+  return layout_of(path, described, metadata);
+}
+
+}  // namespace
+
+void make_safetensors(const std::string& path, const std::map<std::string, TensorParts>& tensors,
+                      const std::map<std::string, std::string>& metadata) {
+  const Layout layout = layout_of_parts(path, tensors, metadata);
+  SharedOutputFile out(path, layout.file_bytes, true);
+  out.write_at(0, layout.header.data(), layout.header.size());
+  out.sync();
+}
+
+void write_safetensors_part(const std::string& path, const std::map<std::string, TensorParts>& tensors,
+                            const std::map<std::string, std::string>& metadata) {
+  const Layout layout = layout_of_parts(path, tensors, metadata);
+  SharedOutputFile out(path, layout.file_bytes, false);
+  for (const Layout::Row& row : layout.rows) {
+    const TensorParts& parts = tensors.at(row.name);
+    for (const TensorParts::Run& run : parts.runs) {
+      if (run.values.dtype() != parts.dtype || run.begin < 0 || run.begin + run.values.numel() > parts.shape.numel())
+        throw ShapeError(
+            "safetensors: a part that does not lie in its tensor",
+            {{"tensor", row.name + " " + parts.shape.str()}, {"part", run.values.describe() + " at " + std::to_string(run.begin)}});
+      const Tensor host = run.values.to(Device::cpu()).contiguous();
+      out.write_at(static_cast<int64_t>(layout.header.size()) + row.begin + run.begin * size_of(parts.dtype), host.raw(),
+                   static_cast<std::size_t>(host.numel() * size_of(parts.dtype)));
+    }
+  }
+  out.sync();
 }
 
 }  // namespace longhand

@@ -5,6 +5,7 @@
 
 #include "core/error.h"
 #include "core/files.h"
+#include "core/safetensors_parts.h"
 #include "tests/support/check.h"
 
 using namespace longhand;
@@ -39,6 +40,32 @@ bool refused_for(const std::string& bytes, const std::string& reason) {
 }
 
 }  // namespace
+
+TEST("a file that several write is the file that one writes, byte for byte") {
+  const ScratchFolder scratch;
+  const Device cpu = Device::cpu();
+  std::vector<float> numbers;
+  for (int i = 0; i < 35; ++i) numbers.push_back(static_cast<float>(i) / 7);
+  const Tensor a = Tensor::from(cpu, {5, 7}, numbers), b = a.reshape({35}).slice(0, 3, 14).to(Dtype::f64);
+  const std::map<std::string, std::string> metadata{{"format", "pt"}};
+  write_safetensors(scratch.file("one"), {{"a", a}, {"b", b}, {"empty", Tensor::empty(cpu, Dtype::f32, {0, 3})}}, metadata);
+  auto run = [](const Tensor& t, int64_t begin, int64_t end) { return TensorParts::Run{begin, t.reshape({t.numel()}).slice(0, begin, end)}; };
+  auto described = [&](std::vector<TensorParts::Run> of_a, std::vector<TensorParts::Run> of_b) {
+    return std::map<std::string, TensorParts>{{"a", {a.dtype(), a.shape(), std::move(of_a)}},
+                                              {"b", {b.dtype(), b.shape(), std::move(of_b)}},
+                                              {"empty", {Dtype::f32, {0, 3}, {}}}};
+  };
+  const auto first = described({run(a, 0, 10), run(a, 30, 35)}, {}), second = described({run(a, 10, 30)}, {run(b, 0, 11)});
+  make_safetensors(scratch.file("two"), first, metadata);
+  write_safetensors_part(scratch.file("two"), second, metadata);
+  CHECK(read_text_file(scratch.file("two")) != read_text_file(scratch.file("one")));
+  write_safetensors_part(scratch.file("two"), first, metadata);
+  CHECK(read_text_file(scratch.file("two")) == read_text_file(scratch.file("one")));
+  CHECK_THROWS_AS(write_safetensors_part(scratch.file("absent"), first, metadata), FileError);
+  write_file_atomically(scratch.file("short"), "x");
+  CHECK_THROWS_WITH_AS(write_safetensors_part(scratch.file("short"), first, metadata), doctest::Contains("another size"), FileError);
+  CHECK_THROWS_AS(write_safetensors_part(scratch.file("two"), described({run(a, 0, 35), {30, a.reshape({35})}}, {}), metadata), ShapeError);
+}
 
 TEST("tensors of every type survive writing and reading") {
   const ScratchFolder scratch;

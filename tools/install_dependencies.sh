@@ -3,7 +3,7 @@
 set -euo pipefail
 
 packages=(g++ cmake ninja-build pkg-config libfmt-dev doctest-dev libzstd-dev nlohmann-json3-dev libcli11-dev
-          libtomlplusplus-dev libpcre2-dev libutf8proc-dev libopenblas-dev)
+          libtomlplusplus-dev libpcre2-dev libutf8proc-dev libopenblas-dev libopenmpi-dev openmpi-bin)
 
 missing=()
 for package in "${packages[@]}"; do

@@ -10,7 +10,6 @@
 #include <chrono>
 #include <filesystem>
 #include <memory>
-#include <set>
 #include <thread>
 
 #include "core/crc32.h"
@@ -159,22 +158,33 @@ struct LogFile {
   std::FILE* file;
 };
 
-int train(TrainingJob& job, const Device& device, Communicator& processes) {
+// Equal files are read everywhere, unless machines have different ones under the same name.
+void require_same_weights(const LanguageModel& model, Communicator& processes) {
+  const Tensor host = model.parameters().flat_master().to(Device::cpu());
+  const auto bytes = static_cast<std::size_t>(host.numel() * size_of(host.dtype()));
+  require_same_everywhere(processes, fmt::format("initial weights: check sum {:08x}\n", crc32(host.raw(), bytes)));
+}
+
+int train(TrainingJob& job, const Device& device, Communicator& processes, bool through_nccl) {
   const Dtype dtype = parse_dtype(job.recipe.train.dtype);
   if (!job.recipe.init_from.empty() && !job.resume) require_same_tokenizer(job.recipe, *job.tokenizer);
   if (!job.resume && processes.leads())
     write_file_atomically(job.folder.file("config.toml"), to_toml(job.recipe));  // first: a killed start can be resumed
   processes.barrier();
+  if (!fs::exists(job.folder.file("config.toml")))
+    throw FileError("train: the run folder of process 0 is not seen here",
+                    {{"folder", job.folder.path()}, {"try", "start the processes in a folder of a file system that all machines share"}});
   std::optional<LogFile> log;
   if (!processes.leads()) {
     fs::create_directories(job.folder.file("logs"));
     job.messages = log.emplace(job.folder.file(fmt::format("logs/rank-{}.log", processes.rank()))).file;
   }
-  if (!processes.alone()) job.processes = &processes;
+  if (!processes.alone() || through_nccl) job.processes = &processes;
   LanguageModel model(job.recipe.model, device, dtype);
   if (!job.resume || !job.folder.latest_step()) {
     model.initialize(static_cast<uint64_t>(job.recipe.seed));
     if (!job.recipe.init_from.empty()) load_weights(model, job.recipe.init_from);
+    if (!processes.alone()) require_same_weights(model, processes);
   }
   if (job.resume && processes.leads()) write_file_atomically(job.folder.file("config.toml"), to_toml(job.recipe));
   job.evaluate = make_validation(job.recipe, job.tokenizer, processes);
@@ -184,34 +194,53 @@ int train(TrainingJob& job, const Device& device, Communicator& processes) {
   return 0;
 }
 
-// The device of this process: of several on a machine with GPUs, each has its own.
+// The device of this process: of several on a machine with GPUs, each has its own. What is wrong for one is an error of all.
 Device device_of(const std::string& asked, Communicator& processes, const LocalPlace& place) {
   const int gpus = cuda_device_count();
   const std::string name = !asked.empty() ? asked : gpus > 0 ? "cuda" : "cpu";
-  if (processes.alone() || name == "cpu") return Device::parse(name);
-  if (name != "cuda")
+  if (processes.alone()) return Device::parse(name);
+  if (name != "cpu" && name != "cuda")
     throw ConfigError("train: several processes have a GPU each: none is named",
                       {{"given", "--device " + name}, {"try", "--device cuda, and CUDA_VISIBLE_DEVICES to leave some out"}});
-  if (gpus >= place.size) return Device::cuda(static_cast<int>(place.rank));
-  // A launcher may show each process a GPU of its own.
   char host[256] = "";
   ::gethostname(host, sizeof host - 1);
   const char* visible = std::getenv("CUDA_VISIBLE_DEVICES");
-  const std::vector<std::string> all = processes.all_texts(fmt::format("{} {} {}", host, gpus, visible == nullptr ? "" : visible));
-  if (gpus == 1 && std::set<std::string>(all.begin(), all.end()).size() == all.size()) return Device::cuda(0);
-  throw DeviceError("train: a machine has fewer GPUs than processes", {{"machine", host},
-                                                                       {"GPUs", std::to_string(gpus)},
-                                                                       {"processes", std::to_string(place.size)},
-                                                                       {"try", "one process a GPU, or --device cpu"}});
+  const std::string mine = fmt::format("{}, CUDA_VISIBLE_DEVICES={}", host, visible == nullptr ? "" : visible);
+  const std::vector<std::string> names = processes.all_texts(name), places = processes.all_texts(mine);
+  for (std::size_t p = 1; p < names.size(); ++p)
+    if (names[p] != names[0])
+      throw ConfigError("train: the processes do not all have a GPU",
+                        {{"process 0", names[0] + " on " + places[0]}, {fmt::format("process {}", p), names[p] + " on " + places[p]},
+                         {"try", "--device cpu, or as many GPUs as processes on every machine"}});
+  if (name == "cpu") return Device::cpu();
+  // A launcher may show each process of a machine a GPU of its own.
+  const bool own_gpu = gpus == 1 && std::count(places.begin(), places.end(), mine) == 1;
+  const std::string problem = gpus >= place.size || own_gpu ? "" : fmt::format("{} GPUs for {} processes on {}", gpus, place.size, host);
+  const std::vector<std::string> problems = processes.all_texts(problem);
+  for (std::size_t p = 0; p < problems.size(); ++p)
+    if (!problems[p].empty())
+      throw DeviceError("train: a machine has fewer GPUs than processes",
+                        {{fmt::format("process {}", p), problems[p]}, {"try", "one process a GPU, or --device cpu"}});
+  return Device::cuda(gpus >= place.size ? static_cast<int>(place.rank) : 0);
 }
 
-// What has to be the same for all processes, and is compared before anything begins.
-std::string description_of(const Recipe& recipe, const Device& device, const std::string& run) {
+// What has to be the same for all processes, and is compared before anything begins: first what decides which questions are asked at all.
+std::string description_of(const TrainCommand& command) {
   const MappedFile program("/proc/self/exe");
-  std::string text = fmt::format("build: {:08x}, {} bytes\ndevice: {}\nrun: {}\n", crc32(program.bytes().data(), program.size()),
-                                 program.size(), device.is_cuda() ? device.description() : "cpu", run);
-  for (const DataFileRecord& file : record_data(recipe.data.files))
-    text += fmt::format("data: {}, {} bytes, check {:08x}\n", file.file, file.bytes, file.check);
+  std::string text = fmt::format("build: {:08x}, {} bytes\nrecipe: {}\n", crc32(program.bytes().data(), program.size()), program.size(),
+                                 command.recipe);
+  for (const auto& [name, value] : {std::pair("resume", command.resume), {"init-from", command.init_from}, {"name", command.name}})
+    text += fmt::format("{}: {}\n", name, value);
+  for (const std::string& setting : command.overrides) text += "setting: " + setting + "\n";
+  return text + fmt::format("verify-determinism: {}\n", command.verify_determinism);
+}
+
+// Then what they found.
+std::string description_of(const Recipe& recipe, const Device& device, const std::string& run) {
+  std::string text = fmt::format("device: {}\nrun: {}\n", device.is_cuda() ? device.description() : "cpu", run);
+  std::vector<std::string> files = recipe.data.files;
+  files.insert(files.end(), recipe.data.val_files.begin(), recipe.data.val_files.end());
+  for (const DataFileRecord& file : record_data(files)) text += fmt::format("data: {}, {} bytes, check {:08x}\n", file.file, file.bytes, file.check);
   std::string section;
   const std::string toml = to_toml(recipe);
   for (std::size_t at = 0; at < toml.size();) {
@@ -236,9 +265,12 @@ int run_train(const TrainCommand& command) {
   LocalPlace place;
   std::unique_ptr<Communicator> processes = join_processes(place);
   if (processes->alone()) return train_together(command, processes, place);
+  const int64_t cores = ::sysconf(_SC_NPROCESSORS_ONLN), share = std::max<int64_t>(1, cores / place.size);
   if (std::getenv("OMP_NUM_THREADS") == nullptr)
-    omp_set_num_threads(
-        static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(omp_get_num_procs(), ::sysconf(_SC_NPROCESSORS_ONLN) / place.size))));
+    omp_set_num_threads(static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(omp_get_num_procs(), share))));
+  if (omp_get_num_procs() < share && processes->leads())
+    fmt::print(stderr, "warning: the launcher lets a process use {} of the {} cores that are its share; mpirun --bind-to none gives it all\n",
+               omp_get_num_procs(), share);
   try {
     return train_together(command, processes, place);
   } catch (const std::exception& problem) {
@@ -253,6 +285,7 @@ int run_train(const TrainCommand& command) {
 namespace {
 
 int train_together(const TrainCommand& command, std::unique_ptr<Communicator>& processes, const LocalPlace& place) {
+  if (!processes->alone()) require_same_everywhere(*processes, description_of(command));
   const bool resume = !command.resume.empty();
   if (resume && command.verify_determinism > 0)
     throw ConfigError("train: determinism is verified from a recipe's start, not from a checkpoint",
@@ -265,7 +298,10 @@ int train_together(const TrainCommand& command, std::unique_ptr<Communicator>& p
   if (command.verify_determinism > 0 && !processes->alone())
     throw ConfigError("train: determinism is verified in one process", {{"processes", std::to_string(processes->size())}});
   const Device device = device_of(command.device, *processes, place);
-  processes = with_device(std::move(processes), device, command.nccl);
+  const auto agree = [&](const Recipe& recipe, const std::string& run) {
+    if (!processes->alone()) require_same_everywhere(*processes, description_of(recipe, device, run));
+    processes = with_device(std::move(processes), device, command.nccl);
+  };
 
   if (resume) {
     std::optional<RunFolder> own;
@@ -280,8 +316,9 @@ int train_together(const TrainCommand& command, std::unique_ptr<Communicator>& p
                     .resume = true,
                     .evaluate = {},
                     .on_step = {}};
-    if (!processes->alone()) require_same_everywhere(*processes, description_of(recipe, device, folder.path()));
-    return train(job, device, *processes);
+    const auto step = folder.latest_step();
+    agree(recipe, fmt::format("{}, after step {}", folder.path(), step ? *step : 0));
+    return train(job, device, *processes, command.nccl);
   }
   auto settings = command.overrides;
   if (!command.init_from.empty()) settings.push_back("init_from=" + command.init_from);
@@ -292,7 +329,7 @@ int train_together(const TrainCommand& command, std::unique_ptr<Communicator>& p
   resolve_model(recipe, tokenizer->vocab_size());
   if (recipe.train.dtype == "auto") recipe.train.dtype = device.is_cuda() ? "bf16" : "f32";
   if (command.verify_determinism > 0) return verify(recipe, tokenizer, device, command.verify_determinism);
-  if (!processes->alone()) require_same_everywhere(*processes, description_of(recipe, device, recipe.name));
+  agree(recipe, recipe.name);
   std::optional<RunFolder> own;
   if (processes->leads()) own = RunFolder::create(kRuns, recipe.name);
   TrainingJob job{.recipe = recipe,
@@ -302,7 +339,7 @@ int train_together(const TrainCommand& command, std::unique_ptr<Communicator>& p
                   .evaluate = {},
                   .on_step = {}};
   try {
-    return train(job, device, *processes);
+    return train(job, device, *processes, command.nccl);
   } catch (...) {
     if (processes->leads()) remove_if_nothing_happened(job.folder);
     throw;

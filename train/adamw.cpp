@@ -3,13 +3,16 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
+
 #include "core/error.h"
 #include "core/op_scope.h"
 #include "train/adamw_kernels.h"
 
 namespace longhand {
 
-AdamW::AdamW(ParameterSet& parameters, AdamWOptions options) : parameters_(parameters), options_(std::move(options)) {
+AdamW::AdamW(ParameterSet& parameters, AdamWOptions options, std::vector<Part> own)
+    : parameters_(parameters), options_(std::move(options)), own_(std::move(own)) {
   const Tensor& master = parameters.flat_master();
   const Device& device = master.device();
   if (device.is_cuda() && master.dtype() != Dtype::f32)
@@ -18,10 +21,7 @@ AdamW::AdamW(ParameterSet& parameters, AdamWOptions options) : parameters_(param
     if (parameters.find(name) == nullptr) throw ValueError("adamw: no decay asked for a parameter that is not there", {{"name", name}});
   parameters.allocate_grads();
   const int64_t n = master.numel();
-  first_ = Tensor::zeros(device, master.dtype(), {n});
-  second_ = Tensor::zeros(device, master.dtype(), {n});
-  control_ = Tensor::zeros(device, Dtype::f64, {kControlSize});
-  partials_ = Tensor::zeros(device, Dtype::f64, {on_device(device, &adamw_partials_cpu, LONGHAND_CUDA_IMPL(adamw_partials_cuda))(n)});
+  if (own_.empty()) own_ = {{0, n}};
 
   // Parameters in the order of the flat buffer; gaps between them are zero and belong to the parameter before.
   std::map<int64_t, const Parameter*> by_place;
@@ -32,6 +32,20 @@ AdamW::AdamW(ParameterSet& parameters, AdamWOptions options) : parameters_(param
     if (segments_.empty() || segments_.back().decays != decays(*p)) segments_.push_back({begin, n, decays(*p)});
   }
   if (!segments_.empty()) segments_.back().end = n;
+
+  int64_t moments = 0, partials = 0;
+  for (const Part& part : own_) {
+    for (const DecaySegment& segment : segments_) {
+      const int64_t begin = std::max(part.begin, segment.begin), end = std::min(part.end, segment.end);
+      if (begin < end) pieces_.push_back({begin, end, segment.decays, moments + begin - part.begin});
+    }
+    moments += part.size();
+    partials += on_device(device, &adamw_partials_cpu, LONGHAND_CUDA_IMPL(adamw_partials_cuda))(part.size());
+  }
+  first_ = Tensor::zeros(device, master.dtype(), {moments});
+  second_ = Tensor::zeros(device, master.dtype(), {moments});
+  control_ = Tensor::zeros(device, Dtype::f64, {kControlSize});
+  partials_ = Tensor::zeros(device, Dtype::f64, {partials});
 }
 
 bool AdamW::decays(const Parameter& p) const {
@@ -42,14 +56,17 @@ void AdamW::set_rates(double lr, double weight_decay) {
   on_device(control_.device(), &adamw_set_rates_cpu, LONGHAND_CUDA_IMPL(adamw_set_rates_cuda))(control_, lr, weight_decay);
 }
 
-void AdamW::step(const Tensor& loss) {
+void AdamW::step(const Tensor& loss, const std::function<void(const Tensor&)>& sum_over) {
   const OpScope op("adamw");
   const Tensor& master = parameters_.flat_master();
-  if (loss.numel() != 1 || loss.dtype() != master.dtype() || !(loss.device() == master.device()))
+  const Device& device = master.device();
+  if (loss.numel() != 1 || loss.dtype() != master.dtype() || !(loss.device() == device))
     throw ShapeError("adamw: the loss is one number in the masters' dtype, on their device",
                      {{"loss", loss.describe()}, {"master", master.describe()}});
   const AdamWBuffers buffers{master, parameters_.flat_grad(), parameters_.flat_compute(), first_, second_, control_, partials_};
-  on_device(master.device(), &adamw_step_cpu, LONGHAND_CUDA_IMPL(adamw_step_cuda))(buffers, options_.rule, segments_, loss);
+  on_device(device, &adamw_sums_cpu, LONGHAND_CUDA_IMPL(adamw_sums_cuda))(buffers, own_, loss);
+  if (sum_over) sum_over(control_.slice(0, kControlLossSum, kControlSquareSum + 1));
+  on_device(device, &adamw_update_cpu, LONGHAND_CUDA_IMPL(adamw_update_cuda))(buffers, options_.rule, pieces_);
 }
 
 StepReport AdamW::report_of(const std::vector<double>& control) {
@@ -60,36 +77,61 @@ StepReport AdamW::report_of(const std::vector<double>& control) {
           .skipped_in_a_row = static_cast<int64_t>(control.at(kControlSkippedInARow))};
 }
 
-Tensor AdamW::moment_of(const Tensor& flat, const Parameter& p) const {
-  const int64_t begin = p.master.offset();
-  return flat.slice(0, begin, begin + p.shape.numel()).reshape(p.shape);
+template <class F>
+void AdamW::for_each_own(const Tensor& moments, const Parameter& p, F&& f) const {
+  const int64_t at = p.master.offset(), n = p.shape.numel();
+  int64_t place = 0;
+  for (const Part& part : own_) {
+    const int64_t begin = std::max(part.begin, at), end = std::min(part.end, at + n);
+    if (begin < end) f(begin - at, moments.slice(0, place + begin - part.begin, place + end - part.begin));
+    place += part.size();
+  }
+}
+
+std::map<std::string, TensorParts> AdamW::save_own(bool with_counts) const {
+  std::map<std::string, TensorParts> out;
+  for (const Parameter& p : parameters_.all()) {
+    for (const auto& [kind, moments] : {std::pair("first_moment.", &first_), std::pair("second_moment.", &second_)}) {
+      TensorParts& tensor = out[kind + p.name];
+      tensor = {moments->dtype(), p.shape, {}};
+      for_each_own(*moments, p, [&](int64_t begin, const Tensor& values) { tensor.runs.push_back({begin, values}); });
+    }
+  }
+  const Tensor counts = control_.slice(0, kControlUpdates, kControlSkippedInARow + 1);
+  out["counts"] = {counts.dtype(), counts.shape(), {}};
+  if (with_counts) out["counts"].runs.push_back({0, counts});
+  return out;
 }
 
 std::map<std::string, Tensor> AdamW::save() const {
   std::map<std::string, Tensor> out;
-  for (const Parameter& p : parameters_.all()) {
-    out["first_moment." + p.name] = moment_of(first_, p);
-    out["second_moment." + p.name] = moment_of(second_, p);
+  for (const auto& [name, parts] : save_own(true)) {
+    const int64_t n = parts.shape.numel();
+    if (n > 0 && (parts.runs.size() != 1 || parts.runs[0].values.numel() != n))
+      throw ValueError("adamw: only a part of these moments is here", {{"tensor", name}});
+    out[name] = n > 0 ? parts.runs[0].values.reshape(parts.shape) : Tensor::zeros(control_.device(), parts.dtype, parts.shape);
   }
-  out["counts"] = control_.slice(0, kControlUpdates, kControlSkippedInARow + 1);
   return out;
 }
 
 void AdamW::load(const std::map<std::string, Tensor>& stored) {
-  auto take = [&](const std::string& name, const Tensor& place) {
+  auto stored_tensor = [&](const std::string& name, Dtype dtype, const Shape& shape) {
     const auto found = stored.find(name);
-    if (found == stored.end())
-      throw FileError("adamw: a tensor is missing in the checkpoint", {{"tensor", name}, {"expected", place.describe()}});
-    if (!(found->second.shape() == place.shape()) || found->second.dtype() != place.dtype())
+    const auto expected = [&] { return ErrorRow{"expected", shape.str() + " " + name_of(dtype)}; };
+    if (found == stored.end()) throw FileError("adamw: a tensor is missing in the checkpoint", {{"tensor", name}, expected()});
+    if (!(found->second.shape() == shape) || found->second.dtype() != dtype)
       throw FileError("adamw: a tensor of the checkpoint does not fit",
-                      {{"tensor", name}, {"found", found->second.describe()}, {"expected", place.describe()}});
-    copy(place, found->second);
+                      {{"tensor", name}, {"found", found->second.describe()}, expected()});
+    return found->second.contiguous().reshape({shape.numel()});
   };
   for (const Parameter& p : parameters_.all()) {
-    take("first_moment." + p.name, moment_of(first_, p));
-    take("second_moment." + p.name, moment_of(second_, p));
+    for (const auto& [kind, moments] : {std::pair("first_moment.", &first_), std::pair("second_moment.", &second_)}) {
+      const Tensor from = stored_tensor(kind + p.name, moments->dtype(), p.shape);
+      for_each_own(*moments, p, [&](int64_t begin, const Tensor& to) { copy(to, from.slice(0, begin, begin + to.numel())); });
+    }
   }
-  take("counts", control_.slice(0, kControlUpdates, kControlSkippedInARow + 1));
+  const Tensor counts = control_.slice(0, kControlUpdates, kControlSkippedInARow + 1);
+  copy(counts, stored_tensor("counts", counts.dtype(), counts.shape()));
 }
 
 std::vector<std::string> AdamW::describe_no_decay() const {

@@ -31,24 +31,33 @@ void update(T* __restrict w, T* __restrict m, T* __restrict v, const T* __restri
 }
 
 template <class T>
-void step_cpu(const AdamWBuffers& b, const AdamWRule& rule, std::span<const DecaySegment> segments, const Tensor& loss) {
-  const int64_t n = b.grad.numel(), blocks = adamw_partials_cpu(n);
-  const T* g = b.grad.data<T>();
+void sums_cpu(const AdamWBuffers& b, std::span<const Part> own, const Tensor& loss) {
   double* partials = b.partials.data<double>();
-  double* control = b.control.data<double>();
-#pragma omp parallel for schedule(static)
-  for (int64_t k = 0; k < blocks; ++k) partials[k] = sum_of_squares(g + k * kBlock, std::min(kBlock, n - k * kBlock));
   double sum = 0;
-  for (int64_t k = 0; k < blocks; ++k) sum += partials[k];
-  decide_adamw_step(rule, sum, static_cast<double>(*loss.data<T>()), control);
-
-  T *w = b.master.data<T>(), *m = b.first.data<T>(), *v = b.second.data<T>();
-  for (const DecaySegment& segment : segments) {
-    const AdamWStep<T> step(rule, control, segment.decays);
-    if (!step.apply) return;
+  for (const Part& part : own) {
+    const T* g = b.grad.data<T>() + part.begin;
+    const int64_t n = part.size(), blocks = adamw_partials_cpu(n);
 #pragma omp parallel for schedule(static)
-    for (int64_t i = segment.begin; i < segment.end; i += kBlock)
-      update(w + i, m + i, v + i, g + i, std::min(kBlock, segment.end - i), step);
+    for (int64_t k = 0; k < blocks; ++k) partials[k] = sum_of_squares(g + k * kBlock, std::min(kBlock, n - k * kBlock));
+    for (int64_t k = 0; k < blocks; ++k) sum += partials[k];
+    partials += blocks;
+  }
+  b.control.data<double>()[kControlLossSum] = static_cast<double>(*loss.data<T>());
+  b.control.data<double>()[kControlSquareSum] = sum;
+}
+
+template <class T>
+void update_cpu(const AdamWBuffers& b, const AdamWRule& rule, std::span<const AdamWPiece> pieces) {
+  double* control = b.control.data<double>();
+  decide_adamw_step(rule, control);
+  const T* g = b.grad.data<T>();
+  T* w = b.master.data<T>();
+  for (const AdamWPiece& piece : pieces) {
+    const AdamWStep<T> step(rule, control, piece.decays);
+    if (!step.apply) return;
+    T *m = b.first.data<T>() + piece.moments - piece.begin, *v = b.second.data<T>() + piece.moments - piece.begin;
+#pragma omp parallel for schedule(static)
+    for (int64_t i = piece.begin; i < piece.end; i += kBlock) update(w + i, m + i, v + i, g + i, std::min(kBlock, piece.end - i), step);
   }
 }
 
@@ -58,13 +67,13 @@ int64_t adamw_partials_cpu(int64_t n) {
   return (n + kBlock - 1) / kBlock;
 }
 
-void adamw_step_cpu(const AdamWBuffers& buffers, const AdamWRule& rule, std::span<const DecaySegment> segments, const Tensor& loss) {
+void adamw_sums_cpu(const AdamWBuffers& buffers, std::span<const Part> own, const Tensor& loss) {
+  buffers.master.dtype() == Dtype::f64 ? sums_cpu<double>(buffers, own, loss) : sums_cpu<float>(buffers, own, loss);
+}
+
+void adamw_update_cpu(const AdamWBuffers& buffers, const AdamWRule& rule, std::span<const AdamWPiece> pieces) {
   if (buffers.compute) throw DtypeError("adamw: a compute copy on the CPU is not supported", {{"compute", buffers.compute.describe()}});
-  if (buffers.master.dtype() == Dtype::f64) {
-    step_cpu<double>(buffers, rule, segments, loss);
-  } else {
-    step_cpu<float>(buffers, rule, segments, loss);
-  }
+  buffers.master.dtype() == Dtype::f64 ? update_cpu<double>(buffers, rule, pieces) : update_cpu<float>(buffers, rule, pieces);
 }
 
 void adamw_set_rates_cpu(const Tensor& control, double lr, double weight_decay) {

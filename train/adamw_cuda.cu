@@ -21,6 +21,7 @@
 namespace longhand {
 namespace {
 
+constexpr int64_t kQuad = 4;  // elements of a 16-byte load
 constexpr int kNormBlocks = 1024, kNormThreads = 256, kUpdateThreads = 256;
 
 __device__ double block_sum(double value) {
@@ -36,7 +37,7 @@ __device__ double block_sum(double value) {
 }
 
 __global__ void __launch_bounds__(kNormThreads)
-    sum_squares_kernel(const float4* __restrict__ grad, int64_t quads, double* __restrict__ partials) {
+    sum_squares_kernel(const float4* __restrict__ grad, int64_t quads, double* __restrict__ partials) {  // one part of the gradients
   double sum = 0;
   const int64_t stride = static_cast<int64_t>(kNormBlocks) * kNormThreads;
 #pragma unroll 4
@@ -49,9 +50,17 @@ __global__ void __launch_bounds__(kNormThreads)
 }
 
 __global__ void __launch_bounds__(kNormBlocks)
-    decide_kernel(AdamWRule rule, const double* __restrict__ partials, const float* __restrict__ loss, double* control) {
-  const double sum = block_sum(partials[threadIdx.x]);
-  if (threadIdx.x == 0) decide_adamw_step(rule, sum, static_cast<double>(*loss), control);
+    sums_kernel(const double* __restrict__ partials, int parts, const float* __restrict__ loss, double* control) {
+  double sum = 0;
+  for (int part = 0; part < parts; ++part) sum += partials[part * kNormBlocks + static_cast<int>(threadIdx.x)];
+  sum = block_sum(sum);
+  if (threadIdx.x != 0) return;
+  control[kControlLossSum] = static_cast<double>(*loss);
+  control[kControlSquareSum] = sum;
+}
+
+__global__ void decide_kernel(AdamWRule rule, double* control) {
+  decide_adamw_step(rule, control);
 }
 
 __device__ uint2 to_bf16(const float4& x) {
@@ -91,31 +100,41 @@ int64_t adamw_partials_cuda(int64_t) {
   return kNormBlocks;
 }
 
-void adamw_step_cuda(const AdamWBuffers& b, const AdamWRule& rule, std::span<const DecaySegment> segments, const Tensor& loss) {
-  constexpr int64_t kQuad = 4;
+void adamw_sums_cuda(const AdamWBuffers& b, std::span<const Part> own, const Tensor& loss) {
+  const cudaStream_t stream = b.grad.device().cuda_context().stream;
+  double* partials = b.partials.data<double>();
+  for (const Part& part : own) {
+    if (part.begin % kQuad != 0 || part.end % kQuad != 0)
+      throw ShapeError("adamw: a part of the flat buffers does not begin and end at a multiple of 4 elements",
+                       {{"part", std::to_string(part.begin) + " to " + std::to_string(part.end)}});
+    sum_squares_kernel<<<kNormBlocks, kNormThreads, 0, stream>>>(reinterpret_cast<const float4*>(b.grad.data<float>() + part.begin),
+                                                                 part.size() / kQuad, partials);
+    launch_check("sum_squares_kernel", kNormBlocks, kNormThreads);
+    partials += kNormBlocks;
+  }
+  sums_kernel<<<1, kNormBlocks, 0, stream>>>(b.partials.data<double>(), static_cast<int>(own.size()), loss.data<float>(),
+                                             b.control.data<double>());
+  launch_check("sums_kernel", 1, kNormBlocks);
+}
+
+void adamw_update_cuda(const AdamWBuffers& b, const AdamWRule& rule, std::span<const AdamWPiece> pieces) {
   const cudaStream_t stream = b.master.device().cuda_context().stream;
   double* control = b.control.data<double>();
-  const int64_t n = b.grad.numel();
-  if (n % kQuad != 0) throw ShapeError("adamw: the flat buffers are not a multiple of 4 elements", {{"master", b.master.describe()}});
-  sum_squares_kernel<<<kNormBlocks, kNormThreads, 0, stream>>>(static_cast<const float4*>(b.grad.raw()), n / kQuad,
-                                                               b.partials.data<double>());
-  launch_check("sum_squares_kernel", kNormBlocks, kNormThreads);
-  decide_kernel<<<1, kNormBlocks, 0, stream>>>(rule, b.partials.data<double>(), loss.data<float>(), control);
-  launch_check("decide_kernel", 1, kNormBlocks);
-  for (const DecaySegment& segment : segments) {
-    const int64_t quads = (segment.end - segment.begin) / kQuad;
-    if (quads == 0) continue;
+  decide_kernel<<<1, 1, 0, stream>>>(rule, control);
+  launch_check("decide_kernel", 1, 1);
+  for (const AdamWPiece& piece : pieces) {
+    const int64_t quads = (piece.end - piece.begin) / kQuad;
     const auto blocks = static_cast<unsigned>((quads + kUpdateThreads - 1) / kUpdateThreads);
     auto launch = [&](auto kernel, uint2* copy) {
-      kernel<<<blocks, kUpdateThreads, 0, stream>>>(rule, control, segment.decays,
-                                                    reinterpret_cast<const float4*>(b.grad.data<float>() + segment.begin),
-                                                    reinterpret_cast<float4*>(b.master.data<float>() + segment.begin),
-                                                    reinterpret_cast<float4*>(b.first.data<float>() + segment.begin),
-                                                    reinterpret_cast<float4*>(b.second.data<float>() + segment.begin), copy, quads);
+      kernel<<<blocks, kUpdateThreads, 0, stream>>>(rule, control, piece.decays,
+                                                    reinterpret_cast<const float4*>(b.grad.data<float>() + piece.begin),
+                                                    reinterpret_cast<float4*>(b.master.data<float>() + piece.begin),
+                                                    reinterpret_cast<float4*>(b.first.data<float>() + piece.moments),
+                                                    reinterpret_cast<float4*>(b.second.data<float>() + piece.moments), copy, quads);
       launch_check("update_kernel", blocks, kUpdateThreads);
     };
     if (b.compute) {
-      launch(&update_kernel<true>, reinterpret_cast<uint2*>(b.compute.data<bf16>() + segment.begin));
+      launch(&update_kernel<true>, reinterpret_cast<uint2*>(b.compute.data<bf16>() + piece.begin));
     } else {
       launch(&update_kernel<false>, nullptr);
     }

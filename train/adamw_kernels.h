@@ -6,20 +6,25 @@
 
 namespace longhand {
 
-/// Everything a step works on; flat tensors of equal length.
+/// Everything a step works on. The flat tensors are of equal length; moments are those of the own parts.
 struct AdamWBuffers {
   Tensor master, grad, compute;  // compute is undefined when the masters are used directly
   Tensor first, second;
   Tensor control;   // [kControlSize] f64
-  Tensor partials;  // [adamw_partials(n)] f64
+  Tensor partials;  // [sum of adamw_partials() over the own parts] f64
 };
 
-/// How many partial sums of squares the norm of n elements is made of.
+/// How many partial sums of squares the norm of a part of n elements is made of.
 int64_t adamw_partials_cpu(int64_t n);
 int64_t adamw_partials_cuda(int64_t n);
 
-void adamw_step_cpu(const AdamWBuffers& buffers, const AdamWRule& rule, std::span<const DecaySegment> segments, const Tensor& loss);
-void adamw_step_cuda(const AdamWBuffers& buffers, const AdamWRule& rule, std::span<const DecaySegment> segments, const Tensor& loss);
+/// The two sums of the control block: of the loss, and of the squares of the own gradients.
+void adamw_sums_cpu(const AdamWBuffers& buffers, std::span<const Part> own, const Tensor& loss);
+void adamw_sums_cuda(const AdamWBuffers& buffers, std::span<const Part> own, const Tensor& loss);
+
+/// What the sums decide, then the update of the own parts.
+void adamw_update_cpu(const AdamWBuffers& buffers, const AdamWRule& rule, std::span<const AdamWPiece> pieces);
+void adamw_update_cuda(const AdamWBuffers& buffers, const AdamWRule& rule, std::span<const AdamWPiece> pieces);
 
 void adamw_set_rates_cpu(const Tensor& control, double lr, double weight_decay);
 void adamw_set_rates_cuda(const Tensor& control, double lr, double weight_decay);

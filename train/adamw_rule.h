@@ -24,12 +24,14 @@ enum AdamWControl : int {
   kControlStepSize,   // lr / (1 - beta1^t)
   kControlRootScale,  // 1 / sqrt(1 - beta2^t)
   kControlDecay,      // lr * weight_decay
+  kControlLossSum,    // of the own loss, then of all that share the work
+  kControlSquareSum,  // of the own gradients, likewise
   kControlSize,
 };
 
-/// What the rest of a step needs, from the sum of squares of the gradient and the loss.
-LONGHAND_HOST_DEVICE inline void decide_adamw_step(const AdamWRule& rule, double sum_of_squares, double loss, double* control) {
-  const double norm = sqrt(sum_of_squares);
+/// What the rest of a step needs, from the two sums.
+LONGHAND_HOST_DEVICE inline void decide_adamw_step(const AdamWRule& rule, double* control) {
+  const double loss = control[kControlLossSum], norm = sqrt(control[kControlSquareSum]);
   control[kControlLoss] = loss;
   control[kControlGradNorm] = norm;
   if (!(norm - norm == 0 && loss - loss == 0)) {  // NaN or infinite

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <memory>
 
 #include "core/error.h"
 #include "core/philox.h"
@@ -175,6 +176,74 @@ void check_skips(const Device& device) {
 TEST("adamw: a loss or gradient that is not finite changes nothing and is counted") {
   check_skips(Device::cpu());
   if (cuda_device_count() > 0) check_skips(Device::cuda());
+}
+
+// Three optimizers with parts of one set each against one that has it all.
+void check_shared(const Device& device, Dtype compute) {
+  ParameterSet whole_set, shared_set;
+  for (ParameterSet* set : {&whole_set, &shared_set}) {
+    declare(*set);
+    set->allocate(device, Dtype::f32, compute);
+    set->initialize(3);
+  }
+  const AdamWOptions options{.rule = kRule, .no_decay = {}};
+  AdamW whole(whole_set, options);
+  const int64_t n = shared_set.flat_master().numel();
+  std::vector<std::unique_ptr<AdamW>> shared;
+  for (const std::vector<Part>& own : {std::vector<Part>{{0, 64}, {1024, 9984}}, {{64, 1024}, {100032, n}}, {{9984, 100032}}})
+    shared.push_back(std::make_unique<AdamW>(shared_set, options, own));
+  const Tensor loss = Tensor::full(device, Dtype::f32, {}, 1.5), part_of_loss = Tensor::full(device, Dtype::f32, {}, 0.5);
+  auto check_same_bits = [&] {
+    CHECK(shared_set.flat_master().to_vector<float>() == whole_set.flat_master().to_vector<float>());
+    if (compute != Dtype::f32) CHECK(shared_set.flat_compute().to_vector<float>() == whole_set.flat_compute().to_vector<float>());
+  };
+  for (int step = 0; step < 4; ++step) {
+    set_gradients(whole_set, step, step % 2 == 0 ? 1 : 1e-3);
+    set_gradients(shared_set, step, step % 2 == 0 ? 1 : 1e-3);
+    whole.set_rates(1e-3, 0.1);
+    whole.step(loss);
+    // The sums of all are those of the one, so that the bits are the same: taken before anything is updated, as processes do.
+    const Tensor sums = whole.control().slice(0, kControlLossSum, kControlSquareSum + 1).clone();
+    std::vector<double> added(2);
+    for (auto& optimizer : shared) {
+      optimizer->set_rates(1e-3, 0.1);
+      optimizer->step(part_of_loss, [&](const Tensor& own) {
+        const auto numbers = own.to_vector<double>();
+        added[0] += numbers[0], added[1] += numbers[1];
+        copy(own, sums);
+      });
+    }
+    CHECK(added[0] == 1.5);
+    CHECK(added[1] == doctest::Approx(sums.to_vector<double>()[1]).epsilon(1e-12));
+    check_same_bits();
+    CHECK(shared[1]->report().grad_norm == whole.report().grad_norm);
+  }
+  // What they save together is what the one saves, and each takes its part from that.
+  const auto saved = whole.save();
+  std::map<std::string, std::vector<double>> together;
+  for (const auto& optimizer : shared)
+    for (const auto& [name, parts] : optimizer->save_own(optimizer == shared[0]))
+      for (const auto& [begin, values] : parts.runs) {
+        auto& all = together[name];
+        all.resize(static_cast<std::size_t>(parts.shape.numel()), NAN);
+        const auto numbers = values.to_vector<double>();
+        std::copy(numbers.begin(), numbers.end(), all.begin() + begin);
+      }
+  for (const auto& [name, tensor] : saved) CHECK(together[name] == tensor.to_vector<double>());
+  CHECK_THROWS_AS(shared[0]->save(), ValueError);
+  for (auto& optimizer : shared) optimizer->load(saved);
+  set_gradients(whole_set, 5, 1), set_gradients(shared_set, 5, 1);
+  whole.step(loss);
+  for (auto& optimizer : shared)
+    optimizer->step(part_of_loss, [&](const Tensor& own) { copy(own, whole.control().slice(0, kControlLossSum, kControlSquareSum + 1)); });
+  check_same_bits();
+}
+
+TEST("adamw: several optimizers that share a set do what one does, bit for bit") {
+  check_shared(Device::cpu(), Dtype::f32);
+  if (cuda_device_count() == 0) return;
+  check_shared(Device::cuda(), Dtype::f32);
+  check_shared(Device::cuda(), Dtype::bf16);
 }
 
 TEST("adamw: saved and loaded moments go on bit for bit") {

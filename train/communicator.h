@@ -12,17 +12,9 @@
 #include <vector>
 
 #include "core/tensor.h"
+#include "train/part.h"
 
 namespace longhand {
-
-/// Part p of n things in a row: [begin, end).
-struct Part {
-  int64_t begin = 0, end = 0;
-  int64_t size() const { return end - begin; }
-};
-/// Cuts n things into `parts` neighbouring parts whose sizes differ by one `unit` at most: part p is [floor(p u / parts), floor((p+1) u /
-/// parts)) units of the u = ceil(n / unit) units.
-Part part_of(int64_t n, int64_t part, int64_t parts, int64_t unit = 1);
 
 class Communicator {
  public:
@@ -39,7 +31,13 @@ class Communicator {
   /// "1 process", "4 processes, MPI", "8 processes, NCCL".
   virtual std::string describe() const = 0;
 
-  // Tensors are contiguous; those on a GPU are worked on in the order of its queue, so that the calls can be part of a captured step.
+  // Tensors are contiguous. On a GPU the calls are queued like kernels and can be part of a captured step. They are made one after the
+  // other, each behind the work that was queued before it, and what is queued afterwards waits for them. What is queued between
+  // begin_overlap() and end_overlap() does not: only join() makes the work behind it wait for the calls in between.
+
+  virtual void begin_overlap() {}
+  virtual void end_overlap() {}
+  virtual void join() {}
 
   /// t = sum over processes, in place. f32, f64
   /// holds  every process has the same bits; the same number of processes gives the same bits in every run
@@ -51,6 +49,11 @@ class Communicator {
   /// Every process gives its part of whole [n, ..]; all have all of it afterwards. Any dtype.
   /// cuts  [size + 1] first row of each process's part, and n
   virtual void all_gather(const Tensor& whole, std::span<const int64_t> cuts) = 0;
+
+  /// all_gather() of several tensors [n], each cut by own(n, unit): one exchange where that is faster.
+  virtual void all_gather_each(std::span<const Tensor> wholes, int64_t unit) {
+    for (const Tensor& whole : wholes) all_gather(whole, cuts(whole.numel(), unit));
+  }
 
   /// whole = the one of process `root`. Any dtype.
   virtual void broadcast(const Tensor& whole, int64_t root) = 0;

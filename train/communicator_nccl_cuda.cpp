@@ -1,5 +1,6 @@
-// Processes with a GPU each, joined by NCCL on the device's own queue, so that its calls are recorded in the graph of a step like any
-// kernel. What concerns the host goes to the communicator that joined the processes. See communicator.h.
+// Processes with a GPU each, joined by NCCL. Its calls run on a queue of their own beside the device's, tied to it by events, so that
+// reductions overlap with backward; recorded, the two become branches of one graph. What concerns the host goes to the communicator that
+// joined the processes. See communicator.h.
 #include <fmt/format.h>
 #include <nccl.h>
 
@@ -36,15 +37,21 @@ class NcclProcesses final : public Communicator {
     host_->broadcast(shared, 0);
     std::memcpy(&id, shared.raw(), sizeof id);
     check(ncclCommInitRank(&nccl_, static_cast<int>(size()), id, static_cast<int>(rank())), "ncclCommInitRank");
+    int least = 0, greatest = 0;  // reductions go first: the kernels beside them are many, and fill what is left
+    cuda_check(cudaDeviceGetStreamPriorityRange(&least, &greatest), "cudaDeviceGetStreamPriorityRange");
+    cuda_check(cudaStreamCreateWithPriority(&queue_, cudaStreamNonBlocking, greatest), "cudaStreamCreateWithPriority");
+    for (cudaEvent_t* event : {&before_, &after_})
+      cuda_check(cudaEventCreateWithFlags(event, cudaEventDisableTiming), "cudaEventCreateWithFlags");
   }
   ~NcclProcesses() override {
-    if (nccl_ == nullptr) return;
     if (std::uncaught_exceptions() > 0) {
-      (void)ncclCommAbort(nccl_);  // the others may be gone
+      if (nccl_ != nullptr) (void)ncclCommAbort(nccl_);  // the others may be gone
     } else {
       (void)cudaStreamSynchronize(cuda_.stream);
-      (void)ncclCommDestroy(nccl_);
+      if (nccl_ != nullptr) (void)ncclCommDestroy(nccl_);
     }
+    (void)cudaStreamDestroy(queue_);
+    for (const cudaEvent_t event : {before_, after_}) (void)cudaEventDestroy(event);
   }
   std::string describe() const override {
     int version = 0;
@@ -52,47 +59,64 @@ class NcclProcesses final : public Communicator {
     return fmt::format("{} process{}, NCCL {}.{}.{}", size(), size() == 1 ? "" : "es", version / 10000, version / 100 % 100, version % 100);
   }
 
+  void begin_overlap() override { overlap_ = true; }
+  void end_overlap() override { overlap_ = false; }
+  void join() override {
+    cuda_check(cudaEventRecord(after_, queue_), "cudaEventRecord");
+    cuda_check(cudaStreamWaitEvent(cuda_.stream, after_, 0), "cudaStreamWaitEvent");
+  }
+
   void all_reduce_sum(const Tensor& t) override {
     if (!on_gpu(t)) return host_->all_reduce_sum(t);
-    check(ncclAllReduce(t.raw(), t.raw(), static_cast<size_t>(t.numel()), sum_type_of(t), ncclSum, nccl_, cuda_.stream), "ncclAllReduce");
+    queued([&] {
+      check(ncclAllReduce(t.raw(), t.raw(), static_cast<size_t>(t.numel()), sum_type_of(t), ncclSum, nccl_, queue_), "ncclAllReduce");
+    });
   }
 
   void reduce_scatter_sum(const Tensor& t, int64_t unit) override {
     if (!on_gpu(t)) return host_->reduce_scatter_sum(t, unit);
     const std::vector<int64_t> at = cuts(t.numel(), unit);
-    if (equal(at)) {
-      check(ncclReduceScatter(t.raw(), place(t, own(t.numel(), unit).begin), static_cast<size_t>(at[1]), sum_type_of(t), ncclSum, nccl_,
-                              cuda_.stream),
-            "ncclReduceScatter");
-      return;
-    }
-    each_part(at, [&](int root, int64_t begin, int64_t n) {
-      check(ncclReduce(place(t, begin), place(t, begin), static_cast<size_t>(n), sum_type_of(t), ncclSum, root, nccl_, cuda_.stream),
-            "ncclReduce");
+    queued([&] {
+      if (equal(at)) {
+        check(ncclReduceScatter(t.raw(), place(t, own(t.numel(), unit).begin), static_cast<size_t>(at[1]), sum_type_of(t), ncclSum, nccl_,
+                                queue_),
+              "ncclReduceScatter");
+        return;
+      }
+      check(ncclGroupStart(), "ncclGroupStart");
+      each_part(at, [&](int root, int64_t begin, int64_t n) {
+        check(ncclReduce(place(t, begin), place(t, begin), static_cast<size_t>(n), sum_type_of(t), ncclSum, root, nccl_, queue_),
+              "ncclReduce");
+      });
+      check(ncclGroupEnd(), "ncclGroupEnd");
     });
   }
 
   void all_gather(const Tensor& whole, std::span<const int64_t> at) override {
     if (!on_gpu(whole)) return host_->all_gather(whole, at);
-    const int64_t row = whole.numel() / std::max<int64_t>(whole.dim(0), 1);
-    if (equal(at)) {
-      const int64_t bytes = at[1] * row * size_of(whole.dtype());
-      check(ncclAllGather(place(whole, at[static_cast<size_t>(rank())] * row), whole.raw(), static_cast<size_t>(bytes), ncclUint8, nccl_,
-                          cuda_.stream),
-            "ncclAllGather");
-      return;
-    }
-    each_part(at, [&](int root, int64_t begin, int64_t n) {
-      void* part = place(whole, begin * row);
-      check(ncclBroadcast(part, part, static_cast<size_t>(n * row * size_of(whole.dtype())), ncclUint8, root, nccl_, cuda_.stream),
-            "ncclBroadcast");
+    queued([&] {
+      check(ncclGroupStart(), "ncclGroupStart");
+      gather_one(whole, at);
+      check(ncclGroupEnd(), "ncclGroupEnd");
+    });
+  }
+
+  void all_gather_each(std::span<const Tensor> wholes, int64_t unit) override {
+    if (wholes.empty()) return;
+    if (!on_gpu(wholes[0])) return host_->all_gather_each(wholes, unit);
+    queued([&] {
+      check(ncclGroupStart(), "ncclGroupStart");
+      for (const Tensor& whole : wholes) gather_one(whole, cuts(whole.numel(), unit));
+      check(ncclGroupEnd(), "ncclGroupEnd");
     });
   }
 
   void broadcast(const Tensor& whole, int64_t root) override {
     if (!on_gpu(whole)) return host_->broadcast(whole, root);
     const auto bytes = static_cast<size_t>(whole.numel() * size_of(whole.dtype()));
-    check(ncclBroadcast(whole.raw(), whole.raw(), bytes, ncclUint8, static_cast<int>(root), nccl_, cuda_.stream), "ncclBroadcast");
+    queued([&] {
+      check(ncclBroadcast(whole.raw(), whole.raw(), bytes, ncclUint8, static_cast<int>(root), nccl_, queue_), "ncclBroadcast");
+    });
   }
 
   Tensor gather(const Tensor& part) override { return host_->gather(part); }
@@ -115,18 +139,42 @@ class NcclProcesses final : public Communicator {
   }
   static void* place(const Tensor& t, int64_t element) { return static_cast<char*>(t.raw()) + element * size_of(t.dtype()); }
 
-  // Parts of different sizes: one call a part, which NCCL runs together.
+  // f queues calls on queue_, behind what the device's queue holds now.
   template <class F>
-  void each_part(std::span<const int64_t> at, F&& f) {
-    check(ncclGroupStart(), "ncclGroupStart");
+  void queued(F&& f) {
+    cuda_check(cudaEventRecord(before_, cuda_.stream), "cudaEventRecord");
+    cuda_check(cudaStreamWaitEvent(queue_, before_, 0), "cudaStreamWaitEvent");
+    f();
+    if (!overlap_) join();
+  }
+
+  void gather_one(const Tensor& whole, std::span<const int64_t> at) {
+    const int64_t row = whole.numel() / std::max<int64_t>(whole.dim(0), 1), bytes = row * size_of(whole.dtype());
+    if (equal(at)) {
+      check(ncclAllGather(place(whole, at[static_cast<size_t>(rank())] * row), whole.raw(), static_cast<size_t>(at[1] * bytes), ncclUint8,
+                          nccl_, queue_),
+            "ncclAllGather");
+      return;
+    }
+    each_part(at, [&](int root, int64_t begin, int64_t n) {
+      void* part = place(whole, begin * row);
+      check(ncclBroadcast(part, part, static_cast<size_t>(n * bytes), ncclUint8, root, nccl_, queue_), "ncclBroadcast");
+    });
+  }
+
+  // Parts of different sizes: one call a part, inside a group that NCCL runs together.
+  template <class F>
+  static void each_part(std::span<const int64_t> at, F&& f) {
     for (size_t p = 0; p + 1 < at.size(); ++p)
       if (at[p + 1] > at[p]) f(static_cast<int>(p), at[p], at[p + 1] - at[p]);
-    check(ncclGroupEnd(), "ncclGroupEnd");
   }
 
   std::unique_ptr<Communicator> host_;
   const CudaContext& cuda_;
   ncclComm_t nccl_ = nullptr;
+  cudaStream_t queue_ = nullptr;
+  cudaEvent_t before_ = nullptr, after_ = nullptr;
+  bool overlap_ = false;
 };
 
 }  // namespace

@@ -43,6 +43,7 @@ struct Recipe {
     int64_t grad_accumulation = 1;
     std::string dtype = "auto";
     bool graph = true;
+    bool shard_optimizer = true;
     int64_t log_every = 10;
     int64_t checkpoint_every = 1000;
     int64_t keep_last = 2;

@@ -2,16 +2,20 @@
 #include "train/trainer.h"
 
 #include <algorithm>
+#include <exception>
 #include <filesystem>
 
+#include "autograd/gradient_arrival.h"
 #include "autograd/tape.h"
 #include "core/error.h"
 #include "core/op_scope.h"
 #include "core/safetensors.h"
+#include "core/safetensors_parts.h"
 #include "core/switches.h"
 #include "models/checkpoint.h"
 #include "models/model_family.h"
 #include "train/communicator.h"
+#include "train/gradient_exchange.h"
 
 namespace longhand {
 namespace {
@@ -44,7 +48,10 @@ Trainer::Trainer(const Recipe& recipe, LanguageModel& model, Communicator* proce
                                                                .seed = static_cast<uint64_t>(recipe.seed),
                                                                .options = recipe.initial_state_options,
                                                                .processes = processes})),
-      optimizer_(model.parameters(), optimizer_options(recipe, model)),
+      exchange_(processes == nullptr
+                    ? nullptr
+                    : std::make_unique<GradientExchange>(model.parameters(), *processes, recipe.train.shard_optimizer)),
+      optimizer_(model.parameters(), optimizer_options(recipe, model), exchange_ ? exchange_->own() : std::vector<Part>()),
       lr_{recipe.train.steps, recipe.optimizer.lr, recipe.optimizer.min_lr, recipe.optimizer.warmup_fraction},
       decay_(decay_schedule_from(recipe.optimizer.weight_decay_schedule)),
       graphs_(recipe.train.graph && model.device().is_cuda()) {
@@ -55,6 +62,8 @@ Trainer::Trainer(const Recipe& recipe, LanguageModel& model, Communicator* proce
                        {"processes", std::to_string(processes_->size())},
                        {"try", "fewer processes, a larger train.batch_size, or a smaller train.grad_accumulation"}});
 }
+
+Trainer::~Trainer() = default;
 
 void Trainer::upload(const Batch& rows, TokenBatch& to) {
   const Shape shape{rows.rows, rows.length};
@@ -159,38 +168,83 @@ void Trainer::queue_step() {
 void Trainer::run_step() {
   begun_.clear();
   model_.parameters().clear_grads();
-  Tensor loss;  // of the whole batch
-  for (const MicroBatch& micro : micro_batches_) {
-    const RecurrentState h0 = initial_state_->begin(micro.info);
-    if (!model_.device().is_cuda()) begun_.push_back(h0);
-    if (micro.counted == 0) {  // all padding: nothing to learn, but its state goes on
-      const NoGrad no_grad;
-      initial_state_->end(micro.info, model_.forward(micro.tokens.tokens, h0).state);
-      continue;
-    }
+  Tensor loss;  // of this process's rows
+  for (const MicroBatch& micro : micro_batches_) learn(micro, &micro == &micro_batches_.back(), loss);
+  if (exchange_) exchange_->end();
+  // Where no position counts, other processes have some.
+  if (!loss) loss = Tensor::zeros(model_.device(), model_.parameters().flat_master().dtype(), {});
+  if (!exchange_) return optimizer_.step(loss);
+  optimizer_.step(loss, [this](const Tensor& sums) { exchange_->sum(sums); });
+  exchange_->share_weights();
+}
+
+// The order of what is told to other processes is the same whatever the rows hold, or they would wait for each other.
+void Trainer::learn(const MicroBatch& micro, bool last, Tensor& loss) {
+  const RecurrentState h0 = initial_state_->begin(micro.info);
+  if (!model_.device().is_cuda()) begun_.push_back(h0);
+  if (last && exchange_) exchange_->begin();
+  RecurrentState h_T;
+  if (micro.counted == 0) {  // all padding: nothing to learn, but its state goes on
+    const NoGrad no_grad;
+    h_T = model_.forward(micro.tokens.tokens, h0).state;
+  } else {
     const auto result = model_.loss(micro.tokens, h0, micro.share);
-    backward(result.loss);
-    initial_state_->end(micro.info, result.state);
+    if (last && exchange_) backward(result.loss, [this](const std::string& parameter) { exchange_->arrived(parameter); });
+    else backward(result.loss);
+    h_T = result.state;
     if (loss) {
       add_scaled(loss, result.loss.value());
     } else {
       loss = result.loss.value().clone();
     }
   }
-  model_.parameters().complete_grads();
-  if (!loss) loss = Tensor::zeros(model_.device(), model_.parameters().flat_master().dtype(), {});  // other processes have positions
-  if (processes_ != nullptr) {
-    processes_->all_reduce_sum(loss);
-    processes_->all_reduce_sum(model_.parameters().flat_grad());
+  if (last) {
+    model_.parameters().complete_grads();
+    if (exchange_) exchange_->complete();
   }
-  optimizer_.step(loss);
+  initial_state_->end(micro.info, h_T);
 }
 
-void Trainer::save(const std::string& folder, std::optional<int64_t> end_of_text) const {
+namespace {
+
+// Does something of which all processes must know whether it went well: it fails for all when it fails for one.
+template <class F>
+void together(Communicator& processes, F&& f) {
+  std::string problem;
+  std::exception_ptr failed;
+  try {
+    f();
+  } catch (const std::exception& error) {
+    problem = error.what();
+    failed = std::current_exception();
+  }
+  const std::vector<std::string> problems = processes.all_texts(problem);
+  if (failed) std::rethrow_exception(failed);
+  for (std::size_t p = 0; p < problems.size(); ++p)
+    if (!problems[p].empty())
+      throw FileError("train: another process could not do its part", {{"process", std::to_string(p)}, {"because", problems[p]}});
+}
+
+}  // namespace
+
+void Trainer::save(const std::string& own_folder, std::optional<int64_t> end_of_text) const {
   const auto carried = initial_state_->save();
-  if (processes_ != nullptr && !processes_->leads()) return;
+  const std::map<std::string, std::string> kind{{"format", "longhand adamw"}};
+  const bool leads = processes_ == nullptr || processes_->leads();
+  std::string folder = own_folder;
+  if (exchange_) {
+    exchange_->share_masters();
+    const auto moments = optimizer_.save_own(leads);
+    if (leads) make_safetensors(folder + kOptimizerFile, moments, kind);
+    folder = processes_->all_texts(own_folder)[0];
+    together(*processes_, [&] {
+      if (leads || recipe_.train.shard_optimizer) write_safetensors_part(folder + kOptimizerFile, moments, kind);  // else all have the same
+    });
+  } else {
+    write_safetensors(folder + kOptimizerFile, optimizer_.save(), kind);
+  }
+  if (!leads) return;
   save_model(model_, folder, {.end_of_text = end_of_text});
-  write_safetensors(folder + kOptimizerFile, optimizer_.save(), {{"format", "longhand adamw"}});
   if (!carried.empty())
     write_safetensors(folder + kCarriedFile, carried, {{"format", "longhand initial state"}, {"strategy", recipe_.initial_state}});
 }

@@ -4,7 +4,9 @@
 //   for each micro-batch:  h0        = initial_state.begin(info)
 //                          loss, h_T = model.loss(rows, h0, share of the step's positions)
 //                          backward(loss);  initial_state.end(info, h_T)
-//   gradients and loss are summed over the processes;  optimizer.step()
+//   optimizer.step()
+//
+// Several processes sum their gradients while the last backward runs: gradient_exchange.h.
 //
 // On a GPU all but the first line is recorded as a graph in the second step and replayed in those after it, to the same bits.
 //
@@ -27,6 +29,7 @@
 namespace longhand {
 
 class Communicator;
+class GradientExchange;
 
 class Trainer {
  public:
@@ -35,6 +38,7 @@ class Trainer {
   ///            the same calls in the same order, with the same batches. null: this one is alone
   /// errors     ConfigError when a micro-batch has fewer rows than there are processes
   Trainer(const Recipe& recipe, LanguageModel& model, Communicator* processes = nullptr);
+  ~Trainer();
 
   /// Queues one step on a batch of recipe.train.batch_size rows, those of all processes; on a GPU it returns before the step is done.
   /// The rows are cut into grad_accumulation micro-batches of neighbouring rows; each counts by its unmasked positions, so that the
@@ -62,8 +66,9 @@ class Trainer {
   double weight_decay_at(int64_t step) const { return longhand::weight_decay_at(decay_, recipe_.optimizer.weight_decay, lr_, step); }
   const AdamW& optimizer() const { return optimizer_; }
   const HostLink& link() const { return *link_; }
+  const GradientExchange* exchange() const { return exchange_.get(); }  // null: alone
 
-  /// The batch of a step is the same on all processes; so is what is saved, whatever their number: process 0 writes it.
+  /// What is saved is the same whatever the number of processes; all call this, process 0 first: the others write into the files it makes.
   /// model.safetensors, config.json, optimizer.safetensors and, where the strategy carries something, carried_state.safetensors.
   /// end_of_text  id that closes a document, for the libraries that open the model
   void save(const std::string& folder, std::optional<int64_t> end_of_text = {}) const;
@@ -81,6 +86,7 @@ class Trainer {
   void upload(const Batch& rows, TokenBatch& to);
   Batch micro_batch(const Batch& batch, int64_t m) const;  // this process's rows of it
   void run_step();                                         // the device's part
+  void learn(const MicroBatch& micro, bool last, Tensor& loss);
   void queue_step();                                       // run_step() or its graph
 
   Recipe recipe_;
@@ -88,6 +94,7 @@ class Trainer {
   Communicator* processes_;  // null: alone
   std::unique_ptr<HostLink> link_;
   std::unique_ptr<InitialState> initial_state_;
+  std::unique_ptr<GradientExchange> exchange_;  // null: alone
   AdamW optimizer_;
   Schedule lr_;
   DecaySchedule decay_;

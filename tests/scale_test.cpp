@@ -1,0 +1,276 @@
+// Several processes train what one does: the same losses, whatever the family and the initial states; runs that end on another number of
+// processes than they began on; processes that die, disagree or are too many. docs/scale.md says how it works.
+#include <cmath>
+#include <filesystem>
+#include <fstream>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <sstream>
+
+#include "tests/support/process.h"
+#include "tests/support/tiny_training.h"
+
+namespace longhand::test {
+namespace {
+
+namespace fs = std::filesystem;
+
+// Sums over the rows of a batch are taken in another order: a rounding of f32 in every sum, which 50 steps of AdamW carry on.
+constexpr double kSameLoss = 1e-6;
+constexpr int kSteps = 50;
+
+const std::vector<std::string> kFamilies{"mamba1", "mamba2", "gla"};
+
+class Site {
+ public:
+  Site() {
+    write_shard(file("shard.jsonl"));
+    for (const std::string& family : kFamilies) std::ofstream(file(family + ".toml")) << tiny_text(family);
+  }
+  std::string file(const std::string& name) const { return folder_.file(name); }
+
+  // Starts that many processes; they share the machine's cores with whatever runs there.
+  Process start(int processes, std::vector<std::string> words) const { return Process(with_mpirun(processes, std::move(words)), here()); }
+  ProcessResult run(int processes, std::vector<std::string> words) const { return start(processes, std::move(words)).finish(); }
+  ProcessResult run_alone(std::vector<std::string> words) const { return run_process(std::move(words), here()); }
+
+  static std::vector<std::string> with_mpirun(int processes, std::vector<std::string> words) {
+    std::vector<std::string> all{MPIRUN, "--oversubscribe", "--bind-to", "none", "--mca", "mpi_yield_when_idle", "1", "-n", std::to_string(processes)};
+    all.insert(all.end(), words.begin(), words.end());
+    return all;
+  }
+  ProcessOptions here() const {
+    return {.folder = folder_.path(), .input = {}, .environment = {{"OMPI_ALLOW_RUN_AS_ROOT", "1"}, {"OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"}}};
+  }
+
+ private:
+  ScratchFolder folder_;
+};
+
+#define NEED_MPI() \
+  if (std::string(MPIRUN).empty()) SKIP("this build has no MPI")
+
+std::vector<std::string> train_words(const std::string& name, const std::vector<std::string>& settings, const std::string& family = "mamba2") {
+  std::vector<std::string> words{LONGHAND_BINARY, "train", family + ".toml", "--device", "cpu", "--name", name};
+  for (const std::string& setting : settings) words.insert(words.end(), {"--set", setting});
+  return words;
+}
+const std::vector<std::string> kData{"data.files=shard.jsonl", "train.batch_size=6", "train.log_every=1"};
+std::vector<std::string> with_data(std::vector<std::string> settings) {
+  settings.insert(settings.end(), kData.begin(), kData.end());
+  return settings;
+}
+
+std::vector<nlohmann::json> metrics_of(const std::string& run) {
+  std::ifstream in(run + "/metrics.jsonl");
+  std::vector<nlohmann::json> rows;
+  for (std::string line; std::getline(in, line);) rows.push_back(nlohmann::json::parse(line));
+  return rows;
+}
+
+void check_close(double a, double b, double tolerance = kSameLoss) {
+  CHECK(std::abs(a - b) <= tolerance * std::abs(b));
+}
+
+void check_same_run(const std::string& run, const std::string& expected, std::size_t steps) {
+  const auto rows = metrics_of(run), wanted = metrics_of(expected);
+  REQUIRE(rows.size() == steps);
+  REQUIRE(wanted.size() == steps);
+  for (std::size_t i = 0; i < steps; ++i) {
+    CAPTURE(i);
+    CHECK(rows[i]["step"] == wanted[i]["step"]);
+    CHECK(rows[i]["tokens"] == wanted[i]["tokens"]);
+    for (const char* number : {"loss", "lr", "grad_norm", "val_loss"}) {
+      CAPTURE(number);
+      REQUIRE(rows[i].contains(number) == wanted[i].contains(number));
+      if (rows[i].contains(number)) check_close(rows[i][number], wanted[i][number], 1e-5);
+    }
+  }
+}
+
+// --- the same science ---------------------------------------------------------------------------------------------
+
+// "mamba2 zero 3" -> loss, of what the program losses prints.
+std::map<std::string, double> losses_in(const std::string& text) {
+  std::map<std::string, double> losses;
+  std::istringstream in(text);
+  for (std::string line; std::getline(in, line);) {
+    const auto space = line.rfind(' ');
+    if (line.find("weights") == std::string::npos) losses[line.substr(0, space)] = std::strtod(line.c_str() + space, nullptr);
+  }
+  return losses;
+}
+
+TEST("scale: 2 and 4 processes have the losses of one in every step, for every family and strategy, and the same bits twice") {
+  NEED_MPI();
+  const Site site;
+  std::vector<std::string> words{LOSSES, "cpu", std::to_string(kSteps)};
+  for (const std::string& family : kFamilies) {
+    words.push_back(family + "-8.toml");
+    std::ofstream(site.file(words.back())) << tiny_text(family) << "[data]\nfiles = [\"shard.jsonl\"]\n";
+    std::string text = text_of(site.file(words.back()));
+    text.replace(text.find("batch_size = 4"), 14, "batch_size = 8\ngrad_accumulation = 2");
+    std::ofstream(site.file(words.back())) << text;
+  }
+  const ProcessResult alone = site.run_alone(words);
+  REQUIRE_MESSAGE(alone.code == 0, alone.err);
+  const auto expected = losses_in(alone.out);
+  REQUIRE(expected.size() == 3 * 5 * kSteps);
+  for (const int processes : {2, 4}) {
+    CAPTURE(processes);
+    const ProcessResult first = site.run(processes, words), second = site.run(processes, words);
+    REQUIRE_MESSAGE(first.code == 0, first.err);
+    CHECK(first.out == second.out);
+    const auto losses = losses_in(first.out);
+    REQUIRE(losses.size() == expected.size());
+    for (const auto& [step, loss] : losses) {
+      CAPTURE(step);
+      check_close(loss, expected.at(step));
+    }
+  }
+}
+
+TEST("scale: a run of three processes writes the checkpoint, the metrics and the validation of one") {
+  NEED_MPI();
+  const Site site;
+  const auto settings = with_data({"initial_state=fitted-noise", "data.val_files=shard.jsonl", "train.val_every=6", "train.val_batches=5"});
+  const ProcessResult alone = site.run_alone(train_words("one", settings));
+  REQUIRE_MESSAGE(alone.code == 0, alone.err);
+  for (const char* sharded : {"true", "false"}) {
+    const std::string run = std::string("sharded-") + sharded;
+    auto with_choice = settings;
+    with_choice.push_back(std::string("train.shard_optimizer=") + sharded);
+    const ProcessResult three = site.run(3, train_words(run, with_choice));
+    REQUIRE_MESSAGE(three.code == 0, three.err);
+    check_same_run(site.file("runs/" + run), site.file("runs/one"), 12);
+    // The files have the same layout and, but for roundings, the same content; whoever reads them does not see how many wrote them.
+    const std::string one = site.file("runs/one/checkpoints/step-12/"), many = site.file("runs/" + run + "/checkpoints/step-12/");
+    for (const char* name : {"model.safetensors", "optimizer.safetensors", "carried_state.safetensors"}) {
+      CAPTURE(name);
+      const NamedTensors a = read_safetensors(one + name), b = read_safetensors(many + name);
+      CHECK(a.metadata == b.metadata);
+      REQUIRE(a.tensors.size() == b.tensors.size());
+      CHECK(fs::file_size(one + name) == fs::file_size(many + name));
+      for (const auto& [tensor, values] : a.tensors) {
+        CAPTURE(tensor);
+        expect_close(b.at(tensor).to_vector<double>(), values.to_vector<double>(), 1e-3, 1e-5, tensor);
+      }
+    }
+    CHECK(fs::exists(site.file("runs/" + run + "/logs/rank-1.log")));
+    CHECK(fs::exists(site.file("runs/" + run + "/logs/rank-2.log")));
+    CHECK(three.err.find("3 processes, MPI") != std::string::npos);
+  }
+}
+
+TEST("scale: a run of two processes goes on with three, and then alone, as if nothing had changed") {
+  NEED_MPI();
+  const Site site;
+  for (const auto& [strategy, arrangement] : {std::pair("state-passing", "packed"), {"tbtt", "streams"}, {"fitted-noise", "packed"}}) {
+    CAPTURE(strategy);
+    const std::string name = strategy;
+    const auto settings = with_data({"initial_state=" + name, std::string("data.arrangement=") + arrangement, "train.checkpoint_every=4"});
+    const ProcessResult whole = site.run_alone(train_words(name + "-whole", settings));
+    REQUIRE_MESSAGE(whole.code == 0, whole.err);
+    // Ends early: the schedule is that of 12 steps, so the last checkpoint is taken away to go on from the one before.
+    auto parts = train_words(name + "-parts", settings);
+    const ProcessResult first = site.run(2, parts);
+    REQUIRE_MESSAGE(first.code == 0, first.err);
+    const std::string folder = site.file("runs/" + name + "-parts");
+    auto go_back_to = [&](int step) {
+      for (const auto& entry : fs::directory_iterator(folder + "/checkpoints"))
+        if (const std::string checkpoint = entry.path().filename().string();
+            checkpoint != "latest" && checkpoint != "step-" + std::to_string(step))
+          fs::remove_all(entry.path());
+      fs::remove(folder + "/checkpoints/latest");
+      fs::create_directory_symlink("step-" + std::to_string(step), folder + "/checkpoints/latest");
+    };
+    go_back_to(8);
+    const ProcessResult second = site.run(3, {LONGHAND_BINARY, "train", "--device", "cpu", "--resume", name + "-parts"});
+    REQUIRE_MESSAGE(second.code == 0, second.err);
+    CHECK(second.err.find("resumed after step 8") != std::string::npos);
+    check_same_run(folder, site.file("runs/" + name + "-whole"), 12);
+    go_back_to(8);
+    const ProcessResult third = site.run_alone({LONGHAND_BINARY, "train", "--device", "cpu", "--resume", name + "-parts"});
+    REQUIRE_MESSAGE(third.code == 0, third.err);
+    check_same_run(folder, site.file("runs/" + name + "-whole"), 12);
+  }
+}
+
+// --- what goes wrong -----------------------------------------------------------------------------------------------
+
+TEST("scale: when a process is killed, the job ends with its number, and the run goes on from the last checkpoint") {
+  NEED_MPI();
+  const Site site;
+  const auto settings = with_data({"train.steps=5000", "train.checkpoint_every=5", "optimizer.warmup_fraction=0.5"});
+  const auto words = train_words("killed", settings);
+  {
+    Process job = site.start(2, words);
+    const std::string run = site.file("runs/killed");
+    REQUIRE(job.wait_until([&] { return fs::exists(run + "/checkpoints/latest"); }));
+    // The victim is the process that logs to rank-1.log: the child of mpirun whose environment says so.
+    pid_t victim = 0;
+    for (const auto& entry : fs::directory_iterator("/proc")) {
+      const std::string name = entry.path().filename().string();
+      if (name.find_first_not_of("0123456789") != std::string::npos) continue;
+      std::ifstream command(entry.path().string() + "/cmdline"), environment(entry.path().string() + "/environ");
+      const std::string started((std::istreambuf_iterator<char>(command)), {}), variables((std::istreambuf_iterator<char>(environment)), {});
+      if (started.starts_with(LONGHAND_BINARY) && started.find("killed") != std::string::npos &&
+          variables.find("OMPI_COMM_WORLD_RANK=1") != std::string::npos && fs::read_symlink(entry.path() / "cwd") == fs::canonical(site.file(".")))
+        victim = std::stoi(name);
+    }
+    REQUIRE(victim > 0);
+    ::kill(victim, SIGKILL);
+    const ProcessResult ended = job.finish();
+    CHECK(ended.code != 0);
+    CHECK(ended.err.find("rank 1") != std::string::npos);
+    CHECK(ended.err.find("signal 9") != std::string::npos);
+  }
+  const ProcessResult rest = site.run(2, {LONGHAND_BINARY, "train", "--device", "cpu", "--resume", "killed", "--set", "train.steps=40"});
+  // A run that was killed behind step 40 has nothing left to do; both are a run that goes on.
+  REQUIRE_MESSAGE(rest.code == 0, rest.err);
+}
+
+TEST("scale: processes that would not train the same thing are refused with what differs") {
+  NEED_MPI();
+  const Site site;
+  auto refused = [&](std::vector<std::string> first, std::vector<std::string> second) {
+    auto words = Site::with_mpirun(1, std::move(first));
+    words.insert(words.end(), {":", "-n", "1"});
+    words.insert(words.end(), second.begin(), second.end());
+    const ProcessResult result = run_process(words, site.here());
+    CHECK(result.code != 0);
+    return result.err;
+  };
+  const std::string settings = refused(train_words("a", with_data({"optimizer.lr=1e-3"})), train_words("a", with_data({"optimizer.lr=2e-3"})));
+  CHECK(settings.find("setting: optimizer.lr=1e-3") != std::string::npos);
+  CHECK(settings.find("setting: optimizer.lr=2e-3") != std::string::npos);
+  const std::string recipes = refused(train_words("a", kData, "mamba2"), train_words("a", kData, "gla"));
+  CHECK(recipes.find("recipe: mamba2.toml") != std::string::npos);
+  CHECK(recipes.find("recipe: gla.toml") != std::string::npos);
+  fs::create_directories(site.file("other"));
+  std::ofstream(site.file("other/shard.jsonl")) << "{\"text\": \"something else\"}\n";
+  fs::copy(site.file("mamba2.toml"), site.file("other/mamba2.toml"));
+  auto elsewhere = train_words("a", kData);
+  elsewhere.insert(elsewhere.begin(), {"/usr/bin/env", "-C", site.file("other")});
+  const std::string data = refused(train_words("a", kData), elsewhere);
+  CHECK(data.find("data: shard.jsonl") != std::string::npos);
+  CHECK_FALSE(fs::exists(site.file("runs/a")));
+}
+
+TEST("scale: more processes than rows, and a device by number, are errors that say what to do") {
+  NEED_MPI();
+  const Site site;
+  const ProcessResult rows = site.run(4, train_words("few", {"data.files=shard.jsonl", "train.batch_size=3"}));
+  CHECK(rows.code != 0);
+  CHECK(rows.err.find("a micro-batch has fewer rows than there are processes") != std::string::npos);
+  CHECK(rows.err.find("process 0 of 4 ends the run") != std::string::npos);
+  CHECK_FALSE(fs::exists(site.file("runs/few")));
+  auto words = train_words("named", kData);
+  words[4] = "cuda:0";
+  const ProcessResult named = site.run(2, words);
+  CHECK(named.code != 0);
+  CHECK(named.err.find("none is named") != std::string::npos);
+}
+
+}  // namespace
+}  // namespace longhand::test
