@@ -175,7 +175,8 @@ Layout layout_of(const std::string& path, const std::map<std::string, Described>
       throw FileError("safetensors: no name for a tensor", {{"file", path}, {"tensor", printable(name)}});
     order.emplace_back(name, described);
   }
-  std::stable_sort(order.begin(), order.end(), [](const auto& a, const auto& b) { return size_of(a.second.dtype) > size_of(b.second.dtype); });
+  std::stable_sort(order.begin(), order.end(),
+                   [](const auto& a, const auto& b) { return size_of(a.second.dtype) > size_of(b.second.dtype); });
   Layout layout;
   nlohmann::ordered_json header = nlohmann::ordered_json::object();
   if (!metadata.empty()) header["__metadata__"] = metadata;
@@ -183,9 +184,8 @@ Layout layout_of(const std::string& path, const std::map<std::string, Described>
   for (const auto& [name, described] : order) {
     const auto& [dtype, shape] = described;
     const int64_t bytes = shape.numel() * size_of(dtype);
-    header[name] = {{"dtype", file_name_of(dtype)},
-                    {"shape", std::vector<int64_t>(shape.begin(), shape.end())},
-                    {"data_offsets", {at, at + bytes}}};
+    header[name] = {
+        {"dtype", file_name_of(dtype)}, {"shape", std::vector<int64_t>(shape.begin(), shape.end())}, {"data_offsets", {at, at + bytes}}};
     layout.rows.push_back({name, at, bytes});
     at += bytes;
   }

@@ -49,7 +49,9 @@ TEST("a file that several write is the file that one writes, byte for byte") {
   const Tensor a = Tensor::from(cpu, {5, 7}, numbers), b = a.reshape({35}).slice(0, 3, 14).to(Dtype::f64);
   const std::map<std::string, std::string> metadata{{"format", "pt"}};
   write_safetensors(scratch.file("one"), {{"a", a}, {"b", b}, {"empty", Tensor::empty(cpu, Dtype::f32, {0, 3})}}, metadata);
-  auto run = [](const Tensor& t, int64_t begin, int64_t end) { return TensorParts::Run{begin, t.reshape({t.numel()}).slice(0, begin, end)}; };
+  auto run = [](const Tensor& t, int64_t begin, int64_t end) {
+    return TensorParts::Run{begin, t.reshape({t.numel()}).slice(0, begin, end)};
+  };
   auto described = [&](std::vector<TensorParts::Run> of_a, std::vector<TensorParts::Run> of_b) {
     return std::map<std::string, TensorParts>{{"a", {a.dtype(), a.shape(), std::move(of_a)}},
                                               {"b", {b.dtype(), b.shape(), std::move(of_b)}},

@@ -17,7 +17,9 @@ SharedOutputFile::SharedOutputFile(const std::string& path, int64_t bytes, bool 
   if (descriptor_ < 0) throw FileError("file: cannot create", {{"file", path}, {"reason", std::string(std::strerror(errno))}});
   struct stat info {};
   const bool failed = make ? ::ftruncate(descriptor_, bytes) != 0 : ::fstat(descriptor_, &info) != 0;
-  const std::string reason = failed ? std::string(std::strerror(errno)) : info.st_size != bytes && !make ? "another size than the others see" : "";
+  const std::string reason = failed                           ? std::string(std::strerror(errno))
+                             : info.st_size != bytes && !make ? "another size than the others see"
+                                                              : "";
   if (reason.empty()) return;
   ::close(descriptor_);
   throw FileError("file: cannot be shared", {{"file", path}, {"reason", reason}});

@@ -7,6 +7,7 @@
 #include <nlohmann/json.hpp>
 #include <sstream>
 
+#include "core/safetensors.h"
 #include "tests/support/process.h"
 #include "tests/support/tiny_training.h"
 
@@ -35,22 +36,22 @@ class Site {
   ProcessResult run_alone(std::vector<std::string> words) const { return run_process(std::move(words), here()); }
 
   static std::vector<std::string> with_mpirun(int processes, std::vector<std::string> words) {
-    std::vector<std::string> all{MPIRUN, "--oversubscribe", "--bind-to", "none", "--mca", "mpi_yield_when_idle", "1", "-n", std::to_string(processes)};
+    std::vector<std::string> all{MPIRUN, "--oversubscribe",        "--bind-to", "none", "--mca", "mpi_yield_when_idle", "1",
+                                 "-n",   std::to_string(processes)};
     all.insert(all.end(), words.begin(), words.end());
     return all;
   }
   ProcessOptions here() const {
-    return {.folder = folder_.path(), .input = {}, .environment = {{"OMPI_ALLOW_RUN_AS_ROOT", "1"}, {"OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"}}};
+    return {
+        .folder = folder_.path(), .input = {}, .environment = {{"OMPI_ALLOW_RUN_AS_ROOT", "1"}, {"OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"}}};
   }
 
  private:
   ScratchFolder folder_;
 };
 
-#define NEED_MPI() \
-  if (std::string(MPIRUN).empty()) SKIP("this build has no MPI")
-
-std::vector<std::string> train_words(const std::string& name, const std::vector<std::string>& settings, const std::string& family = "mamba2") {
+std::vector<std::string> train_words(const std::string& name, const std::vector<std::string>& settings,
+                                     const std::string& family = "mamba2") {
   std::vector<std::string> words{LONGHAND_BINARY, "train", family + ".toml", "--device", "cpu", "--name", name};
   for (const std::string& setting : settings) words.insert(words.end(), {"--set", setting});
   return words;
@@ -102,7 +103,7 @@ std::map<std::string, double> losses_in(const std::string& text) {
 }
 
 TEST("scale: 2 and 4 processes have the losses of one in every step, for every family and strategy, and the same bits twice") {
-  NEED_MPI();
+  if (std::string(MPIRUN).empty()) SKIP("this build has no MPI");
   const Site site;
   std::vector<std::string> words{LOSSES, "cpu", std::to_string(kSteps)};
   for (const std::string& family : kFamilies) {
@@ -131,7 +132,7 @@ TEST("scale: 2 and 4 processes have the losses of one in every step, for every f
 }
 
 TEST("scale: a run of three processes writes the checkpoint, the metrics and the validation of one") {
-  NEED_MPI();
+  if (std::string(MPIRUN).empty()) SKIP("this build has no MPI");
   const Site site;
   const auto settings = with_data({"initial_state=fitted-noise", "data.val_files=shard.jsonl", "train.val_every=6", "train.val_batches=5"});
   const ProcessResult alone = site.run_alone(train_words("one", settings));
@@ -163,7 +164,7 @@ TEST("scale: a run of three processes writes the checkpoint, the metrics and the
 }
 
 TEST("scale: a run of two processes goes on with three, and then alone, as if nothing had changed") {
-  NEED_MPI();
+  if (std::string(MPIRUN).empty()) SKIP("this build has no MPI");
   const Site site;
   for (const auto& [strategy, arrangement] : {std::pair("state-passing", "packed"), {"tbtt", "streams"}, {"fitted-noise", "packed"}}) {
     CAPTURE(strategy);
@@ -199,9 +200,9 @@ TEST("scale: a run of two processes goes on with three, and then alone, as if no
 // --- what goes wrong -----------------------------------------------------------------------------------------------
 
 TEST("scale: when a process is killed, the job ends with its number, and the run goes on from the last checkpoint") {
-  NEED_MPI();
+  if (std::string(MPIRUN).empty()) SKIP("this build has no MPI");
   const Site site;
-  const auto settings = with_data({"train.steps=5000", "train.checkpoint_every=5", "optimizer.warmup_fraction=0.5"});
+  const auto settings = with_data({"train.steps=100", "train.checkpoint_every=5", "initial_state=state-passing"});
   const auto words = train_words("killed", settings);
   {
     Process job = site.start(2, words);
@@ -213,9 +214,11 @@ TEST("scale: when a process is killed, the job ends with its number, and the run
       const std::string name = entry.path().filename().string();
       if (name.find_first_not_of("0123456789") != std::string::npos) continue;
       std::ifstream command(entry.path().string() + "/cmdline"), environment(entry.path().string() + "/environ");
-      const std::string started((std::istreambuf_iterator<char>(command)), {}), variables((std::istreambuf_iterator<char>(environment)), {});
+      const std::string started((std::istreambuf_iterator<char>(command)), {}),
+          variables((std::istreambuf_iterator<char>(environment)), {});
       if (started.starts_with(LONGHAND_BINARY) && started.find("killed") != std::string::npos &&
-          variables.find("OMPI_COMM_WORLD_RANK=1") != std::string::npos && fs::read_symlink(entry.path() / "cwd") == fs::canonical(site.file(".")))
+          variables.find("OMPI_COMM_WORLD_RANK=1") != std::string::npos &&
+          fs::read_symlink(entry.path() / "cwd") == fs::canonical(site.file(".")))
         victim = std::stoi(name);
     }
     REQUIRE(victim > 0);
@@ -225,13 +228,18 @@ TEST("scale: when a process is killed, the job ends with its number, and the run
     CHECK(ended.err.find("rank 1") != std::string::npos);
     CHECK(ended.err.find("signal 9") != std::string::npos);
   }
-  const ProcessResult rest = site.run(2, {LONGHAND_BINARY, "train", "--device", "cpu", "--resume", "killed", "--set", "train.steps=40"});
-  // A run that was killed behind step 40 has nothing left to do; both are a run that goes on.
+  CHECK(fs::exists(site.file("runs/killed/checkpoints/latest/training.json")));
+  CHECK_FALSE(fs::exists(site.file("runs/killed/checkpoints/step-100")));  // or nothing was interrupted
+  const ProcessResult rest = site.run(2, {LONGHAND_BINARY, "train", "--device", "cpu", "--resume", "killed"});
   REQUIRE_MESSAGE(rest.code == 0, rest.err);
+  CHECK(rest.err.find("resumed after step") != std::string::npos);
+  const ProcessResult whole = site.run_alone(train_words("whole", settings));
+  REQUIRE_MESSAGE(whole.code == 0, whole.err);
+  check_same_run(site.file("runs/killed"), site.file("runs/whole"), 100);
 }
 
 TEST("scale: processes that would not train the same thing are refused with what differs") {
-  NEED_MPI();
+  if (std::string(MPIRUN).empty()) SKIP("this build has no MPI");
   const Site site;
   auto refused = [&](std::vector<std::string> first, std::vector<std::string> second) {
     auto words = Site::with_mpirun(1, std::move(first));
@@ -241,7 +249,8 @@ TEST("scale: processes that would not train the same thing are refused with what
     CHECK(result.code != 0);
     return result.err;
   };
-  const std::string settings = refused(train_words("a", with_data({"optimizer.lr=1e-3"})), train_words("a", with_data({"optimizer.lr=2e-3"})));
+  const std::string settings =
+      refused(train_words("a", with_data({"optimizer.lr=1e-3"})), train_words("a", with_data({"optimizer.lr=2e-3"})));
   CHECK(settings.find("setting: optimizer.lr=1e-3") != std::string::npos);
   CHECK(settings.find("setting: optimizer.lr=2e-3") != std::string::npos);
   const std::string recipes = refused(train_words("a", kData, "mamba2"), train_words("a", kData, "gla"));
@@ -258,7 +267,7 @@ TEST("scale: processes that would not train the same thing are refused with what
 }
 
 TEST("scale: more processes than rows, and a device by number, are errors that say what to do") {
-  NEED_MPI();
+  if (std::string(MPIRUN).empty()) SKIP("this build has no MPI");
   const Site site;
   const ProcessResult rows = site.run(4, train_words("few", {"data.files=shard.jsonl", "train.batch_size=3"}));
   CHECK(rows.code != 0);

@@ -15,6 +15,7 @@
 #include "core/switches.h"
 #include "tools/bench_command.h"
 #include "tools/bench_model_command.h"
+#include "tools/bench_scale_command.h"
 #include "tools/convert_command.h"
 #include "tools/data_commands.h"
 #include "tools/doctor_command.h"
@@ -199,6 +200,12 @@ void add_bench(CLI::App& app, Action& action) {
   train->callback([=, &action] { action = [=] { return run_bench_train(*models); }; });
   prefill->callback([=, &action] { action = [=] { return run_bench_prefill(*models); }; });
   decode->callback([=, &action] { action = [=] { return run_bench_decode(*models); }; });
+
+  auto* scale =
+      bench->add_subcommand("scale", "What several processes gain over one and what they tell each other; started by mpirun or srun");
+  auto several = std::make_shared<BenchScaleOptions>();
+  add_bench_scale_options(*scale, *several);
+  scale->callback([=, &action] { action = [=] { return run_bench_scale(*several); }; });
 }
 
 void add_doctor(CLI::App& app, Action& action) {

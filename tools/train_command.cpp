@@ -3,14 +3,9 @@
 
 #include <fmt/format.h>
 
-#include <omp.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <chrono>
 #include <filesystem>
 #include <memory>
-#include <thread>
 
 #include "core/crc32.h"
 #include "core/error.h"
@@ -20,6 +15,7 @@
 #include "eval/perplexity.h"
 #include "eval/run_folder.h"
 #include "models/checkpoint.h"
+#include "tools/process_device.h"
 #include "train/communicator.h"
 #include "train/data_record.h"
 #include "train/determinism.h"
@@ -194,41 +190,11 @@ int train(TrainingJob& job, const Device& device, Communicator& processes, bool 
   return 0;
 }
 
-// The device of this process: of several on a machine with GPUs, each has its own. What is wrong for one is an error of all.
-Device device_of(const std::string& asked, Communicator& processes, const LocalPlace& place) {
-  const int gpus = cuda_device_count();
-  const std::string name = !asked.empty() ? asked : gpus > 0 ? "cuda" : "cpu";
-  if (processes.alone()) return Device::parse(name);
-  if (name != "cpu" && name != "cuda")
-    throw ConfigError("train: several processes have a GPU each: none is named",
-                      {{"given", "--device " + name}, {"try", "--device cuda, and CUDA_VISIBLE_DEVICES to leave some out"}});
-  char host[256] = "";
-  ::gethostname(host, sizeof host - 1);
-  const char* visible = std::getenv("CUDA_VISIBLE_DEVICES");
-  const std::string mine = fmt::format("{}, CUDA_VISIBLE_DEVICES={}", host, visible == nullptr ? "" : visible);
-  const std::vector<std::string> names = processes.all_texts(name), places = processes.all_texts(mine);
-  for (std::size_t p = 1; p < names.size(); ++p)
-    if (names[p] != names[0])
-      throw ConfigError("train: the processes do not all have a GPU",
-                        {{"process 0", names[0] + " on " + places[0]}, {fmt::format("process {}", p), names[p] + " on " + places[p]},
-                         {"try", "--device cpu, or as many GPUs as processes on every machine"}});
-  if (name == "cpu") return Device::cpu();
-  // A launcher may show each process of a machine a GPU of its own.
-  const bool own_gpu = gpus == 1 && std::count(places.begin(), places.end(), mine) == 1;
-  const std::string problem = gpus >= place.size || own_gpu ? "" : fmt::format("{} GPUs for {} processes on {}", gpus, place.size, host);
-  const std::vector<std::string> problems = processes.all_texts(problem);
-  for (std::size_t p = 0; p < problems.size(); ++p)
-    if (!problems[p].empty())
-      throw DeviceError("train: a machine has fewer GPUs than processes",
-                        {{fmt::format("process {}", p), problems[p]}, {"try", "one process a GPU, or --device cpu"}});
-  return Device::cuda(gpus >= place.size ? static_cast<int>(place.rank) : 0);
-}
-
 // What has to be the same for all processes, and is compared before anything begins: first what decides which questions are asked at all.
 std::string description_of(const TrainCommand& command) {
   const MappedFile program("/proc/self/exe");
-  std::string text = fmt::format("build: {:08x}, {} bytes\nrecipe: {}\n", crc32(program.bytes().data(), program.size()), program.size(),
-                                 command.recipe);
+  std::string text =
+      fmt::format("build: {:08x}, {} bytes\nrecipe: {}\n", crc32(program.bytes().data(), program.size()), program.size(), command.recipe);
   for (const auto& [name, value] : {std::pair("resume", command.resume), {"init-from", command.init_from}, {"name", command.name}})
     text += fmt::format("{}: {}\n", name, value);
   for (const std::string& setting : command.overrides) text += "setting: " + setting + "\n";
@@ -240,7 +206,8 @@ std::string description_of(const Recipe& recipe, const Device& device, const std
   std::string text = fmt::format("device: {}\nrun: {}\n", device.is_cuda() ? device.description() : "cpu", run);
   std::vector<std::string> files = recipe.data.files;
   files.insert(files.end(), recipe.data.val_files.begin(), recipe.data.val_files.end());
-  for (const DataFileRecord& file : record_data(files)) text += fmt::format("data: {}, {} bytes, check {:08x}\n", file.file, file.bytes, file.check);
+  for (const DataFileRecord& file : record_data(files))
+    text += fmt::format("data: {}, {} bytes, check {:08x}\n", file.file, file.bytes, file.check);
   std::string section;
   const std::string toml = to_toml(recipe);
   for (std::size_t at = 0; at < toml.size();) {
@@ -262,24 +229,8 @@ int run_train(const TrainCommand& command) {
     print_recipe_keys();
     return 0;
   }
-  LocalPlace place;
-  std::unique_ptr<Communicator> processes = join_processes(place);
-  if (processes->alone()) return train_together(command, processes, place);
-  const int64_t cores = ::sysconf(_SC_NPROCESSORS_ONLN), share = std::max<int64_t>(1, cores / place.size);
-  if (std::getenv("OMP_NUM_THREADS") == nullptr)
-    omp_set_num_threads(static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(omp_get_num_procs(), share))));
-  if (omp_get_num_procs() < share && processes->leads())
-    fmt::print(stderr, "warning: the launcher lets a process use {} of the {} cores that are its share; mpirun --bind-to none gives it all\n",
-               omp_get_num_procs(), share);
-  try {
-    return train_together(command, processes, place);
-  } catch (const std::exception& problem) {
-    // What is wrong for all is said once, by process 0, whose end is the end of all; what is wrong for one it says itself.
-    if (!processes->leads()) std::this_thread::sleep_for(std::chrono::seconds(1));
-    fmt::print(stderr, "error: {}\nprocess {} of {} ends the run\n", problem.what(), processes->rank(), processes->size());
-    std::fflush(nullptr);
-    processes->abort(1);
-  }
+  return with_processes(
+      [&](std::unique_ptr<Communicator>& processes, const LocalPlace& place) { return train_together(command, processes, place); });
 }
 
 namespace {
@@ -297,7 +248,7 @@ int train_together(const TrainCommand& command, std::unique_ptr<Communicator>& p
     throw ConfigError("train: no recipe", {{"try", "longhand train RECIPE.toml, or longhand train --resume RUN"}});
   if (command.verify_determinism > 0 && !processes->alone())
     throw ConfigError("train: determinism is verified in one process", {{"processes", std::to_string(processes->size())}});
-  const Device device = device_of(command.device, *processes, place);
+  const Device device = device_of_process(command.device, *processes, place);
   const auto agree = [&](const Recipe& recipe, const std::string& run) {
     if (!processes->alone()) require_same_everywhere(*processes, description_of(recipe, device, run));
     processes = with_device(std::move(processes), device, command.nccl);

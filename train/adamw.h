@@ -52,8 +52,8 @@ struct AdamWPiece {
 /// errors   DtypeError for f64 masters on a GPU
 /// source   Loshchilov & Hutter 2019, arXiv:1711.05101, Algorithm 2 (decay scaled by the learning rate); clipping: Pascanu et al. 2013
 ///
-/// Several optimizers can share a set's copies, each with its own parts of the flat buffers: it keeps moments of those alone, and changes no
-/// weight elsewhere.
+/// Several optimizers can share a set's copies, each with its own parts of the flat buffers: it keeps moments of those alone, and changes
+/// no weight elsewhere.
 class AdamW {
  public:
   /// own  parts of the flat buffers, ascending, at multiples of 4 elements; none: all of them

@@ -126,11 +126,10 @@ void adamw_update_cuda(const AdamWBuffers& b, const AdamWRule& rule, std::span<c
     const int64_t quads = (piece.end - piece.begin) / kQuad;
     const auto blocks = static_cast<unsigned>((quads + kUpdateThreads - 1) / kUpdateThreads);
     auto launch = [&](auto kernel, uint2* copy) {
-      kernel<<<blocks, kUpdateThreads, 0, stream>>>(rule, control, piece.decays,
-                                                    reinterpret_cast<const float4*>(b.grad.data<float>() + piece.begin),
-                                                    reinterpret_cast<float4*>(b.master.data<float>() + piece.begin),
-                                                    reinterpret_cast<float4*>(b.first.data<float>() + piece.moments),
-                                                    reinterpret_cast<float4*>(b.second.data<float>() + piece.moments), copy, quads);
+      kernel<<<blocks, kUpdateThreads, 0, stream>>>(
+          rule, control, piece.decays, reinterpret_cast<const float4*>(b.grad.data<float>() + piece.begin),
+          reinterpret_cast<float4*>(b.master.data<float>() + piece.begin), reinterpret_cast<float4*>(b.first.data<float>() + piece.moments),
+          reinterpret_cast<float4*>(b.second.data<float>() + piece.moments), copy, quads);
       launch_check("update_kernel", blocks, kUpdateThreads);
     };
     if (b.compute) {

@@ -112,14 +112,16 @@ void require_same_everywhere(Communicator& processes, const std::string& text) {
   const std::vector<std::string> texts = processes.all_texts(text);
   for (std::size_t p = 1; p < texts.size(); ++p) {
     if (texts[p] == texts[0]) continue;
-    std::vector<ErrorRow> rows;
     const std::vector<std::string> first = lines_of(texts[0]), other = lines_of(texts[p]);
-    for (std::size_t i = 0; i < std::max(first.size(), other.size()) && rows.size() < 8; ++i) {
-      const std::string a = i < first.size() ? first[i] : "(absent)", b = i < other.size() ? other[i] : "(absent)";
-      if (a == b) continue;
-      rows.push_back({"process 0", a});
-      rows.push_back({fmt::format("process {}", p), b});
-    }
+    std::vector<ErrorRow> rows;
+    auto tell = [&](const std::string& who, const std::vector<std::string>& lines, const std::vector<std::string>& known) {
+      constexpr std::size_t kShown = 4;
+      std::size_t shown = 0;
+      for (const std::string& line : lines)
+        if (std::find(known.begin(), known.end(), line) == known.end() && ++shown <= kShown) rows.push_back({who, line});
+    };
+    tell("process 0", first, other);
+    tell(fmt::format("process {}", p), other, first);
     throw ConfigError("train: the processes do not agree on what to do", rows);
   }
 }

@@ -114,9 +114,8 @@ class NcclProcesses final : public Communicator {
   void broadcast(const Tensor& whole, int64_t root) override {
     if (!on_gpu(whole)) return host_->broadcast(whole, root);
     const auto bytes = static_cast<size_t>(whole.numel() * size_of(whole.dtype()));
-    queued([&] {
-      check(ncclBroadcast(whole.raw(), whole.raw(), bytes, ncclUint8, static_cast<int>(root), nccl_, queue_), "ncclBroadcast");
-    });
+    queued(
+        [&] { check(ncclBroadcast(whole.raw(), whole.raw(), bytes, ncclUint8, static_cast<int>(root), nccl_, queue_), "ncclBroadcast"); });
   }
 
   Tensor gather(const Tensor& part) override { return host_->gather(part); }

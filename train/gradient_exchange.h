@@ -46,10 +46,10 @@ class GradientExchange {
 
  private:
   struct Bucket {
-    Part range;                 // of the flat buffers
-    int64_t parameters = 0;     // in it
+    Part range;                  // of the flat buffers
+    int64_t parameters = 0;      // in it
     int64_t first_declared = 0;  // of those; backward comes to it last
-    bool masters_read = false;  // products read some of them in the masters' type
+    bool masters_read = false;   // products read some of them in the masters' type
   };
   void exchange_ready();
 

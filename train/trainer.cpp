@@ -48,9 +48,8 @@ Trainer::Trainer(const Recipe& recipe, LanguageModel& model, Communicator* proce
                                                                .seed = static_cast<uint64_t>(recipe.seed),
                                                                .options = recipe.initial_state_options,
                                                                .processes = processes})),
-      exchange_(processes == nullptr
-                    ? nullptr
-                    : std::make_unique<GradientExchange>(model.parameters(), *processes, recipe.train.shard_optimizer)),
+      exchange_(processes == nullptr ? nullptr
+                                     : std::make_unique<GradientExchange>(model.parameters(), *processes, recipe.train.shard_optimizer)),
       optimizer_(model.parameters(), optimizer_options(recipe, model), exchange_ ? exchange_->own() : std::vector<Part>()),
       lr_{recipe.train.steps, recipe.optimizer.lr, recipe.optimizer.min_lr, recipe.optimizer.warmup_fraction},
       decay_(decay_schedule_from(recipe.optimizer.weight_decay_schedule)),

@@ -87,7 +87,7 @@ class Trainer {
   Batch micro_batch(const Batch& batch, int64_t m) const;  // this process's rows of it
   void run_step();                                         // the device's part
   void learn(const MicroBatch& micro, bool last, Tensor& loss);
-  void queue_step();                                       // run_step() or its graph
+  void queue_step();  // run_step() or its graph
 
   Recipe recipe_;
   LanguageModel& model_;

@@ -22,7 +22,8 @@
 namespace longhand {
 namespace {
 
-void train(const std::string& file, const std::string& strategy, const Device& device, int64_t steps, Communicator& processes, bool together) {
+void train(const std::string& file, const std::string& strategy, const Device& device, int64_t steps, Communicator& processes,
+           bool together) {
   std::vector<std::string> settings{"initial_state=" + strategy, fmt::format("train.steps={}", steps)};
   if (strategy == "tbtt") settings.push_back("data.arrangement=streams");
   Recipe recipe = read_recipe(file, settings);
@@ -41,7 +42,8 @@ void train(const std::string& file, const std::string& strategy, const Device& d
     trainer.request_report();
     text += fmt::format("{} {} {} {:a}\n", recipe.model.family, strategy, step, trainer.receive_report().loss);
   }
-  const Tensor weights = (model.parameters().flat_compute() ? model.parameters().flat_compute() : model.parameters().flat_master()).to(Device::cpu());
+  const Tensor weights =
+      (model.parameters().flat_compute() ? model.parameters().flat_compute() : model.parameters().flat_master()).to(Device::cpu());
   const std::string check =
       fmt::format("{:08x}", crc32(weights.raw(), static_cast<std::size_t>(weights.numel() * size_of(weights.dtype()))));
   require_same_everywhere(processes, "weights: " + check);  // all end with the same model

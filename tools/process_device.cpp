@@ -1,0 +1,70 @@
+// See process_device.h.
+#include "tools/process_device.h"
+
+#include <fmt/format.h>
+#include <omp.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdlib>
+#include <thread>
+#include <vector>
+
+#include "core/error.h"
+
+namespace longhand {
+
+int with_processes(const std::function<int(std::unique_ptr<Communicator>&, const LocalPlace&)>& work) {
+  LocalPlace place;
+  std::unique_ptr<Communicator> processes = join_processes(place);
+  if (processes->alone()) return work(processes, place);
+  const int64_t cores = ::sysconf(_SC_NPROCESSORS_ONLN), share = std::max<int64_t>(1, cores / place.size);
+  if (std::getenv("OMP_NUM_THREADS") == nullptr)
+    omp_set_num_threads(static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(omp_get_num_procs(), share))));
+  if (omp_get_num_procs() < share && processes->leads())
+    fmt::print(stderr,
+               "warning: the launcher lets a process use {} of the {} cores that are its share; mpirun --bind-to none gives it all\n",
+               omp_get_num_procs(), share);
+  try {
+    return work(processes, place);
+  } catch (const std::exception& problem) {
+    // What is wrong for all is said once, by process 0, whose end is the end of all; what is wrong for one it says itself.
+    if (!processes->leads()) std::this_thread::sleep_for(std::chrono::seconds(1));
+    fmt::print(stderr, "error: {}\nprocess {} of {} ends the run\n", problem.what(), processes->rank(), processes->size());
+    std::fflush(nullptr);
+    processes->abort(1);
+  }
+}
+
+Device device_of_process(const std::string& asked, Communicator& processes, const LocalPlace& place) {
+  const int gpus = cuda_device_count();
+  const std::string name = !asked.empty() ? asked : gpus > 0 ? "cuda" : "cpu";
+  if (processes.alone()) return Device::parse(name);
+  if (name != "cpu" && name != "cuda")
+    throw ConfigError("train: several processes have a GPU each: none is named",
+                      {{"given", "--device " + name}, {"try", "--device cuda, and CUDA_VISIBLE_DEVICES to leave some out"}});
+  char host[256] = "";
+  ::gethostname(host, sizeof host - 1);
+  const char* visible = std::getenv("CUDA_VISIBLE_DEVICES");
+  const std::string mine = fmt::format("{}, CUDA_VISIBLE_DEVICES={}", host, visible == nullptr ? "" : visible);
+  const std::vector<std::string> names = processes.all_texts(name), places = processes.all_texts(mine);
+  for (std::size_t p = 1; p < names.size(); ++p)
+    if (names[p] != names[0])
+      throw ConfigError("train: the processes do not all have a GPU",
+                        {{"process 0", names[0] + " on " + places[0]},
+                         {fmt::format("process {}", p), names[p] + " on " + places[p]},
+                         {"try", "--device cpu, or as many GPUs as processes on every machine"}});
+  if (name == "cpu") return Device::cpu();
+  // A launcher may show each process of a machine a GPU of its own.
+  const bool own_gpu = gpus == 1 && std::count(places.begin(), places.end(), mine) == 1;
+  const std::string problem = gpus >= place.size || own_gpu ? "" : fmt::format("{} GPUs for {} processes on {}", gpus, place.size, host);
+  const std::vector<std::string> problems = processes.all_texts(problem);
+  for (std::size_t p = 0; p < problems.size(); ++p)
+    if (!problems[p].empty())
+      throw DeviceError("train: a machine has fewer GPUs than processes",
+                        {{fmt::format("process {}", p), problems[p]}, {"try", "one process a GPU, or --device cpu"}});
+  return Device::cuda(gpus >= place.size ? static_cast<int>(place.rank) : 0);
+}
+
+}  // namespace longhand
