@@ -62,8 +62,9 @@ void read_all(RunData& run, const std::string& name, std::vector<T>& list, const
   if (!fs::is_directory(folder)) return;
   for (const auto& entry : fs::directory_iterator(folder)) {
     const fs::path& path = entry.path();
-    const std::string second = path.stem().extension().string();  // NAME.histogram.csv and NAME.curve.csv belong to NAME.csv
-    if (path.extension() == ".csv" && path.filename().string().starts_with(name + "-") && second != ".histogram" && second != ".curve")
+    const std::string second = path.stem().extension().string();  // NAME.histogram.csv and the like belong to NAME.csv
+    if (path.extension() == ".csv" && path.filename().string().starts_with(name + "-") && second != ".histogram" && second != ".curve" &&
+        second != ".spread")
       tables.push_back(path);
   }
   std::sort(tables.begin(), tables.end());
@@ -88,6 +89,7 @@ struct Member {
   const T* what;
   std::string name;  // of its curve
   int color;
+  bool dashed;
 };
 
 // The measurements of all runs in groups of the same data, documents, context and distance, with names that tell them apart.
@@ -95,7 +97,7 @@ template <class T>
 std::vector<std::vector<Member<T>>> groups_of(const Runs& runs, std::vector<T> RunData::*list) {
   std::map<std::tuple<std::string, std::string, int64_t, std::string>, std::vector<Member<T>>> groups;
   for (std::size_t r = 0; r < runs.size(); ++r)
-    for (const T& m : runs[r].*list) groups[{m.data, m.documents, m.context, m.distance}].push_back({r, &m, "", 0});
+    for (const T& m : runs[r].*list) groups[{m.data, m.documents, m.context, m.distance}].push_back({r, &m, "", 0, runs[r].dashed});
   std::vector<std::vector<Member<T>>> named;
   for (auto& [key, members] : groups) {
     for (std::size_t i = 0; i < members.size(); ++i) {
@@ -108,7 +110,7 @@ std::vector<std::vector<Member<T>>> groups_of(const Runs& runs, std::vector<T> R
       m.name = runs[m.run].name;
       if (like(false) > 1 && m.what->step >= 0) m.name += fmt::format(", step {}", format_count(m.what->step));
       if (like(true) > 1) m.name += ", " + m.what->file;
-      m.color = static_cast<int>(runs.size() > 1 && like(false) == 1 ? m.run : i);
+      m.color = runs.size() > 1 && like(false) == 1 ? runs[m.run].color : static_cast<int>(i);
     }
     named.push_back(std::move(members));
   }
@@ -175,12 +177,22 @@ std::string range_text(int64_t first, int64_t last) {
   return first == last ? format_count(last) : fmt::format("{}\u00a0–\u00a0{}", format_count(first), format_count(last));
 }
 
+// " ± 0.4", where the measurement says how much its sequences differ over just these positions.
+std::string error_text(const PositionCurve& curve, const PositionBin& bin) {
+  for (const PositionSpread& s : curve.spreads)
+    if (s.first == bin.first && s.last == bin.last && s.sequences > 1)
+      return fmt::format(" ± {}", format_number(std::stod(fmt::format("{:.2g}", s.perplexity_standard_error()))));
+  return "";
+}
+
 }  // namespace
 
 void read_measurements(RunData& run) {
   read_all(run, "ppl", run.curves, [&](const std::string& path, PositionCurve& curve) {
     curve.bins =
         read_position_csv(path, kCurveBinsPerOctave, run.train_length ? std::vector<int64_t>{*run.train_length} : std::vector<int64_t>{});
+    if (const fs::path spread = fs::path(path).replace_extension(".spread.csv"); fs::exists(spread))
+      curve.spreads = read_spread_csv(spread.string());
   });
   read_all(run, "remember", run.remembrance,
            [](const std::string& path, RemembranceCurve& curve) { curve.points = read_remembrance_csv(path); });
@@ -207,7 +219,7 @@ void add_perplexity_figures(const Runs& runs, std::vector<Figure>& figures) {
     add_markers(plot, lengths);
     int64_t furthest = 2;
     for (const auto& m : members) {
-      Series series{.name = m.name, .points = {}, .color = m.color};
+      Series series{.name = m.name, .points = {}, .color = m.color, .dashed = m.dashed};
       for (const PositionBin& bin : m.what->bins) series.points.emplace_back(bin.centre(), bin.perplexity());
       plot.series.push_back(std::move(series));
       furthest = std::max(furthest, m.what->bins.back().last);
@@ -220,13 +232,15 @@ void add_perplexity_figures(const Runs& runs, std::vector<Figure>& figures) {
     for (std::size_t i = 0; i < members.size(); ++i) {
       table.name(members[i].name);
       for (const PositionBin& bin : octave_bins(members[i].what->bins, 1, {lengths.begin(), lengths.end()}, first))
-        table.set({bin.last, bin.first}, range_text(bin.first, bin.last), i, format_aligned(bin.perplexity()));
+        table.set({bin.last, bin.first}, range_text(bin.first, bin.last), i,
+                  format_aligned(bin.perplexity()) + error_text(*members[i].what, bin));
     }
     figures.push_back({"Perplexity by position: " + data,
                        data_text(*members.front().what) +
                            " Perplexity at a position is exp of the mean loss there, starting from the zero state." + counts_text(members) +
                            fmt::format(" Neighbouring positions are joined ({} bins each time the position doubles, geometric mean).",
-                                       kCurveBinsPerOctave),
+                                       kCurveBinsPerOctave) +
+                           (members.front().what->spreads.empty() ? "" : " ±: standard error over the sequences."),
                        legend_html(plot.series), line_plot_svg(plot), table.finish()});
   }
 }
@@ -243,7 +257,11 @@ void add_remembrance_figures(const Runs& runs, std::vector<Figure>& figures) {
     add_markers(plot, training_lengths(runs, members));
     ColumnTable table("Start t (tokens left)", members.size());
     for (std::size_t i = 0; i < members.size(); ++i) {
-      Series series{.name = members[i].name, .points = {}, .color = members[i].color, .dots = members[i].what->points.size() <= 60};
+      Series series{.name = members[i].name,
+                    .points = {},
+                    .color = members[i].color,
+                    .dashed = members[i].dashed,
+                    .dots = members[i].what->points.size() <= 60};
       table.name(members[i].name);
       for (const RemembrancePoint& p : members[i].what->points) {
         series.points.emplace_back(static_cast<double>(p.lag), p.mean);
@@ -278,7 +296,7 @@ void add_state_figures(const Runs& runs, std::vector<Figure>& figures) {
     add_markers(plot, lengths);
     ColumnTable table("Position", members.size());
     for (std::size_t i = 0; i < members.size(); ++i) {
-      Series series{.name = members[i].name, .points = {}, .color = members[i].color};
+      Series series{.name = members[i].name, .points = {}, .color = members[i].color, .dashed = members[i].dashed};
       table.name(members[i].name);
       for (const StateLine& line : members[i].what->lines) {
         if (line.layer != kAllLayers || line.tensor != "ssm") continue;
@@ -357,7 +375,7 @@ void add_forgetting_figures(const Runs& runs, std::vector<Figure>& figures) {
     ColumnTable table("Layer", 3 * members.size());
     bool any_finite = false;
     for (std::size_t i = 0; i < members.size(); ++i) {
-      Series series{.name = members[i].name, .points = {}, .color = members[i].color, .dots = true};
+      Series series{.name = members[i].name, .points = {}, .color = members[i].color, .dashed = members[i].dashed, .dots = true};
       for (const char* column : {"half left", "tenth left", "90% reach"}) table.name(members[i].name + ": " + column);
       // The line of a layer is the mean of its heads, or its only head.
       std::map<int64_t, const ForgettingLine*> layers;

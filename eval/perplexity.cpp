@@ -32,6 +32,22 @@ double PositionLoss::mean_loss() const {
   return std::accumulate(loss_sum.begin(), loss_sum.end(), 0.0) / static_cast<double>(total_tokens());
 }
 
+void PositionSpread::add(double sequence_loss) {
+  const double before = sequence_loss - loss;
+  loss += before / static_cast<double>(++sequences);
+  squares += before * (sequence_loss - loss);
+}
+
+double PositionSpread::standard_error() const {
+  if (sequences < 2) return std::numeric_limits<double>::quiet_NaN();
+  const auto n = static_cast<double>(sequences);
+  return std::sqrt(squares / (n - 1) / n);
+}
+
+double PositionSpread::perplexity_standard_error() const {
+  return std::exp(loss) * standard_error();
+}
+
 namespace {
 
 struct Row {
@@ -39,6 +55,8 @@ struct Row {
   int64_t sequence = 0;   // its number, from 1
   int64_t positions = 0;  // to score
   int64_t at = 0;         // scored so far
+  std::size_t range = 0;  // that it is in, and the sum of its losses there
+  double range_sum = 0;
   int64_t left() const { return positions - at; }
 };
 
@@ -46,12 +64,34 @@ bool take_next(Row& row, const NextSequence& next, int64_t& taken, const Languag
   if (!next(row.tokens)) return false;
   row.sequence = ++taken;
   row.at = 0;
+  row.range = 0, row.range_sum = 0;
   row.positions = std::min(static_cast<int64_t>(row.tokens.size()) - 1, context);
   if (row.positions < 1)
     throw ValueError("eval: a sequence without a token to predict",
                      {{"sequence", std::to_string(taken)}, {"tokens", std::to_string(row.tokens.size())}});
   require_tokens_of(row.tokens, model.config().vocab_size, taken);
   return true;
+}
+
+std::vector<PositionSpread> empty_spreads(const std::vector<int64_t>& ends) {
+  std::vector<PositionSpread> spreads;
+  int64_t before = 0;
+  for (const int64_t end : ends) {
+    if (end <= before)
+      throw ValueError("eval: ends of ranges that do not rise", {{"end", std::to_string(end)}, {"before", std::to_string(before)}});
+    spreads.push_back({before + 1, end, 0, 0, 0});
+    before = end;
+  }
+  return spreads;
+}
+
+void add_to_spreads(Row& row, int64_t position, double loss, std::vector<PositionSpread>& spreads) {
+  if (row.range == spreads.size()) return;
+  PositionSpread& spread = spreads[row.range];
+  row.range_sum += loss;
+  if (position < spread.last) return;
+  spread.add(row.range_sum / static_cast<double>(spread.last - spread.first + 1));
+  ++row.range, row.range_sum = 0;
 }
 
 // The next `width` tokens of every row; where a row ends earlier, zeros that the mask leaves out.
@@ -86,6 +126,7 @@ PositionLoss position_loss(const LanguageModel& model, const NextSequence& next,
   const NoGrad no_grad;
 
   PositionLoss result;
+  result.spreads = empty_spreads(options.spread_ends);
   EvalProgress progress;
   int64_t taken = 0;
   std::vector<Row> rows;
@@ -116,6 +157,7 @@ PositionLoss position_loss(const LanguageModel& model, const NextSequence& next,
                                                                        {"try", "LONGHAND_CHECK=1 to see which layer it comes from"}});
         result.loss_sum[static_cast<std::size_t>(row.at + t)] += loss;
         ++result.tokens[static_cast<std::size_t>(row.at + t)];
+        add_to_spreads(row, row.at + t + 1, loss, result.spreads);
       }
       row.at += count;
       progress.tokens += count;

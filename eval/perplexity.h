@@ -9,11 +9,24 @@
 
 namespace longhand {
 
+/// How much sequences differ over a range of positions: of each sequence that reaches its end, the mean loss over the range.
+struct PositionSpread {
+  int64_t first = 0, last = 0;  // positions, both included
+  int64_t sequences = 0;
+  double loss = 0;     // mean over the sequences
+  double squares = 0;  // sum of their squared deviations from it
+
+  void add(double sequence_loss);
+  double standard_error() const;             // of loss, sqrt(squares / (n - 1) / n); NaN for fewer than two sequences
+  double perplexity_standard_error() const;  // exp(loss) * standard_error(), to first order
+};
+
 /// Sums by position; position p = 1, 2, ... is the prediction of a token from the p tokens before it, and is stored at index p - 1.
 struct PositionLoss {
   std::vector<double> loss_sum;  // nats, over the sequences that reach the position
   std::vector<int64_t> tokens;   // how many sequences reach it
   int64_t sequences = 0;
+  std::vector<PositionSpread> spreads;  // one for each of spread_ends that a position comes up to
 
   int64_t positions() const { return static_cast<int64_t>(tokens.size()); }
   double loss(int64_t position) const;        // mean over sequences; NaN where none reaches
@@ -23,9 +36,10 @@ struct PositionLoss {
 };
 
 struct PositionLossOptions {
-  int64_t context = 2048;  // positions scored of each sequence
-  int64_t chunk = 2048;    // tokens of a row in one forward; the state is carried from chunk to chunk
-  int64_t batch = 8;       // rows at once; a row whose sequence ends takes the next one from the zero state
+  int64_t context = 2048;                 // positions scored of each sequence
+  int64_t chunk = 2048;                   // tokens of a row in one forward; the state is carried from chunk to chunk
+  int64_t batch = 8;                      // rows at once; a row whose sequence ends takes the next one from the zero state
+  std::vector<int64_t> spread_ends = {};  // rising: range i holds the positions behind end i - 1, up to end i
   EvalProgressCall progress = {};
 };
 
@@ -36,7 +50,8 @@ struct PositionLossOptions {
 /// memory   of the device: one chunk of batch rows and their state, whatever the context; of the host: the rows' tokens and two numbers a
 ///          position
 /// holds    chunk and batch do not change the result, but for the rounding of the model
-/// errors   ValueError for a sequence of fewer than 2 tokens or a token outside the vocabulary; NumericError naming sequence and position
+/// errors   ValueError for a sequence of fewer than 2 tokens, spread_ends that do not rise from 1, or a token outside the vocabulary;
+/// NumericError naming sequence and position
 ///          for a loss that is no number
 /// source   Buitrago Ruiz & Gu 2025, arXiv:2507.02782
 PositionLoss position_loss(const LanguageModel& model, const NextSequence& next, const PositionLossOptions& options);

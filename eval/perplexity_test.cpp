@@ -72,6 +72,44 @@ TEST("several rows of different lengths give the sums of single rows, each seque
     }
 }
 
+TEST("the spread of sequences: a case by hand, and ranges of positions in any chunks") {
+  PositionSpread by_hand;
+  for (const double loss : {1.0, 2.0, 6.0}) by_hand.add(loss);
+  CHECK(by_hand.loss == 3);
+  CHECK(by_hand.squares == 14);
+  CHECK(by_hand.standard_error() == doctest::Approx(std::sqrt(14.0 / 2 / 3)));
+  CHECK(by_hand.perplexity_standard_error() == doctest::Approx(std::exp(3.0) * std::sqrt(14.0 / 2 / 3)));
+  CHECK(std::isnan(PositionSpread{}.standard_error()));
+
+  const auto model = small_model(Dtype::f64);
+  const Sequences sequences = random_sequences({41, 9, 41, 30, 41});
+  const std::vector<int64_t> ends{1, 8, 20, 40};
+  for (const int64_t batch : {1, 3})
+    for (const int64_t chunk : {1, 7, 64}) {
+      const PositionLoss loss =
+          position_loss(*model, each_of(sequences), {.context = 40, .chunk = chunk, .batch = batch, .spread_ends = ends});
+      REQUIRE(loss.spreads.size() == 4);
+      int64_t first = 1;
+      for (std::size_t i = 0; i < ends.size(); ++i) {
+        PositionSpread expected;
+        for (const auto& sequence : sequences) {
+          if (std::ssize(sequence) - 1 < ends[i]) continue;
+          const std::vector<double> losses = whole(*model, sequence);
+          double sum = 0;
+          for (int64_t p = first; p <= ends[i]; ++p) sum += losses[static_cast<std::size_t>(p - 1)];
+          expected.add(sum / static_cast<double>(ends[i] - first + 1));
+        }
+        CHECK(loss.spreads[i].first == first);
+        CHECK(loss.spreads[i].last == ends[i]);
+        CHECK(loss.spreads[i].sequences == expected.sequences);
+        CHECK(loss.spreads[i].loss == doctest::Approx(expected.loss).epsilon(1e-12));
+        CHECK(loss.spreads[i].standard_error() == doctest::Approx(expected.standard_error()).epsilon(1e-9));
+        first = ends[i] + 1;
+      }
+    }
+  CHECK_THROWS_AS(position_loss(*model, each_of(sequences), {.context = 8, .spread_ends = {4, 4}}), ValueError);
+}
+
 TEST("a model that knows nothing has loss log V and perplexity V at every position") {
   const auto model = small_model(Dtype::f32, 0);
   const PositionLoss loss = measure(*model, random_sequences({41, 30}), 40, 16, 2);

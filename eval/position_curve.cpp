@@ -16,6 +16,7 @@ namespace longhand {
 namespace {
 
 constexpr const char *kHeader = "position,tokens,loss,perplexity", *kBinHeader = "first,last,tokens,loss,perplexity";
+constexpr const char* kSpreadHeader = "first,last,sequences,loss,standard_error";
 
 // Joins bins one by one as they come, so that a file of any length can be read in constant memory.
 class BinJoiner {
@@ -112,6 +113,36 @@ std::vector<PositionBin> octave_bins(const std::vector<PositionBin>& bins, int p
   BinJoiner joiner(per_octave, ends, first);
   for (const PositionBin& bin : bins) joiner.add(bin);
   return joiner.finish();
+}
+
+std::vector<int64_t> octave_ends(int64_t positions, const std::vector<int64_t>& ends) {
+  std::vector<int64_t> all{positions};
+  for (int64_t end = 1; end < positions; end *= 2) all.push_back(end);
+  for (const int64_t end : ends)
+    if (end >= 1 && end < positions) all.push_back(end);
+  std::sort(all.begin(), all.end());
+  all.erase(std::unique(all.begin(), all.end()), all.end());
+  return all;
+}
+
+std::string spread_csv(const PositionLoss& loss) {
+  std::string text = std::string(kSpreadHeader) + "\n";
+  for (const PositionSpread& s : loss.spreads)
+    if (s.sequences > 0) text += fmt::format("{},{},{},{:.9g},{:.9g}\n", s.first, s.last, s.sequences, s.loss, s.standard_error());
+  return text;
+}
+
+std::vector<PositionSpread> read_spread_csv(const std::string& path) {
+  std::vector<PositionSpread> spreads;
+  read_csv(path, kSpreadHeader, [&](const CsvRow& row) {
+    PositionSpread s{row.count(0), row.count(1), row.count(2), row.finite(3), 0};
+    const double error = row.number(4);
+    const auto n = static_cast<double>(s.sequences);
+    if (s.first > s.last || s.sequences < 1 || error < 0) row.refuse("not a range of positions with sequences and an error");
+    if (s.sequences > 1) s.squares = error * error * n * (n - 1);
+    spreads.push_back(s);
+  });
+  return spreads;
 }
 
 std::string position_csv(const PositionLoss& loss, int bins_per_octave) {

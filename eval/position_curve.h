@@ -7,6 +7,7 @@
 namespace longhand {
 
 struct PositionLoss;
+struct PositionSpread;
 
 /// Neighbouring positions put together.
 struct PositionBin {
@@ -31,6 +32,13 @@ std::vector<PositionBin> position_bins(const PositionLoss& loss);
 /// holds    the sums of tokens and of tokens * loss stay what they are
 std::vector<PositionBin> octave_bins(const std::vector<PositionBin>& bins, int per_octave, const std::vector<int64_t>& ends = {},
                                      int64_t first = 1);
+
+/// The ends of octave_bins(..., 1, ends) over so many positions: powers of two, `ends` and the last position, rising.
+std::vector<int64_t> octave_ends(int64_t positions, const std::vector<int64_t>& ends = {});
+
+/// "first,last,sequences,loss,standard_error", one line for each range that a sequence reached the end of.
+std::string spread_csv(const PositionLoss& loss);
+std::vector<PositionSpread> read_spread_csv(const std::string& path);
 
 /// "position,tokens,loss,perplexity" and one line a position; tokens is the number of sequences that reach the position. With
 /// bins_per_octave above 0 "first,last,tokens,loss,perplexity" and one line for each of octave_bins; tokens and loss are those of the bin.

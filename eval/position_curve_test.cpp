@@ -145,3 +145,12 @@ TEST("a damaged CSV is refused with file, line and reason") {
   CHECK(falling.find('3') != std::string::npos);
   CHECK_THROWS_AS(read_position_csv(scratch.file("missing.csv"), 1), FileError);
 }
+
+TEST("octave ends are those of the bins") {
+  CHECK(octave_ends(1) == std::vector<int64_t>{1});
+  CHECK(octave_ends(20, {5, 8, 20, 99}) == std::vector<int64_t>{1, 2, 4, 5, 8, 16, 20});
+  const auto bins = octave_bins(position_bins(made_up_loss(300)), 1, {220});
+  std::vector<int64_t> ends;
+  for (const PositionBin& bin : bins) ends.push_back(bin.last);
+  CHECK(ends == octave_ends(300, {220}));
+}

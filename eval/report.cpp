@@ -294,6 +294,37 @@ RunData read_run(const std::string& folder) {
   return run;
 }
 
+namespace {
+
+// The index of the run on the page that `run` was started from; -1: none of them.
+int base_of(const RunData& run, const Runs& runs) {
+  const std::string from = run.config.get("init_from").value_or("");
+  if (from.empty()) return -1;
+  const std::string folder = folder_name(from.substr(0, from.find("/checkpoints/")));
+  for (std::size_t r = 0; r < runs.size(); ++r)
+    if (&runs[r] != &run && folder_name(runs[r].folder) == folder) return static_cast<int>(r);
+  return -1;
+}
+
+void choose_colors(Runs& runs) {
+  std::vector<int> bases;
+  std::map<int, int> started;  // from a base
+  for (const RunData& run : runs) {
+    bases.push_back(base_of(run, runs));
+    if (bases.back() >= 0) ++started[bases.back()];
+  }
+  const bool pairs =
+      started.size() >= 2 && 2 * started.size() == runs.size() &&
+      std::none_of(started.begin(), started.end(), [&](const auto& s) { return bases[static_cast<std::size_t>(s.first)] >= 0; });
+  int next = 0;
+  for (std::size_t r = 0; r < runs.size(); ++r)
+    if (!pairs || bases[r] < 0) runs[r].color = next++;
+  for (std::size_t r = 0; r < runs.size() && pairs; ++r)
+    if (bases[r] >= 0) runs[r].color = runs[static_cast<std::size_t>(bases[r])].color, runs[r].dashed = true;
+}
+
+}  // namespace
+
 std::vector<RunData> read_runs(const std::vector<std::string>& folders) {
   std::vector<RunData> runs;
   std::map<std::string, int> names;
@@ -301,6 +332,7 @@ std::vector<RunData> read_runs(const std::vector<std::string>& folders) {
   for (const RunData& run : runs) ++names[run.name];
   for (RunData& run : runs)
     if (names[run.name] > 1) run.name = run.folder;
+  choose_colors(runs);
   return runs;
 }
 

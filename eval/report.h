@@ -12,6 +12,7 @@
 
 #include "core/error.h"
 #include "eval/forgetting.h"
+#include "eval/perplexity.h"
 #include "eval/plot.h"
 #include "eval/position_curve.h"
 #include "eval/remembrance.h"
@@ -32,7 +33,8 @@ struct Measurement {
 };
 
 struct PositionCurve : Measurement {
-  std::vector<PositionBin> bins;  // kCurveBinsPerOctave an octave
+  std::vector<PositionBin> bins;        // kCurveBinsPerOctave an octave
+  std::vector<PositionSpread> spreads;  // of ranges of positions, when the measurement has them
 };
 inline constexpr int kCurveBinsPerOctave = 24;
 
@@ -67,6 +69,8 @@ struct TaskResult {
 struct RunData {
   std::string name;  // unique among the runs of a page
   std::string folder;
+  int color = 0;        // of its curves
+  bool dashed = false;  // its curves, in figures of measures: the run goes on from another one on the page that has the same colour
   Metrics metrics;
   FlatConfig config;
   std::optional<int64_t> train_length;  // tokens in a training row
@@ -82,7 +86,8 @@ struct RunData {
 /// errors   FileError if the folder does not exist or holds neither metrics nor evaluations
 RunData read_run(const std::string& folder);
 
-/// Reads several; runs of the same folder name are told apart by their paths.
+/// Reads several; runs of the same folder name are told apart by their paths. Each has its colour, unless the page is made of pairs: two or
+/// more bases, each with one run that was started from it (init_from). Then a pair shares a colour, and the second run's curves are dashed.
 std::vector<RunData> read_runs(const std::vector<std::string>& folders);
 
 struct Table {

@@ -98,6 +98,52 @@ TEST("several runs share one plot with a legend, and settings that differ are sh
   CHECK(page.find("http") == std::string::npos);
 }
 
+TEST("perplexities carry their standard errors where the sequences were compared over the same positions") {
+  const ScratchFolder scratch;
+  const std::string run = scratch.file("base");
+  add_metrics(run, 5);
+  add_config(run, 0.001);
+  add_curve(run, "ppl-val", 4096, 3);
+  PositionLoss loss;
+  loss.spreads = {{2049, 4096, 4, 3, 4 * 3 * 0.01 * 0.01}, {513, 1023, 4, 3, 1}};
+  CHECK(loss.spreads[0].standard_error() == doctest::Approx(0.01));
+  write_file_atomically(run + "/eval/ppl-val.spread.csv", spread_csv(loss));
+  const auto back = read_spread_csv(run + "/eval/ppl-val.spread.csv");
+  REQUIRE(back.size() == 2);
+  CHECK(back[0].standard_error() == doctest::Approx(0.01));
+  const RunData data = read_run(run);
+  CHECK(data.curves.size() == 1);
+  CHECK(data.problems.empty());
+  const std::string page = page_of({run});
+  CHECK(count(page, " ± 0.2</td>") == 1);  // exp(3) * 0.01, of 2,049 to 4,096 alone
+  CHECK(page.find("standard error over the sequences") != std::string::npos);
+  write_file_atomically(run + "/eval/ppl-val.spread.csv", "first,last,sequences,loss,standard_error\n5,4,1,1,1\n");
+  CHECK(read_run(run).problems.size() == 1);
+}
+
+TEST("a page of pairs has one colour for each, and dashes the run that was started from the other") {
+  const ScratchFolder scratch;
+  const auto add = [&](const std::string& name, const std::string& from) {
+    const std::string run = scratch.file(name);
+    add_metrics(run, 5);
+    write_file_atomically(run + "/config.toml", "init_from = \"" + from + "\"\n[train]\nlength = 512\n");
+    add_curve(run, "ppl-val", 64, 3, R"({"data_name": "val", "context": 64, "step": 10})");
+    return run;
+  };
+  const std::string a = add("a", ""), a_sp = add("a-sp", "runs/a/checkpoints/step-7"), b = add("b", ""), b_sp = add("b-sp", "elsewhere/b");
+  const std::string other = add("other", "runs/a/checkpoints/step-7");
+  const auto looks = [](const std::vector<std::string>& runs) {
+    std::string text;
+    for (const RunData& run : read_runs(runs)) text += std::to_string(run.color) + (run.dashed ? "- " : " ");
+    return text;
+  };
+  CHECK(looks({a, b, a_sp, b_sp}) == "0 1 0- 1- ");
+  CHECK(looks({a, a_sp}) == "0 1 ");
+  CHECK(looks({a, a_sp, b}) == "0 1 2 ");
+  CHECK(looks({a, a_sp, other, b, b_sp}) == "0 1 2 3 4 ");
+  CHECK(count(page_of({a, b, a_sp, b_sp}), "stroke-dasharray") > count(page_of({a, a_sp, b}), "stroke-dasharray"));
+}
+
 TEST("curves of other data or another context get their own figure; checkpoints of a run are told apart") {
   const ScratchFolder scratch;
   const std::string run = scratch.file("base");

@@ -2,6 +2,7 @@
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <cmath>
 #include <nlohmann/json.hpp>
 
@@ -25,12 +26,16 @@ struct PplOptions {
 
 void print_summary(std::FILE* to, const PositionLoss& loss, int64_t train_length) {
   const std::vector<int64_t> ends = train_length > 0 ? std::vector<int64_t>{train_length} : std::vector<int64_t>{};
-  fmt::print(to, "{:>23}  {:>12}  {:>10}  {:>12}\n", "positions", "tokens", "loss", "perplexity");
+  fmt::print(to, "{:>23}  {:>12}  {:>10}  {:>12}  {:>9}\n", "positions", "tokens", "loss", "perplexity", "+-");
   for (const PositionBin& bin : octave_bins(position_bins(loss), 1, ends)) {
+    const auto spread = std::find_if(loss.spreads.begin(), loss.spreads.end(), [&](const PositionSpread& s) {
+      return s.first == bin.first && s.last == bin.last && s.sequences > 1;
+    });
+    const std::string error = spread == loss.spreads.end() ? "" : fmt::format("{:.3g}", spread->perplexity_standard_error());
     const std::string range = bin.first == bin.last ? format_count(bin.first) : format_count(bin.first) + " - " + format_count(bin.last);
     const bool end = bin.last == train_length && loss.positions() > train_length;
-    fmt::print(to, "{:>23}  {:>12}  {:>10.5f}  {:>12.6g}{}\n", range, format_count(static_cast<int64_t>(bin.tokens)), bin.loss,
-               bin.perplexity(), end ? "   <- end of the training length" : "");
+    fmt::print(to, "{:>23}  {:>12}  {:>10.5f}  {:>12.6g}  {:>9}{}\n", range, format_count(static_cast<int64_t>(bin.tokens)), bin.loss,
+               bin.perplexity(), error, end ? "   <- end of the training length" : "");
   }
   fmt::print(to, "{:>23}  {:>12}  {:>10.5f}  {:>12.6g}\n", "all", format_count(loss.total_tokens()), loss.mean_loss(),
              std::exp(loss.mean_loss()));
@@ -39,14 +44,18 @@ void print_summary(std::FILE* to, const PositionLoss& loss, int64_t train_length
 
 int run(const PplOptions& options) {
   EvalSession session(options.eval, "ppl");
-  const PositionLoss loss = position_loss(
-      session.model(), session.next(),
-      {.context = options.eval.context, .chunk = options.eval.chunk, .batch = options.eval.batch, .progress = session.progress()});
+  const PositionLoss loss = position_loss(session.model(), session.next(),
+                                          {.context = options.eval.context,
+                                           .chunk = options.eval.chunk,
+                                           .batch = options.eval.batch,
+                                           .spread_ends = octave_ends(options.eval.context, {session.train_length()}),
+                                           .progress = session.progress()});
   session.finish(loss.sequences, loss.total_tokens());
   const int bins = options.bins >= 0 ? static_cast<int>(options.bins) : loss.positions() > kMostPositions ? kBinsBeyond : 0;
   const std::string csv = position_csv(loss, bins);
   print_summary(session.summary_stream(), loss, session.train_length());
-  session.write("loss by position", "", {{csv, ""}}, {{"mean_loss", loss.mean_loss()}, {"bins_per_octave", bins}});
+  session.write("loss by position", "", {{csv, ""}, {spread_csv(loss), "spread"}},
+                {{"mean_loss", loss.mean_loss()}, {"bins_per_octave", bins}});
   return 0;
 }
 

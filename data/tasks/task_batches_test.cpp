@@ -2,6 +2,7 @@
 #include "data/tasks/task_batches.h"
 
 #include <fstream>
+#include <set>
 
 #include "core/error.h"
 #include "data/tasks/copying.h"
@@ -112,6 +113,35 @@ TEST("task batches: the same for any number of threads, and resumed after any ba
     Batch batch;
     copies(other_seed).next(batch);
     CHECK(batch.tokens != whole[0].tokens);
+  }
+}
+
+TEST("task batches: passkey and babilong rows too are the same for any number of threads, and every row of its own") {
+  const test::ScratchFolder scratch;
+  std::ofstream(scratch.file("qa1_a.txt")) << "1 Ann ran.\n2 Where is Ann? \tbarn\t1\n3 Bob ate.\n4 Where is Bob? \thall\t3\n";
+  std::string book;
+  for (int i = 1000; i < 4000; ++i) book += "Sentence " + std::to_string(i) + " of the book. ";
+  std::ofstream(scratch.file("books.jsonl")) << "{\"text\": \"" + book + "\"}\n";
+  const TaskContext context{.options = {.digits = 5, .babi = {scratch.file("qa1_a.txt")}, .lengths = {"0k", "600"}},
+                            .tokenizer = open_tokenizer("bytes"),
+                            .files = {scratch.file("books.jsonl")},
+                            .row_tokens = 701};
+  for (const char* task : {"passkey", "babilong"}) {
+    CAPTURE(task);
+    const auto batches = [&](int threads, uint64_t seed) {
+      BatchStream stream = task_batches({.rows = 7, .length = 700, .seed = seed, .threads = threads}, task, context);
+      std::vector<Batch> out(3);
+      for (Batch& batch : out) stream.next(batch);
+      return out;
+    };
+    const std::vector<Batch> one = batches(0, 3), five = batches(5, 3), other = batches(0, 4);
+    std::set<std::vector<int32_t>> rows;
+    for (std::size_t k = 0; k < one.size(); ++k) {
+      expect_same(one[k], five[k]);
+      CHECK(one[k].tokens != other[k].tokens);
+      for (int64_t b = 0; b < 7; ++b) rows.insert({one[k].row(b).begin(), one[k].row(b).end()});
+    }
+    CHECK(rows.size() == 21);
   }
 }
 
