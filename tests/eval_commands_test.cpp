@@ -90,12 +90,14 @@ TEST("eval: every measure of every family gives its tables beside the run, and t
     }
     const std::string stem = "-val-packed-128-n2-";
     CHECK(bench.tables(family) == std::vector<std::string>{"forget" + stem + "f32-step-7.csv", "forget" + stem + "f32-step-7.curve.csv",
-                                                           "ppl" + stem + "f32-step-7.csv", "remember" + stem + "js-f32-step-7.csv",
+                                                           "ppl" + stem + "f32-step-7.csv", "ppl" + stem + "f32-step-7.spread.csv",
+                                                           "remember" + stem + "js-f32-step-7.csv",
                                                            "remember" + stem + "tv-log2-f32-step-7.csv", "state" + stem + "f32-step-7.csv",
                                                            "state" + stem + "f32-step-7.histogram.csv"});
     const std::string folder = bench.file("runs/" + family + "/eval/");
     CHECK(first_line(text_of(folder + "forget" + stem + "f32-step-7.csv")) ==
           "layer,head,half_life,tenth_life,reach_50,reach_90,retention_at_end");
+    CHECK(first_line(text_of(folder + "ppl" + stem + "f32-step-7.spread.csv")) == "first,last,sequences,loss,standard_error");
     CHECK(first_line(text_of(folder + "remember" + stem + "js-f32-step-7.csv")) == "start,lag,sequences,mean,standard_error");
     const auto description = nlohmann::json::parse(text_of(folder + "remember" + stem + "js-f32-step-7.json"));
     CHECK(description.at("distance") == "js");
@@ -120,8 +122,10 @@ TEST("eval: measurements that differ in type or sequences do not overwrite each 
     words.insert(words.end(), more.begin(), more.end());
     CHECK(bench.eval("ppl", "mamba2", words).code == 0);
   }
-  CHECK(bench.tables("mamba2") == std::vector<std::string>{"ppl-val-long-first-64-f32-step-7.csv", "ppl-val-long-first-64-f64-step-7.csv",
-                                                           "ppl-val-long-first-64-n1-f32-step-7.csv", "ppl-val-packed-64-f32-step-7.csv"});
+  std::vector<std::string> expected;
+  for (const char* which : {"long-first-64-f32", "long-first-64-f64", "long-first-64-n1-f32", "packed-64-f32"})
+    for (const char* table : {"", ".spread"}) expected.push_back(std::string("ppl-val-") + which + "-step-7" + table + ".csv");
+  CHECK(bench.tables("mamba2") == expected);
 }
 
 TEST("eval: --out - gives the table on stdout and nothing else there; --out FILE has its second table beside it") {
