@@ -36,10 +36,11 @@ std::string memory_report(const MemoryUse& use) {
 }
 
 void* CachingAllocator::allocate(std::size_t bytes) {
-  const std::size_t size = size_class(bytes);
   const std::lock_guard lock(mutex_);
+  const bool exact = switches().exact && !reserving_;  // a graph's memory outlives its tensors
+  const std::size_t size = exact ? std::max<std::size_t>(bytes, 1) : size_class(bytes);
   void* block = nullptr;
-  if (auto found = free_.find(size); found != free_.end() && !found->second.empty()) {
+  if (auto found = free_.find(size); !exact && found != free_.end() && !found->second.empty()) {
     block = found->second.back();
     found->second.pop_back();
   } else {
@@ -60,6 +61,7 @@ void* CachingAllocator::allocate(std::size_t bytes) {
   const auto signed_size = static_cast<int64_t>(size);
   Block& entry = live_[block];
   entry.bytes = size;
+  entry.exact = exact;
   if (reserving_) noted_[block] = size;
   use_.live_bytes += signed_size;
   if (switches().memory) {
@@ -71,7 +73,7 @@ void* CachingAllocator::allocate(std::size_t bytes) {
     use_.peak_bytes = use_.live_bytes;
     if (switches().memory) use_.peak_by_op = use_.live_by_op;
   }
-  if (switches().poison) fill_bytes(block, 0xFF, size);
+  if (switches().poison && !exact) fill_bytes(block, 0xFF, size);
   return block;
 }
 
@@ -83,7 +85,12 @@ void CachingAllocator::release(void* block) noexcept {
   if (found->second.counted) use_.live_by_op[found->second.op] -= signed_size;
   if (!found->second.reserved) {
     use_.live_bytes -= signed_size;
-    free_[found->second.bytes].push_back(block);
+    if (found->second.exact && !reserving_) {
+      system_release(block);
+      use_.reserved_bytes -= signed_size;
+    } else {
+      free_[found->second.bytes].push_back(block);
+    }
   }
   live_.erase(found);
 }

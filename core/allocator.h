@@ -29,7 +29,9 @@ class CachingAllocator {
  public:
   virtual ~CachingAllocator() = default;
 
-  /// A block of at least `bytes` bytes, aligned to 256. With LONGHAND_POISON=1 every byte is 0xFF (NaN in every float type).
+  /// A block of at least `bytes` bytes, aligned to 256. With LONGHAND_POISON=1 every byte is 0xFF (NaN in every float type). With
+  /// LONGHAND_EXACT=1 it has exactly that many bytes, comes from the system and goes back to it when released, and is not poisoned: what
+  /// nobody wrote is then for the memory checker to see.
   /// errors  MemoryError saying what was asked, what is live and what the device has
   void* allocate(std::size_t bytes);
   void release(void* block) noexcept;
@@ -55,6 +57,7 @@ class CachingAllocator {
     std::size_t bytes = 0;
     bool counted = false;   // in live_by_op, under `op`
     bool reserved = false;  // stays out of free_ when released
+    bool exact = false;     // of its own; goes back to the system
     std::string op;
   };
   mutable std::mutex mutex_;

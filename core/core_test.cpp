@@ -98,6 +98,7 @@ TEST("switches hold for a scope and unknown names are reported") {
 }
 
 TEST("freed blocks are handed out again, and the peak is remembered") {
+  const SwitchScope scope([](Switches& s) { s.exact = false; });
   CachingAllocator& memory = Device::cpu().allocator();
   const Tensor kept = Tensor::empty(Device::cpu(), Dtype::f32, {1 << 16});
   const MemoryUse before = memory.use();
@@ -107,6 +108,28 @@ TEST("freed blocks are handed out again, and the peak is remembered") {
   CHECK(memory.use().system_allocations == taken);
   CHECK(memory.use().live_bytes == before.live_bytes);
   CHECK(memory.use().peak_bytes >= before.live_bytes + 12345 * 4);
+}
+
+TEST("exact memory is as large as was asked, from the system and back to it at once") {
+  CachingAllocator& memory = Device::cpu().allocator();
+  void* const before_scope = memory.allocate(777);
+  const SwitchScope scope([](Switches& s) { s.exact = true; });
+  const MemoryUse before = memory.use();
+  for (int i = 1; i <= 3; ++i) {
+    void* const block = memory.allocate(777);
+    CHECK(reinterpret_cast<std::uintptr_t>(block) % 256 == 0);
+    CHECK(memory.use().system_allocations == before.system_allocations + i);
+    CHECK(memory.use().reserved_bytes == before.reserved_bytes + 777);
+    CHECK(memory.use().live_bytes == before.live_bytes + 777);
+    memory.release(block);
+    CHECK(memory.use().reserved_bytes == before.reserved_bytes);
+  }
+  memory.begin_reserving();  // recorded work writes into its memory after the tensors are gone
+  void* const recorded = memory.allocate(777);
+  memory.release(recorded);
+  CHECK(memory.use().reserved_bytes > before.reserved_bytes + 777);
+  memory.give_back(memory.end_reserving());
+  memory.release(before_scope);
 }
 
 TEST("memory is counted by op and layer") {
@@ -129,7 +152,7 @@ TEST("memory outside any op is counted, and given back") {
 }
 
 TEST("poisoned buffers read as NaN") {
-  const SwitchScope scope([](Switches& s) { s.poison = true; });
+  const SwitchScope scope([](Switches& s) { s.poison = true, s.exact = false; });
   CHECK(std::isnan(Tensor::empty(Device::cpu(), Dtype::f32, {3}).to_vector<float>()[1]));
   CHECK(std::isnan(static_cast<float>(Tensor::empty(Device::cpu(), Dtype::bf16, {1}).data<bf16>()[0])));
 }
@@ -159,6 +182,7 @@ TEST("a failed atomic write leaves the old content and no other file") {
 }
 
 TEST("reserved blocks are given to nobody until they are given back") {
+  const SwitchScope scope([](Switches& s) { s.exact = false; });
   CachingAllocator& memory = Device::cpu().allocator();
   memory.release_cached();
   const int64_t before = memory.use().live_bytes;

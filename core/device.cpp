@@ -20,7 +20,10 @@ class CpuAllocator final : public CachingAllocator {
   ~CpuAllocator() override { release_cached(); }
 
  protected:
-  void* system_allocate(std::size_t bytes) override { return std::aligned_alloc(256, (bytes + 255) / 256 * 256); }
+  void* system_allocate(std::size_t bytes) override {
+    void* block = nullptr;
+    return ::posix_memalign(&block, 256, bytes) == 0 ? block : nullptr;
+  }
   void system_release(void* block) noexcept override { std::free(block); }
   void fill_bytes(void* block, int value, std::size_t bytes) override { std::memset(block, value, bytes); }
   std::string description() const override { return "cpu"; }

@@ -13,11 +13,12 @@
 namespace longhand {
 namespace {
 
-constexpr std::array<SwitchRow, 9> kTable{{
+constexpr std::array<SwitchRow, 10> kTable{{
     {"LONGHAND_TRACE", "0, 1, 2", "each op in order; 2 adds shapes, dtypes and milliseconds"},
     {"LONGHAND_MEMORY", "0, 1", "live and peak bytes, and the ops whose tensors were alive at the peak"},
     {"LONGHAND_CHECK", "0, 1", "domain checks; stops at the first NaN or infinity and names op, tensor, index and layer"},
     {"LONGHAND_POISON", "0, 1", "new buffers start as NaN, so that a value nobody wrote is seen"},
+    {"LONGHAND_EXACT", "0, 1", "each tensor's memory is its own and exactly as large as it is, for memory checkers (1 under ASan)"},
     {"LONGHAND_DATA", "folder", "real data for the tests (without it those tests are skipped)"},
     {"LONGHAND_GOLDEN", "folder", "reference cases for the tests (without it those tests are skipped)"},
     {"LONGHAND_KILLS", "a number", "how many times the crash test kills a run (8 without it)"},
@@ -25,9 +26,21 @@ constexpr std::array<SwitchRow, 9> kTable{{
     {"LONGHAND_SOAK_STEPS", "a number", "how many steps the soak test trains (2000 without it)"},
 }};
 
-int read_level(const char* name, int highest) {
+#if defined(__SANITIZE_ADDRESS__)
+constexpr int kUnderAsan = 1;
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+constexpr int kUnderAsan = 1;
+#else
+constexpr int kUnderAsan = 0;
+#endif
+#else
+constexpr int kUnderAsan = 0;
+#endif
+
+int read_level(const char* name, int highest, int unset = 0) {
   const char* value = std::getenv(name);
-  if (value == nullptr || *value == '\0') return 0;
+  if (value == nullptr || *value == '\0') return unset;
   for (int level = 0; level <= highest; ++level)
     if (std::to_string(level) == value) return level;
   throw ConfigError("switches: a value that the switch does not take",
@@ -41,6 +54,7 @@ Switches& current() {
     read.memory = read_level("LONGHAND_MEMORY", 1) != 0;
     read.check = read_level("LONGHAND_CHECK", 1) != 0;
     read.poison = read_level("LONGHAND_POISON", 1) != 0;
+    read.exact = read_level("LONGHAND_EXACT", 1, kUnderAsan) != 0;
     return read;
   }();
   return s;

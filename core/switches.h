@@ -11,6 +11,7 @@ struct Switches {
   bool memory = false;  // LONGHAND_MEMORY: bytes alive at the peak, by the op that made them
   bool check = false;   // LONGHAND_CHECK: domain checks; stop at the first NaN or infinity
   bool poison = false;  // LONGHAND_POISON: new buffers are filled with NaN, so that a value nobody wrote is seen
+  bool exact = false;   // LONGHAND_EXACT: a tensor's memory is its own, so that memory checkers see every step beside it
 };
 
 const Switches& switches();

@@ -171,6 +171,9 @@ class StreamsBatcher : public Batcher {
   StreamsBatcher(const BatcherOptions& options, DocumentSource source, const DataCursor& cursor)
       : options_(options), source_(std::move(source)), cursor_(cursor), rows_(index(options.rows)) {
     if (cursor_.streams.empty()) cursor_.streams.resize(rows_.size());
+    if (cursor_.streams.size() != rows_.size())
+      throw FileError("data: the cursor has another number of streams than the batch has rows",
+                      {{"cursor", std::to_string(cursor_.streams.size())}, {"rows", std::to_string(rows_.size())}});
     std::vector<DocumentPosition> places;
     for (const StreamPosition& stream : cursor_.streams)
       if (stream.in_document) places.push_back(stream.at);

@@ -13,8 +13,12 @@ nlohmann::json place_to_json(const DocumentPosition& p) {
   return {p.epoch, p.part, p.line, p.token};
 }
 
+int64_t count_from_json(const nlohmann::json& j, int64_t least = 0) {
+  return whole_count(j, "data cursor", least);
+}
+
 DocumentPosition place_from_json(const nlohmann::json& j) {
-  return {whole_number(j.at(0)), whole_number(j.at(1)), whole_number(j.at(2)), whole_number(j.at(3))};
+  return {count_from_json(j.at(0)), count_from_json(j.at(1), -1), count_from_json(j.at(2)), count_from_json(j.at(3))};
 }
 
 }  // namespace
@@ -39,11 +43,11 @@ DataCursor DataCursor::from_json(std::string_view text) {
     const auto in = nlohmann::ordered_json::parse(text);
     DataCursor out;
     for (const auto& [name, value] : in.at("made_with").items()) out.made_with.emplace_back(name, value.get<std::string>());
-    out.batches = whole_number(in.at("batches"));
+    out.batches = count_from_json(in.at("batches"));
     out.next = place_from_json(in.at("next"));
-    out.block = whole_number(in.at("block"));
-    out.first_row = whole_number(in.at("first_row"));
-    out.used_rows = whole_number(in.at("used_rows"));
+    out.block = count_from_json(in.at("block"));
+    out.first_row = count_from_json(in.at("first_row"));
+    out.used_rows = count_from_json(in.at("used_rows"));
     for (const auto& row : in.at("streams"))
       out.streams.push_back({row.at("started").get<bool>(), row.at("in_document").get<bool>(), place_from_json(row.at("at"))});
     return out;

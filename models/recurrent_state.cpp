@@ -162,9 +162,10 @@ RecurrentState RecurrentState::from_named_tensors(const std::map<std::string, Te
     const char* end = name.data() + name.size();
     const auto parsed = std::from_chars(name.data() + std::min(kPrefix.size(), name.size()), end, layer);
     // Each slot has one name: "layers.03.ssm" would be a second one for "layers.3.ssm".
-    if (parsed.ec != std::errc{} || end - parsed.ptr < 2 || layer > 100'000 ||
-        !name.starts_with(std::string(kPrefix) + std::to_string(layer) + "."))
+    if (parsed.ec != std::errc{} || end - parsed.ptr < 2 || !name.starts_with(std::string(kPrefix) + std::to_string(layer) + "."))
       throw FileError("state: a name that is not layers.<number>.<tensor>", {{"file", source}, {"name", name}});
+    if (layer >= tensors.size())  // each layer has one at least; no room is made for those between
+      throw FileError("state: a layer is missing", {{"file", source}, {"name", name}, {"tensors", std::to_string(tensors.size())}});
     const Tensor& first = tensors.begin()->second;
     if (tensor.rank() < 1 || tensor.dim(0) != first.dim(0))
       throw FileError("state: the tensors do not have the same number of rows",

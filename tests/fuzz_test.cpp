@@ -1,11 +1,17 @@
 // Damaged files of every kind, thousands of them: each is read or refused with an Error, whatever the damage. The coverage-guided form of
 // this is tests/fuzz/run.sh; what that found stands here by name.
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <stdexcept>
+#include <tuple>
 
+#include "core/files.h"
 #include "core/philox.h"
+#include "core/safetensors.h"
+#include "core/tensor.h"
 #include "tests/fuzz/readers.h"
 #include "tests/support/check.h"
 
@@ -105,6 +111,71 @@ TEST("fuzz: a token cache whose table puts a document in front of the first toke
   REQUIRE(table_at + 24 < bytes.size());
   bytes.at(table_at + 7) = '\xC0';  // the highest byte of the first document's first token
   CHECK_NOTHROW(CHECK(read_bytes(reader, scratch.path(), bytes)));
+}
+
+// --- what was found by reading the readers ------------------------------------------------------------------------
+
+std::string replaced(std::string text, const std::string& part, const std::string& by) {
+  const auto at = text.find(part);
+  REQUIRE_MESSAGE(at != std::string::npos, part);
+  return text.replace(at, part.size(), by);
+}
+
+TEST("fuzz: a cursor whose counts lie below zero, or that has too few streams, resumes no run and reads no memory of others") {
+  const ScratchFolder scratch;
+  const Reader& reader = reader_named("training");
+  const auto samples = samples_of(reader, scratch.path());  // packed, streams
+  const auto refusal = [&](std::size_t sample, const std::string& part, const std::string& by) {
+    return read_bytes(reader, scratch.path(), replaced(samples.at(sample), part, by)).value_or("taken");
+  };
+  const auto number_of = [&](const std::string& key) {
+    const auto at = samples[0].find("\"" + key + "\":");
+    REQUIRE(at != std::string::npos);
+    return samples[0].substr(at, samples[0].find_first_of(",}\n", at) - at);
+  };
+  for (const char* key : {"used_rows", "block", "first_row", "batches", "tokens"})
+    for (const char* value : {"-1", "-9223372036854775807", "9223372036854775807"}) {
+      const std::string text = refusal(0, number_of(key), std::string("\"") + key + "\": " + value);
+      CHECK_MESSAGE(text.find("a count that cannot be") != std::string::npos, key << " " << value << ": " << text);
+    }
+  const auto list = samples[1].find("\"streams\": [");
+  REQUIRE(list != std::string::npos);
+  const auto end = samples[1].find("}", samples[1].find("\"started\"", list));
+  const std::string one_row = samples[1].substr(0, end + 1) + "]}}";
+  CHECK(read_bytes(reader, scratch.path(), one_row).value_or("taken").find("another number of streams") != std::string::npos);
+}
+
+TEST("fuzz: a state whose one tensor is of a far layer is refused before room is made for the layers between") {
+  const ScratchFolder scratch;
+  write_safetensors(scratch.file("far"), {{"layers.99999.ssm", Tensor::zeros(Device::cpu(), Dtype::f32, {1, 1})}});
+  const auto refusal = read_bytes(reader_named("state"), scratch.path(), read_text_file(scratch.file("far")));
+  CHECK(refusal.value_or("taken").find("layers.99999.ssm") != std::string::npos);  // by that name
+}
+
+TEST("fuzz: a bAbI story that would hold its facts thousands of times is refused") {
+  const ScratchFolder scratch;
+  std::string story;
+  for (int line = 1; line <= 8000; line += 2)
+    story += std::to_string(line) + " x\n" + std::to_string(line + 1) + " y\tz\t" + std::to_string(line) + "\n";
+  const std::string text = read_bytes(reader_named("babi"), scratch.path(), story).value_or("taken");
+  CHECK_MESSAGE(text.find("a story of more than 1,000 lines") != std::string::npos, text);
+}
+
+TEST("fuzz: moments that are not finite, and counts that cannot be, resume no run") {
+  const ScratchFolder scratch;
+  const Reader& reader = reader_named("optimizer");
+  write_safetensors(scratch.file("x"), {});
+  std::ofstream(scratch.file("sound"), std::ios::binary) << samples_of(reader, scratch.path()).at(0);
+  for (const auto& [tensor, value, said] : {std::tuple("second_moment.backbone.norm_f.weight", HUGE_VAL, "is not finite"),
+                                            std::tuple("counts", -1.0, "a count"), std::tuple("counts", 1e300, "a count")}) {
+    auto tensors = read_safetensors(scratch.file("sound")).tensors;
+    REQUIRE(tensors.contains(tensor));
+    tensors[tensor] = tensors[tensor].clone();
+    fill(tensors[tensor], value);
+    write_safetensors(scratch.file("x"), tensors);
+    const std::string text = read_bytes(reader, scratch.path(), read_text_file(scratch.file("x"))).value_or("taken");
+    CHECK_MESSAGE(text.find(said) != std::string::npos, tensor << ": " << text);
+  }
 }
 
 }  // namespace

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Installs what longhand needs from the distribution (Debian 12 or newer, Ubuntu 24.04 or newer); does nothing where all is there.
+# Installs what longhand needs from the distribution (Debian 12 or newer, Ubuntu 24.04 or newer), and the packages named behind it; does
+# nothing where all is there.
 set -euo pipefail
 
 packages=(g++ cmake ninja-build pkg-config libfmt-dev doctest-dev libzstd-dev nlohmann-json3-dev libcli11-dev
-          libtomlplusplus-dev libpcre2-dev libutf8proc-dev libopenblas-dev libopenmpi-dev openmpi-bin)
+          libtomlplusplus-dev libpcre2-dev libutf8proc-dev libopenblas-dev libopenmpi-dev openmpi-bin "$@")
 
 missing=()
 for package in "${packages[@]}"; do

@@ -124,7 +124,7 @@ Measured measure(const std::string& family, const Device& device, Dtype dtype) {
   const auto result = model.loss({Tensor::from(device, shape, tokens), Tensor::from(device, shape, targets), {}});
   backward(result.loss);
   model.parameters().complete_grads();
-  return {result.loss.value().to(Dtype::f64).to(Device::cpu()).item(), model.parameters().flat_grad().to_vector<double>()};
+  return {result.loss.value().to(Device::cpu()).item(), model.parameters().flat_grad().to_vector<double>()};
 }
 
 // |a - b| / |b| over all elements together.

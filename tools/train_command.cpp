@@ -135,10 +135,12 @@ std::unique_ptr<LanguageModel> fresh_model(const Recipe& recipe, const Device& d
 int verify(const Recipe& recipe, const std::shared_ptr<const Tokenizer>& tokenizer, const Device& device, int64_t steps) {
   if (!recipe.init_from.empty()) require_same_tokenizer(recipe, *tokenizer);
   const DeterminismReport report = verify_determinism(recipe, tokenizer, steps, [&] { return fresh_model(recipe, device); });
+  const std::string replayed = report.queued[0].empty() ? "" : fmt::format(", first as {} and then launch by launch", report.queued[0]);
   fmt::print(
-      "deterministic: {} steps twice on {}, with {} and {} data threads: the same bits in every loss and gradient norm, in {} weights and "
-      "{} moments\n",
-      report.steps, device.name(), report.threads[0], report.threads[1], report.weights, report.moments);
+      "deterministic: {} steps twice on {}, with {} and {} data threads{}: the same bits in every loss and gradient norm, in {} weights, "
+      "{} "
+      "moments and {} bytes of carried state\n",
+      report.steps, device.name(), report.threads[0], report.threads[1], replayed, report.weights, report.moments, report.carried);
   return 0;
 }
 

@@ -122,6 +122,8 @@ void AdamW::load(const std::map<std::string, Tensor>& stored) {
     if (!(found->second.shape() == shape) || found->second.dtype() != dtype)
       throw FileError("adamw: a tensor of the checkpoint does not fit",
                       {{"tensor", name}, {"found", found->second.describe()}, expected()});
+    if (const int64_t index = first_non_finite(found->second); index >= 0)
+      throw FileError("adamw: a number of the checkpoint is not finite", {{"tensor", name}, {"index", std::to_string(index)}});
     return found->second.contiguous().reshape({shape.numel()});
   };
   for (const Parameter& p : parameters_.all()) {
@@ -131,7 +133,10 @@ void AdamW::load(const std::map<std::string, Tensor>& stored) {
     }
   }
   const Tensor counts = control_.slice(0, kControlUpdates, kControlSkippedInARow + 1);
-  copy(counts, stored_tensor("counts", counts.dtype(), counts.shape()));
+  const Tensor stored_counts = stored_tensor("counts", counts.dtype(), counts.shape());
+  for (const double count : stored_counts.to_vector<double>())
+    if (!(count >= 0 && count <= 0x1p48)) throw FileError("adamw: a count of the checkpoint that cannot be", {{"count", std::to_string(count)}});
+  copy(counts, stored_counts);
 }
 
 std::vector<std::string> AdamW::describe_no_decay() const {

@@ -32,7 +32,8 @@ struct Step {
 
 struct Pass {
   std::vector<Step> steps;
-  std::map<std::string, std::vector<std::byte>> weights, moments;
+  std::map<std::string, std::vector<std::byte>> weights, moments, carried;
+  std::string queued;
 };
 
 std::vector<std::byte> bytes_of(const Tensor& t) {
@@ -58,6 +59,8 @@ Pass do_steps(const Recipe& recipe, const std::shared_ptr<const Tokenizer>& toke
   }
   for (const Parameter& p : model.parameters().all()) pass.weights[p.name] = bytes_of(p.master);
   for (const auto& [name, tensor] : trainer.optimizer().save()) pass.moments[name] = bytes_of(tensor);
+  for (const auto& [name, tensor] : trainer.initial_state().save()) pass.carried[name] = bytes_of(tensor);
+  pass.queued = trainer.queued();
   return pass;
 }
 
@@ -66,7 +69,7 @@ std::string differing(const Pass& a, const Pass& b) {
   constexpr int kNamed = 3;
   std::string text;
   int count = 0;
-  for (const auto part : {&Pass::weights, &Pass::moments})
+  for (const auto part : {&Pass::weights, &Pass::moments, &Pass::carried})
     for (const auto& [name, bytes] : a.*part)
       if (bytes != (b.*part).at(name) && ++count <= kNamed) text += (text.empty() ? "" : ", ") + name;
   if (count > kNamed) text += fmt::format(" and {} more", count - kNamed);
@@ -77,15 +80,21 @@ std::string differing(const Pass& a, const Pass& b) {
 
 DeterminismReport verify_determinism(const Recipe& recipe, const std::shared_ptr<const Tokenizer>& tokenizer, int64_t steps,
                                      const std::function<std::unique_ptr<LanguageModel>()>& fresh_model) {
-  DeterminismReport report{.steps = steps, .threads = {recipe.data.threads, recipe.data.threads + 2}};
+  DeterminismReport report;
+  report.steps = steps;
+  report.threads[0] = recipe.data.threads;
+  report.threads[1] = recipe.data.threads + 2;
   std::vector<Pass> passes;
-  for (const int64_t threads : report.threads) {
-    Recipe with_threads = recipe;
-    with_threads.data.threads = threads;
+  for (const int pass : {0, 1}) {
+    Recipe other_way = recipe;
+    other_way.data.threads = report.threads[pass];
+    if (pass == 1) other_way.train.graph = false;
     const auto model = fresh_model();
-    passes.push_back(do_steps(with_threads, tokenizer, steps, *model));
+    passes.push_back(do_steps(other_way, tokenizer, steps, *model));
+    report.queued[pass] = passes.back().queued;
     report.weights = model->parameters().count();
   }
+  for (const auto& [name, bytes] : passes[0].carried) report.carried += static_cast<int64_t>(bytes.size());
   report.moments = 2 * report.weights;
   const Pass &first = passes[0], &second = passes[1];
   const std::string names = differing(first, second);
@@ -97,7 +106,7 @@ DeterminismReport verify_determinism(const Recipe& recipe, const std::shared_ptr
                           {"second", second.steps[i].text()},
                           {"differ", names},
                           {"try", "OMP_NUM_THREADS=1, to see whether compute threads matter"}});
-  if (names != "none") throw NumericError("train: the moments differ the second time", {{"differ", names}});
+  if (names != "none") throw NumericError("train: the moments or the carried states differ the second time", {{"differ", names}});
   return report;
 }
 

@@ -6,9 +6,11 @@
 
 #include <cerrno>
 #include <cstring>
+#include <filesystem>
 #include <nlohmann/json.hpp>
 
 #include "core/error.h"
+#include "core/files.h"
 
 namespace longhand {
 
@@ -32,6 +34,7 @@ std::string to_json(const LoggedStep& s) {
 
 MetricsFile::MetricsFile(const std::string& path) : path_(path), file_(std::fopen(path.c_str(), "ae")) {
   if (file_ == nullptr) throw FileError("metrics: cannot open", {{"file", path}, {"reason", std::strerror(errno)}});
+  sync_folder(std::filesystem::path(path).parent_path().string());
 }
 MetricsFile::~MetricsFile() {
   std::fclose(file_);

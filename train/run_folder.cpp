@@ -77,13 +77,19 @@ RunFolder RunFolder::beside(const std::string& path) {
 
 RunFolder RunFolder::create(const std::string& runs, const std::string& name) {
   const std::string path = runs + "/" + name;
-  if (fs::exists(path) && !(fs::is_directory(path) && is_bare(path)))
-    throw FileError(
-        "run: a run of this name exists already",
-        {{"folder", path}, {"try", "--resume " + name + " to continue it, --name OTHER to start another, or remove the folder"}});
+  const auto require_free = [&] {
+    if (fs::exists(path) && !(fs::is_directory(path) && is_bare(path)))
+      throw FileError(
+          "run: a run of this name exists already",
+          {{"folder", path}, {"try", "--resume " + name + " to continue it, --name OTHER to start another, or remove the folder"}});
+  };
+  require_free();  // before anything is made in somebody's folder
   make_folders(path + "/checkpoints");
   RunFolder run(path);
+  require_free();  // another process may have had a whole run here between the look and the lock
   remove_unfinished(path);
+  sync_folder(path);
+  sync_folder(runs);
   return run;
 }
 
@@ -169,7 +175,9 @@ void RunFolder::write_checkpoint(int64_t step, const KeptCheckpoints& keep, cons
 void RunFolder::truncate_metrics(int64_t step) const {
   const std::string path = file("metrics.jsonl");
   if (!fs::exists(path)) return;
-  const std::string text = read_text_file(path, std::size_t{4} << 30);
+  std::string text = read_text_file(path, std::size_t{4} << 30);
+  // Zeros are what a power failure can leave of lines that were not synced; those up to a checkpoint are.
+  text.resize(std::min(text.find('\0'), text.size()));
   std::string kept;
   for (std::size_t at = 0; at < text.size();) {
     const auto end = text.find('\n', at);
@@ -181,7 +189,7 @@ void RunFolder::truncate_metrics(int64_t step) const {
     if (line["step"].get<int64_t>() <= step) kept += text.substr(at, end + 1 - at);
     at = end + 1;
   }
-  if (kept.size() != text.size()) write_file_atomically(path, kept);
+  if (kept.size() != fs::file_size(path)) write_file_atomically(path, kept);
 }
 
 }  // namespace longhand

@@ -1,15 +1,18 @@
 // Run folders: who may work on one, which checkpoints stay, and what a failed or killed writer leaves.
 #include "train/run_folder.h"
 
+#include <atomic>
 #include <filesystem>
 #include <fstream>
 #include <optional>
 #include <set>
+#include <thread>
 
 #include "core/error.h"
 #include "core/files.h"
 #include "tests/support/check.h"
 #include "train/data_record.h"
+#include "train/run_lock.h"
 
 namespace longhand {
 namespace {
@@ -53,6 +56,64 @@ TEST("run folder: what a killed start left is taken over, a run is not") {
   CHECK_THROWS_WITH_AS(RunFolder::create(scratch.path(), "other"), doctest::Contains("exists already"), FileError);
   CHECK(fs::exists(scratch.file("other/thesis.txt")));
   CHECK_FALSE(fs::exists(scratch.file("other/lock")));
+}
+
+TEST("run folder: of several starts under one name at once, one gets it, also when it ends before the others look") {
+  const ScratchFolder scratch;
+  for (int round = 0; round < 100; ++round) {
+    const std::string name = "run-" + std::to_string(round);
+    std::atomic<int> begun = 0, refused = 0;
+    std::vector<std::thread> starts;
+    for (int i = 0; i < 4; ++i)
+      starts.emplace_back([&] {
+        try {
+          const RunFolder run = RunFolder::create(scratch.path(), name);
+          std::ofstream(run.file("config.toml")) << "";
+          ++begun;
+        } catch (const FileError&) {
+          ++refused;
+        }
+      });
+    for (std::thread& start : starts) start.join();
+    CHECK(begun == 1);
+    CHECK(refused == 3);
+  }
+}
+
+TEST("run folder: a lock is never held on a folder that was removed while it was taken") {
+  const ScratchFolder scratch;
+  const std::string folder = scratch.file("run");
+  std::atomic<int> mixed = 0, held = 0;
+  std::vector<std::thread> processes;  // each makes the folder, has it for itself, and removes it
+  for (const std::string id : {"a", "b", "c"})
+    processes.emplace_back([&, id] {
+      for (int i = 0; i < 2000; ++i) {
+        try {
+          fs::create_directories(folder);
+          const RunLock lock(folder);
+          write_file_atomically(folder + "/owner", id);
+          if (read_text_file(folder + "/owner") != id) ++mixed;
+          ++held;
+          fs::remove_all(folder);
+        } catch (const FileError&) {  // the others have it, or are removing it
+        } catch (const fs::filesystem_error&) {
+        }
+      }
+    });
+  for (std::thread& process : processes) process.join();
+  CHECK(held > 0);
+  CHECK(mixed == 0);
+}
+
+TEST("run folder: zeros that a power failure left behind the metrics of a checkpoint are cut off") {
+  const ScratchFolder scratch;
+  const RunFolder run = RunFolder::create(scratch.path(), "run");
+  const std::string sound = "{\"step\":1}\n{\"step\":2}\n";
+  std::ofstream(run.file("metrics.jsonl")) << sound << "{\"step\":3}\n" << std::string(4096, '\0');
+  run.truncate_metrics(2);
+  CHECK(read_text_file(run.file("metrics.jsonl")) == sound);
+  std::ofstream(run.file("metrics.jsonl")) << "{\"step\":1}\nnonsense\n{\"step\":2}\n";
+  CHECK_THROWS_WITH_AS(run.truncate_metrics(2), doctest::Contains("byte  11"), FileError);
 }
 
 TEST("run folder: the last checkpoints and every so many steps are kept") {

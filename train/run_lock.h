@@ -17,7 +17,9 @@ class RunLock {
   static constexpr const char* kFile = "lock";
 
  private:
-  int descriptor_;
+  void take(const std::string& folder, const std::string& path);
+  bool is_named(const std::string& path) const;  // whether the file that is held is the one of this name
+  int descriptor_ = -1;
 };
 
 }  // namespace longhand

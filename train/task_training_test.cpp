@@ -71,6 +71,20 @@ TEST("task training: interrupted and resumed equals uninterrupted, bit for bit, 
   }
 }
 
+TEST("task training: stories that changed since the checkpoint are named") {
+  const ScratchFolder scratch;
+  const std::string stories = scratch.file("qa1_x.txt"), sound = "1 Ann went to the barn.\n2 Where is Ann? \tbarn\t1\n";
+  write_file_atomically(stories, sound);
+  const std::vector<std::string> settings{"data.task=babilong", "task.babi=" + stories, "train.length=600", "train.batch_size=1"};
+  run_task(scratch, "run", settings, false, 6);
+  std::string changed = sound;
+  changed[2] = 'E';  // the same length
+  write_file_atomically(stories, changed);
+  CHECK_THROWS_WITH_AS(run_task(scratch, "run", settings, true), doctest::Contains("qa1_x.txt"), FileError);
+  write_file_atomically(stories, sound);
+  CHECK(run_task(scratch, "run", settings, true).outcome.step == 12);
+}
+
 TEST("task training: passkey on bytes, validated on other samples") {
   const ScratchFolder scratch;
   const std::vector<std::string> settings{"data.task=passkey", "task.digits=3", "train.length=320", "train.batch_size=2", "train.steps=3"};

@@ -253,6 +253,10 @@ void Trainer::load(const std::string& folder, int64_t steps_done) {
   optimizer_.load(read_safetensors(folder + kOptimizerFile).tensors);
   std::map<std::string, Tensor> carried;
   if (fs::exists(folder + kCarriedFile)) carried = read_safetensors(folder + kCarriedFile).tensors;
+  else if (initial_state_->carries() && steps_done > 0)
+    throw FileError(
+        "train: the checkpoint lacks the states that its strategy carries on",
+        {{"file", folder + kCarriedFile}, {"strategy", recipe_.initial_state}, {"try", "an older checkpoint, or copy it again"}});
   initial_state_->load(carried, recipe_.train.grad_accumulation);
   steps_done_ = steps_done;
   graph_.reset();  // what is loaded may lie elsewhere

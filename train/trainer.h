@@ -65,6 +65,7 @@ class Trainer {
   double lr_at(int64_t step) const { return lr_.at(step); }
   double weight_decay_at(int64_t step) const { return longhand::weight_decay_at(decay_, recipe_.optimizer.weight_decay, lr_, step); }
   const AdamW& optimizer() const { return optimizer_; }
+  const InitialState& initial_state() const { return *initial_state_; }
   const HostLink& link() const { return *link_; }
   const GradientExchange* exchange() const { return exchange_.get(); }  // null: alone
 

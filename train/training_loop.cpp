@@ -31,6 +31,13 @@ double now_s() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
+// All that the batches are made from.
+std::vector<std::string> training_files(const Recipe& recipe) {
+  std::vector<std::string> files = recipe.data.files;
+  if (recipe.data.task != kTextRows) files.insert(files.end(), recipe.task.babi.begin(), recipe.task.babi.end());
+  return files;
+}
+
 // What a checkpoint knows beside its tensors.
 struct Progress {
   int64_t step = 0, tokens = 0;
@@ -48,7 +55,7 @@ class Loop {
         processes_(job.processes != nullptr ? *job.processes : *alone_),
         trainer_(recipe_, model, job.processes),
         line_(job.messages),
-        data_(record_data(recipe_.data.files)),
+        data_(record_data(training_files(recipe_))),
         start_(restore()),
         done_(start_) {
     if (processes_.leads()) metrics_file_.emplace(job.folder.file("metrics.jsonl"));
@@ -119,7 +126,7 @@ class Loop {
       const auto json = nlohmann::json::parse(read_text_file(file));
       if (whole_number(json.at("format")) != kCheckpointFormat || whole_number(json.at("step")) != *step)
         throw FileError("train: a checkpoint of another format or step", {{"file", file}});
-      progress = {*step, whole_number(json.at("tokens")), json.at("elapsed_s").get<double>(),
+      progress = {*step, whole_count(json.at("tokens"), "train: training.json"), json.at("elapsed_s").get<double>(),
                   DataCursor::from_json(json.at("cursor").dump())};
       if (json.contains("data")) require_same_data(data_from(json["data"]), data_);  // older checkpoints have none
     } catch (const nlohmann::json::exception& error) {

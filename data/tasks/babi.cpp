@@ -13,6 +13,7 @@
 namespace longhand {
 namespace {
 
+constexpr int64_t kLongestStory = 1000;  // lines, where published ones have some hundreds: each of its questions holds the facts before it
 constexpr std::size_t kLargestFile = std::size_t{64} << 20;  // of text: the largest of the published files has 20 MB
 
 std::string read_all(const std::string& path) {
@@ -69,6 +70,7 @@ class Reader {
     if (number < 1) refuse("it does not begin with a number");
     if (number == 1) facts_.clear(), fact_of_.clear();
     else if (number != last_ + 1) refuse("its number is " + std::to_string(number) + " and the one before is " + std::to_string(last_));
+    if (number > kLongestStory) refuse("a story of more than 1,000 lines");
     last_ = number;
     const auto tab = line.find('\t');
     if (tab == std::string_view::npos) {

@@ -6,6 +6,7 @@
 #include <exception>
 #include <thread>
 
+#include "core/error.h"
 #include "data/tasks/draws.h"
 
 namespace longhand {
@@ -24,7 +25,11 @@ class TaskBatcher : public Batcher {
  public:
   TaskBatcher(const TaskBatchOptions& options, std::shared_ptr<const Task> task, const DataCursor& cursor)
       : options_(options), task_(std::move(task)), cursor_(cursor) {
-    if (streams()) cursor_.streams.resize(index(options_.rows));
+    if (!streams()) return;
+    if (cursor_.streams.empty()) cursor_.streams.resize(index(options_.rows));
+    if (cursor_.streams.size() != index(options_.rows))
+      throw FileError("task: the cursor has another number of streams than the batch has rows",
+                      {{"cursor", std::to_string(cursor_.streams.size())}, {"rows", std::to_string(options_.rows)}});
   }
 
   bool next(Batch& batch) override {
@@ -77,7 +82,12 @@ class TaskBatcher : public Batcher {
     const int64_t T = options_.length, first = b * T;
     for (int64_t i = 0; i <= T;) {
       const TaskSample sample = task_->sample(philox_key(row_key, static_cast<uint64_t>(place.number)));
-      const int64_t size = std::ssize(sample.tokens), taken = std::min(size - place.token, T + 1 - i);
+      const int64_t size = std::ssize(sample.tokens);
+      if (place.token >= size && place.token > 0)
+        throw FileError(
+            "task: a sample that the cursor names is shorter now",
+            {{"sample", std::to_string(place.number)}, {"tokens", std::to_string(size)}, {"token", std::to_string(place.token)}});
+      const int64_t taken = std::min(size - place.token, T + 1 - i);
       const bool cut = place.token + taken < size, counts = streams() || !cut;
       for (int64_t j = place.token; j < place.token + taken; ++j, ++i) {
         if (i < T) batch.tokens[index(first + i)] = sample.tokens[index(j)];

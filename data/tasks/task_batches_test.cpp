@@ -145,6 +145,17 @@ TEST("task batches: passkey and babilong rows too are the same for any number of
   }
 }
 
+TEST("task batches: a cursor with too few streams, or behind the end of its sample, is refused") {
+  const TaskBatchOptions options{.arrangement = Arrangement::streams, .rows = 5, .length = 150, .seed = 9, .threads = 0};
+  Batch batch;
+  copies(options).next(batch);
+  DataCursor short_one = batch.cursor_after, behind = batch.cursor_after;
+  short_one.streams.pop_back();
+  behind.streams[3].at.token = 5000;
+  CHECK_THROWS_WITH_AS(copies(options, short_one), doctest::Contains("another number of streams"), FileError);
+  CHECK_THROWS_WITH_AS(copies(options, behind).next(batch), doctest::Contains("is shorter now"), FileError);
+}
+
 TEST("task batches: passkey rows are filled to their last token, and the key counts") {
   const std::shared_ptr<const Tokenizer> bytes = open_tokenizer("bytes");
   TaskContext context{.options = {.digits = 5}, .tokenizer = bytes, .files = {}, .row_tokens = 401};

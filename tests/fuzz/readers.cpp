@@ -1,6 +1,7 @@
 // See readers.h.
 #include "tests/fuzz/readers.h"
 
+#include <unistd.h>
 #include <zstd.h>
 
 #include <algorithm>
@@ -23,13 +24,20 @@
 #include "data/document_source.h"
 #include "data/json_line.h"
 #include "data/shard_reader.h"
+#include "data/tasks/babi.h"
+#include "data/tasks/lambada.h"
 #include "data/token_cache.h"
 #include "data/tokenizer.h"
 #include "data/unicode.h"
+#include "eval/run_folder.h"
 #include "models/checkpoint.h"
 #include "models/model_config.h"
 #include "models/recurrent_state.h"
+#include "models/weight_files.h"
 #include "train/recipe.h"
+#include "train/run_folder.h"
+#include "train/trainer.h"
+#include "train/training_loop.h"
 
 namespace longhand::test {
 namespace {
@@ -287,6 +295,161 @@ void write_state_samples(const std::string& folder) {
                                              {"layers.1.ssm", Tensor::zeros(cpu, Dtype::f32, {2, 2, 2, 4})}});
 }
 
+// --- weights in several files -------------------------------------------------------------------------------------
+
+void read_index(const std::string& path) {
+  const std::string shard = fs::path(path).parent_path().string() + "/part-1.safetensors";
+  write_safetensors(shard, sample_tensors());
+  touch(read_tensor_file(path).stored);
+}
+void write_index_samples(const std::string& folder) {
+  nlohmann::json map = nlohmann::json::object();
+  for (const auto& [name, tensor] : sample_tensors()) map[name] = "part-1.safetensors";
+  put(folder + "/plain", nlohmann::json{{"metadata", {{"total_size", 48}}}, {"weight_map", map}}.dump());
+}
+
+// --- tasks --------------------------------------------------------------------------------------------------------
+
+void read_babi_file(const std::string& path) {
+  for (const BabiSample& sample : read_babi(path))
+    for (const int64_t fact : sample.supporting)
+      promise(fact >= 0 && fact < std::ssize(sample.facts), "babi: a supporting fact that is none");
+}
+void write_babi_samples(const std::string& folder) {
+  put(folder + "/two",
+      "1 Mary went to the hall.\n2 Where is Mary? \thall\t1\n3 John left.\n4 Who left? \tJohn\t3\n"
+      "1 Sandra took it.\n2 What? \tit,that\t1\n");
+}
+void read_lambada_file(const std::string& path) {
+  for (const LambadaSample& sample : read_lambada(path))
+    promise(!sample.context.empty() && sample.target.size() > 1, "lambada: half of a text is empty");
+}
+void write_lambada_samples(const std::string& folder) {
+  put(folder + "/two", "{\"text\": \"he opened the door\"}\n{\"text\": \"a  b\"}\n");
+}
+
+// --- runs ---------------------------------------------------------------------------------------------------------
+
+// A tiny run that ended after its second step. One file of its checkpoint is then another one, and the run goes on from there.
+class TinyRun {
+ public:
+  explicit TinyRun(const std::vector<std::string>& settings) : settings_(settings) {
+    std::string pattern = fs::exists("/dev/shm") ? "/dev/shm/longhand-run-XXXXXX" : "/tmp/longhand-run-XXXXXX";
+    if (::mkdtemp(pattern.data()) == nullptr) throw std::runtime_error("no folder for a run");
+    place_ = pattern;
+    std::string lines;
+    for (int i = 0; i < 12; ++i)
+      lines += R"({"text": ")" + std::string(static_cast<std::size_t>(9 + i * 5), static_cast<char>('a' + i)) + "\"}\n";
+    put(place_ + "/shard.jsonl", lines);
+    train(2, false);
+  }
+  ~TinyRun() { fs::remove_all(place_); }
+  TinyRun(const TinyRun&) = delete;
+  TinyRun& operator=(const TinyRun&) = delete;
+
+  std::string checkpoint() const { return place_ + "/run/checkpoints/step-2"; }
+
+  // Puts the file in the place of the checkpoint's, goes on for one step, and leaves the run as it was.
+  void go_on_with(const std::string& name, const std::string& path) {
+    const std::string file = checkpoint() + "/" + name, sound = text_in(file);
+    put(file, text_in(path));
+    try {
+      train(3, true);
+      promise(fs::exists(place_ + "/run/checkpoints/step-3/training.json"), "run: it ended without a checkpoint");
+    } catch (...) {
+      go_back(file, sound);
+      throw;
+    }
+    go_back(file, sound);
+  }
+
+ private:
+  void go_back(const std::string& file, const std::string& sound) const {
+    put(file, sound);
+    fs::remove_all(place_ + "/run/checkpoints/step-3");
+    fs::remove(place_ + "/run/checkpoints/latest");
+  }
+  void train(int64_t steps, bool resume) const {
+    auto settings = settings_;
+    settings.insert(settings.end(), {"data.files=" + place_ + "/shard.jsonl", "train.steps=" + std::to_string(steps)});
+    Recipe recipe = parse_recipe(
+        "seed = 3\n[model]\nfamily = \"mamba2\"\nd_model = 16\nn_layer = 1\nd_state = 4\nheaddim = 8\n[train]\nbatch_size = 2\n"
+        "length = 8\ncheckpoint_every = 0\n[data]\nthreads = 0\nshuffle_rows = 8\n",
+        "tiny.toml", settings);
+    const std::shared_ptr<const Tokenizer> tokenizer = open_tokenizer("bytes");
+    resolve_model(recipe, tokenizer->vocab_size());
+    LanguageModel model(recipe.model, Device::cpu(), Dtype::f32);
+    model.initialize(3);
+    TrainingJob job{.recipe = recipe,
+                    .folder = resume ? RunFolder::open(place_, "run") : RunFolder::create(place_, "run"),
+                    .tokenizer = tokenizer,
+                    .resume = resume,
+                    .evaluate = {},
+                    .messages = nullptr,
+                    .on_step = {}};
+    if (!resume) put(job.folder.file("config.toml"), to_toml(recipe));
+    run_training(job, model);
+  }
+
+  std::vector<std::string> settings_;
+  std::string place_;
+};
+
+TinyRun& passing_run() {
+  static TinyRun run({"initial_state=state-passing"});
+  return run;
+}
+TinyRun& stream_run() {
+  static TinyRun run({"initial_state=tbtt", "data.arrangement=streams", "data.stream_unit=document"});
+  return run;
+}
+TinyRun& fitted_run() {
+  static TinyRun run({"initial_state=fitted-noise"});
+  return run;
+}
+
+void read_training(const std::string& path) {
+  TinyRun& run = text_in(path).find("stream_unit") != std::string::npos ? stream_run() : passing_run();
+  run.go_on_with("training.json", path);
+}
+void write_training_samples(const std::string& folder) {
+  fs::copy_file(passing_run().checkpoint() + "/training.json", folder + "/packed");
+  fs::copy_file(stream_run().checkpoint() + "/training.json", folder + "/streams");
+}
+
+void read_optimizer(const std::string& path) {
+  passing_run().go_on_with("optimizer.safetensors", path);
+}
+void write_optimizer_samples(const std::string& folder) {
+  fs::copy_file(passing_run().checkpoint() + "/optimizer.safetensors", folder + "/two-steps");
+}
+
+void read_carried(const std::string& path) {
+  TinyRun& run = text_in(path).find("statistics.") != std::string::npos ? fitted_run() : stream_run();
+  run.go_on_with("carried_state.safetensors", path);
+}
+void write_carried_samples(const std::string& folder) {
+  fs::copy_file(stream_run().checkpoint() + "/carried_state.safetensors", folder + "/streams");
+  fs::copy_file(fitted_run().checkpoint() + "/carried_state.safetensors", folder + "/fitted");
+}
+
+void read_metrics_file(const std::string& path) {
+  const fs::path run = fs::path(path).parent_path();
+  read_metrics(path);
+  RunFolder::beside(run.string()).truncate_metrics(7);
+  for (const auto& [name, values] : read_metrics(path).values)
+    promise(values.empty() || values.rbegin()->first <= 7, "metrics: a step that was cut away is there");
+}
+void write_metrics_samples(const std::string& folder) {
+  std::string lines;
+  for (int step = 1; step < 10; ++step)
+    lines += to_json(LoggedStep{
+                 .step = step, .tokens = step * 96, .loss = 5.0 / step, .val_loss = {}, .device = "cpu", .first_non_finite = {}}) +
+             "\n";
+  put(folder + "/ten", lines);
+  put(folder + "/cut", lines.substr(0, lines.size() - 30));
+}
+
 constexpr Reader kReaders[] = {
     {"safetensors", "model.safetensors", read_safetensors_file, write_safetensors_samples},
     {"torch", "pytorch_model.bin", read_torch, write_torch_samples},
@@ -299,6 +462,13 @@ constexpr Reader kReaders[] = {
     {"zstd", "shard.jsonl.zst", read_documents, write_zstd_samples},
     {"cache", "shard.tokens", read_cache, write_cache_samples},
     {"state", "state.safetensors", read_state, write_state_samples},
+    {"index", "model.safetensors.index.json", read_index, write_index_samples},
+    {"babi", "qa1_facts.txt", read_babi_file, write_babi_samples},
+    {"lambada", "lambada.jsonl", read_lambada_file, write_lambada_samples},
+    {"training", "training.json", read_training, write_training_samples},
+    {"optimizer", "optimizer.safetensors", read_optimizer, write_optimizer_samples},
+    {"carried", "carried_state.safetensors", read_carried, write_carried_samples},
+    {"metrics", "metrics.jsonl", read_metrics_file, write_metrics_samples},
 };
 
 }  // namespace

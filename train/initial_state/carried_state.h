@@ -16,6 +16,7 @@ class CarriedState final : public InitialState {
   void forget() override;
   /// One state of all rows of the step, those of all processes, "layers.3.ssm".
   std::map<std::string, Tensor> save() const override;
+  bool carries() const override { return true; }
   void load(const std::map<std::string, Tensor>& stored, int64_t micro_batches) override;
 
  private:

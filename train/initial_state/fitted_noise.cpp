@@ -47,6 +47,8 @@ class FittedNoise final : public InitialState {
     return out;
   }
 
+  bool carries() const override { return true; }
+
   void load(const std::map<std::string, Tensor>& stored, int64_t) override {
     fill(running_, 0);
     if (stored.empty()) return;

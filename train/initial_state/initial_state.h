@@ -63,6 +63,9 @@ class InitialState {
   /// All processes call it together; what process 0 gets is the whole.
   virtual std::map<std::string, Tensor> save() const { return {}; }
 
+  /// Whether there is always something to save after a step, so that a checkpoint without it is not whole.
+  virtual bool carries() const { return false; }
+
   /// The counterpart of save(); an empty map means a run that starts.
   /// micro_batches  slots of a step
   /// errors         FileError naming what does not fit

@@ -293,6 +293,9 @@ TEST("initial states: what a strategy stored is refused by another one, and by a
   CHECK(refusal("fitted-noise", passing).find("not this model's") != std::string::npos);
   CHECK(refusal("state-passing", fitted).find("not this model's") != std::string::npos);
   CHECK(refusal("random-noise", fitted).find("does not keep") != std::string::npos);
+  for (const char* carrying : {"state-passing", "fitted-noise"})  // a file that is gone, not a run that starts
+    CHECK(refusal(carrying, random).find("lacks the states that its strategy carries on") != std::string::npos);
+  CHECK(refusal("zero", random).empty());
   CHECK(refusal("fitted-noise", fitted, {"initial_state_options.cover=ssm"}).find("not this model's") != std::string::npos);
   CHECK(refusal("fitted-noise", fitted, {"initial_state_options.statistics_per=channel"}).find("not this model's") != std::string::npos);
 }
