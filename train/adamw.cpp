@@ -135,7 +135,8 @@ void AdamW::load(const std::map<std::string, Tensor>& stored) {
   const Tensor counts = control_.slice(0, kControlUpdates, kControlSkippedInARow + 1);
   const Tensor stored_counts = stored_tensor("counts", counts.dtype(), counts.shape());
   for (const double count : stored_counts.to_vector<double>())
-    if (!(count >= 0 && count <= 0x1p48)) throw FileError("adamw: a count of the checkpoint that cannot be", {{"count", std::to_string(count)}});
+    if (!(count >= 0 && count <= 0x1p48))
+      throw FileError("adamw: a count of the checkpoint that cannot be", {{"count", std::to_string(count)}});
   copy(counts, stored_counts);
 }
 

@@ -1,6 +1,7 @@
 // See progress.h.
 #include "train/progress.h"
 
+#include <fcntl.h>
 #include <fmt/format.h>
 #include <unistd.h>
 
@@ -32,7 +33,10 @@ std::string to_json(const LoggedStep& s) {
   return line.dump();
 }
 
-MetricsFile::MetricsFile(const std::string& path) : path_(path), file_(std::fopen(path.c_str(), "ae")) {
+MetricsFile::MetricsFile(const std::string& path) : path_(path), file_(nullptr) {
+  // Not through a link: a run folder that somebody else made must not lead to a file outside it.
+  const int descriptor = ::open(path.c_str(), O_WRONLY | O_APPEND | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0644);
+  if (descriptor >= 0 && (file_ = ::fdopen(descriptor, "a")) == nullptr) ::close(descriptor);
   if (file_ == nullptr) throw FileError("metrics: cannot open", {{"file", path}, {"reason", std::strerror(errno)}});
   sync_folder(std::filesystem::path(path).parent_path().string());
 }

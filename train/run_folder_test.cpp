@@ -12,6 +12,7 @@
 #include "core/files.h"
 #include "tests/support/check.h"
 #include "train/data_record.h"
+#include "train/progress.h"
 #include "train/run_lock.h"
 
 namespace longhand {
@@ -103,6 +104,21 @@ TEST("run folder: a lock is never held on a folder that was removed while it was
   for (std::thread& process : processes) process.join();
   CHECK(held > 0);
   CHECK(mixed == 0);
+}
+
+TEST("run folder: links in a folder that somebody else made lead to no file outside it") {
+  const ScratchFolder scratch;
+  const std::string outside = scratch.file("outside.txt");
+  write_file_atomically(outside, "somebody's work");
+  fs::create_directories(scratch.file("run"));
+  std::ofstream(scratch.file("run/config.toml")) << "";
+  fs::create_symlink(outside, scratch.file("run/lock"));
+  CHECK_THROWS_WITH_AS(RunFolder::open(scratch.path(), "run"), doctest::Contains("the run folder cannot be written to"), FileError);
+  fs::remove(scratch.file("run/lock"));
+  fs::create_symlink(outside, scratch.file("run/metrics.jsonl"));
+  const RunFolder run = RunFolder::open(scratch.path(), "run");
+  CHECK_THROWS_WITH_AS(MetricsFile(run.file("metrics.jsonl")), doctest::Contains("metrics: cannot open"), FileError);
+  CHECK(read_text_file(outside) == "somebody's work");
 }
 
 TEST("run folder: zeros that a power failure left behind the metrics of a checkpoint are cut off") {

@@ -44,7 +44,7 @@ RunLock::RunLock(const std::string& folder) {
 }
 
 void RunLock::take(const std::string& folder, const std::string& path) {
-  descriptor_ = ::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644);
+  descriptor_ = ::open(path.c_str(), O_RDWR | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0644);
   if (descriptor_ < 0)
     throw FileError("run: the run folder cannot be written to",
                     {{"file", path}, {"reason", std::strerror(errno)}, {"try", "another folder or disk, or change its permissions"}});

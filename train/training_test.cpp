@@ -245,17 +245,18 @@ struct BrokenRun {
   std::string messages, error, metrics;
 };
 
-BrokenRun break_run(const std::string& parameter, double value, const std::vector<std::string>& settings = {}, int64_t mended_after = 0) {
+BrokenRun break_run(const std::string& parameter, double value, const std::vector<std::string>& settings = {}, int64_t mended_after = 0,
+                    const Device& device = Device::cpu()) {
   const ScratchFolder scratch;
   write_shard(scratch.file("shard.jsonl"));
   auto all = settings;
   all.insert(all.end(), {"train.steps=20", "train.checkpoint_every=2", "data.files=" + scratch.file("shard.jsonl")});
   const Recipe recipe = tiny_recipe(all);
-  const auto model = tiny_model(recipe);
+  const auto model = tiny_model(recipe, device);
   const Parameter* p = model->parameters().find(parameter);
   REQUIRE(p != nullptr);
   const Tensor one = p->master.reshape({p->shape.numel()}).slice(0, 3, 4);
-  const double sound = one.item();
+  const double sound = one.to(Device::cpu()).item();
   std::FILE* messages = std::fopen(scratch.file("messages").c_str(), "w");
   REQUIRE(messages != nullptr);
   const TrainingJob job{.recipe = recipe,
@@ -294,6 +295,22 @@ TEST("training: a step that is left out says which weight, or which op of which 
                 overflow.messages);
   CHECK(overflow.messages.find("weight " + weight) == std::string::npos);
   CHECK(overflow.metrics.find("\"first_non_finite\":\"") != std::string::npos);
+}
+
+TEST("training: on a GPU a weight that is not finite is found behind the steps under way, also where they are replayed as a graph") {
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  const std::string weight = "backbone.layers.1.mixer.in_proj.weight";
+  for (const char* graph : {"train.graph=true", "train.graph=false"})
+    for (const char* strategy : {"initial_state=zero", "initial_state=state-passing", "initial_state=fitted-noise"}) {
+      CAPTURE(graph);
+      CAPTURE(strategy);
+      const BrokenRun nan = break_run(weight, NAN, {graph, strategy, "train.dtype=bf16"}, 0, Device::cuda());
+      CHECK_MESSAGE(nan.messages.find("first not finite: weight " + weight) != std::string::npos, nan.messages);
+      CHECK(nan.messages.find("the step was left out, 10 so far") != std::string::npos);
+      CHECK(nan.error.find("too many steps in a row") != std::string::npos);
+      CHECK(nan.error.find("checkpoints/step-2") != std::string::npos);
+      CHECK(nan.metrics.find("\"first_non_finite\":\"weight " + weight) != std::string::npos);
+    }
 }
 
 TEST("training: a run whose numbers become finite again goes on, with the skipped steps counted") {
