@@ -28,86 +28,95 @@
 namespace longhand {
 namespace {
 
-constexpr int kRun = 8;                   // tokens walked back at a time
-constexpr int kRuns = kScanChunk / kRun;  // of a chunk
-constexpr int kKeptDecays = 4;        // of the 8 states of a thread: decays kept in registers for the way back, the others computed again
-constexpr int kStagedTokens = 32;     // on the way forward through a chunk
-constexpr int64_t kBlocksAtOnce = 3;  // on an SM
-constexpr int64_t kBlocksPerSm = 6 * kBlocksAtOnce;
+constexpr int kRun = 4;                         // tokens walked back at a time; their states and decays are in registers
+constexpr int kRuns = kScanChunk / kRun;        // of a chunk
 constexpr int64_t kPartialBytes = 512ll << 20;  // limit of the partial sums of grad_B_t and grad_C_t
+
+/// The activations of one run that a lane owns.
+template <class T, int n>
+struct OwnedBack {
+  T x[n], dt[n], z[n], grad_y[n];
+};
+
+/// Where a lane's own activations are: reads those of `owned` tokens from token t on. A lane without a channel reads its neighbours' (its
+/// bias, minus infinity, lets it take no steps), and tokens at and behind `end` take no steps either.
+template <class T>
+struct OwnedReader {
+  const T* at;
+  int64_t token;
+  __device__ OwnedReader(const ScanRows<const T>& rows, int64_t b, int64_t channel) : at(rows.data + b * rows.batch + channel), token(rows.token) {}
+  template <int n>
+  __device__ void read(int64_t t, int64_t end, float behind, T (&to)[n]) const {
+    const T* from = at + t * token;
+#pragma unroll
+    for (int i = 0; i < n; ++i) to[i] = t + i < end ? from[i * token] : static_cast<T>(behind);
+  }
+};
 
 // --- segments -------------------------------------------------------------------------------------------------
 
 template <class Split>
 struct SegmentShared {
-  alignas(16) float dt[kScanTile<Split>][Split::kBlockChannels];
-  alignas(16) float grad_r[kScanTile<Split>][Split::kBlockChannels];
-  alignas(16) float C_t[kScanTile<Split>][Split::kN];
+  alignas(16) float C_t[kScanChunk][Split::kN];
+  float2 steps[kScanWarps][kRun][Split::kWarpChannels];  // dt, grad_r
 };
 
-/// grad_r = grad_y silu(z) of four channels; zeros where the token is not there.
-template <class T>
-__device__ void gated_gradient(const ScanProblem<T>& p, const Pack<T, 4>& grad_y, const Pack<T, 4>& z, float (&grad_r)[4]) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) grad_r[i] = to_f32(grad_y.at[i]) * (p.z.data != nullptr ? silu(to_f32(z.at[i])) : 1.0f);
-}
-
 template <class T, class Split>
-__global__ void __launch_bounds__(kScanThreads, Split::kN <= 16 ? 6 : 3)
+__global__ void __launch_bounds__(kScanThreads, Split::kN <= 64 ? 4 : 2)
     selective_scan_bwd_segments_kernel(const ScanProblem<T> p, const ScanRows<const T> grad_y, float* grads, float* dt_sums,
                                        int64_t groups) {
-  static_assert(Split::kChannels == 1);
-  constexpr int kPacksPerRow = Split::kBlockChannels / 4, kPacks = kScanTile<Split> * kPacksPerRow;
-  __shared__ SegmentShared<Split> shared;
+  constexpr int kEntries = Split::kEntries, kOwned = Split::template owned<kRun>();
+  extern __shared__ __align__(16) char shared_bytes[];
+  auto& shared = *reinterpret_cast<SegmentShared<Split>*>(shared_bytes);
   const ScanPlace<Split, T> place(p, 0, groups, p.segments);
-  const int c = Split::first_channel(), n0 = Split::first_entry();
-  const int64_t channel = place.first_channel + c;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp, n0 = Split::first_entry(), own = Split::own_channel();
+  const int token0 = first_owned<Split, kRun>();
+  const int64_t own_channel = place.first_channel + warp * Split::kWarpChannels + own, channel[2] = {own_channel, own_channel ^ 1};
+  const bool own_real = own_channel < p.channels;
+  const float bias = own_real ? p.dt_bias[own_channel] : -INFINITY;
+  const int64_t readable = min(own_channel, p.channels - 1);
+  const OwnedReader<T> dt_at(p.dt, place.b, readable), grad_at(grad_y, place.b, readable), z_at(p.z, place.b, readable);
 
-  float A2[Split::kHeld], passed[Split::kHeld], grad[Split::kHeld], dt_sum = 0;
+  float A2[2][kEntries], carry[2][kEntries] = {}, dt_sum = 0;
   load_A2<Split>(p, channel, A2);
-#pragma unroll
-  for (int i = 0; i < Split::kHeld; ++i) {
-    grad[i] = 0;
-    passed[i] = 1;
-  }
-
-  for (int64_t begin = place.begin; begin < place.end; begin += kScanTile<Split>) {
-    for (int i = static_cast<int>(threadIdx.x); i < kPacks; i += kScanThreads) {
-      const int row = i / kPacksPerRow, column = i % kPacksPerRow * 4;
-      const int64_t t = begin + row, d = place.first_channel + column;
-      const bool there = t < place.end;
-      const Pack<T, 4> dt = load_four(p.dt, place.b, t, d, p.channels, there), dy = load_four(grad_y, place.b, t, d, p.channels, there),
-                       z = load_four(p.z, place.b, t, d, p.channels, there);
-      float grad_r[4];
-      gated_gradient(p, dy, z, grad_r);
-      Pack<float, 4> steps;
-#pragma unroll
-      for (int k = 0; k < 4; ++k) steps.at[k] = there && d + k < p.channels ? softplus(to_f32(dt.at[k]) + p.dt_bias[d + k]) : 0.0f;
-      store_pack(&shared.dt[row][column], steps);
-      store_pack(&shared.grad_r[row][column], Pack<float, 4>{{grad_r[0], grad_r[1], grad_r[2], grad_r[3]}});
-    }
-    stage_entries<Split>(p.C_t, p, place.b, begin, place.end, kScanTile<Split>, shared.C_t[0]);
+  for (int64_t chunk = (place.end - 1) / kScanChunk; chunk >= place.begin / kScanChunk; --chunk) {
+    const int64_t begin = chunk * kScanChunk;
     __syncthreads();
-
-    const int count = static_cast<int>(min(static_cast<int64_t>(kScanTile<Split>), place.end - begin));
-#pragma unroll 4
-    for (int t = 0; t < count; ++t) {
-      float C_t[Split::kEntries];
-      read_floats(&shared.C_t[t][n0], C_t);
-      const float dt = shared.dt[t][c], grad_r = shared.grad_r[t][c];
+    stage_entries<Split>(p.C_t, p, place.b, begin, place.end, kScanChunk, shared.C_t[0]);
+    __syncthreads();
+    const int runs = static_cast<int>((min(static_cast<int64_t>(kScanChunk), place.end - begin) + kRun - 1) / kRun);
+    for (int run = runs - 1; run >= 0; --run) {
+      OwnedBack<T, kOwned> in;
+      const int64_t t = begin + run * kRun + token0;
+      dt_at.read(t, place.end, -INFINITY, in.dt);
+      if (grad_y.data != nullptr) grad_at.read(t, place.end, 0.0f, in.grad_y);
+      if (p.z.data != nullptr) z_at.read(t, place.end, 0.0f, in.z);
+      __syncwarp();
 #pragma unroll
-      for (int i = 0; i < Split::kHeld; ++i) {
-        passed[i] *= exp2_approx(dt * A2[i]);
-        grad[i] += passed[i] * (C_t[i] * grad_r);
+      for (int i = 0; i < kOwned; ++i) {
+        const float dt = softplus_approx(to_f32(in.dt[i]) + bias), gate = p.z.data != nullptr ? silu(to_f32(in.z[i])) : 1.0f;
+        if (Split::template owns<kRun>())
+          shared.steps[warp][token0 + i][own] = make_float2(dt, grad_y.data != nullptr ? to_f32(in.grad_y[i]) * gate : 0.0f);
+        dt_sum += dt;
       }
-      dt_sum += dt;
+      __syncwarp();
+#pragma unroll
+      for (int k = kRun - 1; k >= 0; --k) {
+        float C_t[kEntries];
+        read_floats(&shared.C_t[run * kRun + k][n0], C_t);
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const float2 step = shared.steps[warp][k][own ^ j];
+#pragma unroll
+          for (int e = 0; e < kEntries; ++e) carry[j][e] = exp2_approx(step.x * A2[j][e]) * (C_t[e] * step.y + carry[j][e]);
+        }
+      }
     }
-    __syncthreads();
   }
-
   const int64_t at = place.segment_index(p) * p.channels;
-  store_states<Split>(grads + at * Split::kN, channel, p.channels, grad);
-  if (n0 == 0 && channel < p.channels) dt_sums[at + channel] = dt_sum;
+  store_states<Split>(grads + at * Split::kN, channel, p.channels, carry);
+  dt_sum = sum_of_owners<Split, kRun>(dt_sum);
+  if (Split::part() < 2 && own_real) dt_sums[at + own_channel] = dt_sum;
 }
 
 // --- gradients ------------------------------------------------------------------------------------------------
@@ -128,293 +137,277 @@ struct WalkBack {
 
 template <class Split>
 struct WalkBackShared {
-  static constexpr int kC = Split::kBlockChannels, kN = Split::kN, kQuads = Split::kEntries / 4;
-  static constexpr int kSumStride = kC + 16;  // lanes that write four tokens at a time meet different banks
-  struct Forward {                            // while the chunk is walked through without keeping anything
-    float steps[kStagedTokens][kC][2];
-    float B_t[kStagedTokens][kN];
-  };
-  struct Back {
-    float steps[kRun][kC][2];  // dt, dt x
-    float grad_r[kRun][kC];
-    float B_t[kRun][kN], C_t[kRun][kN];
-    float over_entries[3][kRun][kSumStride];            // <C_t, h>, <B_t, lambda>, <A2, lambda p>
-    float by_lane[kScanWarps][kRun][kQuads][kWarp][4];  // a thread's share of grad_C_t, then of grad_B_t
-    float by_warp[2][kScanWarps][kRun][kN];             // the warp's share of grad_B_t and of grad_C_t
-  };
-  alignas(16) float run_states[kRuns][Split::kHeld / 4][kScanThreads][4];  // state in front of every run of the chunk
-  union alignas(16) {
-    Forward forward;
-    Back back;
-  };
-  alignas(16) float channel_sums[2][kScanThreads][4];  // a thread's shares of grad_D_skip and of grad_dt_bias
+  static constexpr int kC = Split::kWarpChannels, kN = Split::kN, kQuads = Split::kEntries / 4;
+  static constexpr int kSpan = kN <= 64 ? 16 : kRun;  // tokens whose grad_B_t and grad_C_t the warps of a block add up together
+  // The state in front of every run of the chunk; while a run is walked back, its slot and the next hold what the lanes have for the
+  // gradients of the entries.
+  alignas(16) float slots[kScanWarps][kRuns + 1][2 * kQuads][kWarp][4];
+  alignas(16) float B_t[kScanChunk][kN], C_t[kScanChunk][kN];
+  float dt[kScanWarps][kScanChunk][kC];  // after bias and softplus
+  float2 steps[kScanWarps][kRun][kC];    // dt, dt x
+  float grad_r[kScanWarps][kRun][kC];
+  alignas(16) float by_warp[2][kScanWarps][kSpan][kN];  // the warp's share of grad_B_t and of grad_C_t
 };
 
-/// Adds what the lanes of a warp have left in by_lane over its channels, for all tokens of a run and all entries.
+/// Adds what the lanes of a warp have left for the entries over its channels, for all tokens of a run: `shares` [kRun, quads, lanes, 4].
 template <class Split>
-__device__ void sum_over_channels(const float (&by_lane)[kRun][Split::kEntries / 4][kWarp][4], float (&to)[kRun][Split::kN]) {
-  constexpr int kQuads = Split::kEntries / 4, kPerRun = Split::kLanes * kQuads;  // packs of four entries of a token
+__device__ void sum_over_channels(const float* shares, float (*to)[Split::kN]) {
+  constexpr int kQuads = Split::kEntries / 4, kLanes = Split::kLanes, kRows = kWarp / kLanes, kPairs = Split::kN / 2;
   __syncwarp();
 #pragma unroll
-  for (int o = static_cast<int>(threadIdx.x) % kWarp; o < kRun * kPerRun; o += kWarp) {
-    const int t = o / kPerRun, n = o % kPerRun * 4, part = n / Split::kEntries, quad = n % Split::kEntries / 4;
-    float sum[4] = {};
+  for (int task = Split::lane(); task < kRun * kPairs; task += kWarp) {  // two entries of one token
+    const int half = task % 2, part = task / 2 % kLanes, quad = task / (2 * kLanes) % kQuads, token = task / kPairs;
+    const float* from = shares + (token * kQuads + quad) * kWarp * 4 + part * 4 + half * 2;
+    const int begin = task / (2 * kLanes);  // neighbours begin elsewhere, so that they meet different banks
+    float sum[2] = {};
 #pragma unroll
-    for (int j = 0; j < Split::kAcross; ++j) {
-      const int across = (j + o) % Split::kAcross;  // every lane begins elsewhere, so that they meet different banks
-      float share[4];
-      read_floats(by_lane[t][quad][part * Split::kAcross + across], share);
-#pragma unroll
-      for (int k = 0; k < 4; ++k) sum[k] += share[k];
+    for (int r = 0; r < kRows; ++r) {
+      float share[2];
+      read_floats(from + (r + begin) % kRows * kLanes * 4, share);
+      sum[0] += share[0];
+      sum[1] += share[1];
     }
-    store_pack(&to[t][n], Pack<float, 4>{{sum[0], sum[1], sum[2], sum[3]}});
+    store_pack(&to[token][part * Split::kEntries + quad * 4 + half * 2], Pack<float, 2>{{sum[0], sum[1]}});
   }
   __syncwarp();
-}
-
-/// Walks forward through `count` staged tokens with the states, keeping nothing.
-template <class Split>
-__device__ void advance(const typename WalkBackShared<Split>::Forward& staged, int first, int count, const float (&A2)[Split::kHeld],
-                        float (&h)[Split::kHeld]) {
-  const int c = Split::first_channel(), n0 = Split::first_entry();
-#pragma unroll 4
-  for (int t = first; t < first + count; ++t) {
-    float steps[2 * Split::kChannels], B_t[Split::kEntries];
-    read_floats(staged.steps[t][c], steps);
-    read_floats(&staged.B_t[t][n0], B_t);
-#pragma unroll
-    for (int i = 0; i < Split::kHeld; ++i) {
-      const int channel = i / Split::kEntries;
-      h[i] = exp2_approx(steps[2 * channel] * A2[i]) * h[i] + steps[2 * channel + 1] * B_t[i % Split::kEntries];
-    }
-  }
 }
 
 template <class T, class Split>
-__global__ void __launch_bounds__(kScanThreads, Split::kN <= 16 ? 3 : 1)
+__global__ void __launch_bounds__(kScanThreads, Split::kN <= 16 ? 2 : 1)
     selective_scan_bwd_walk_kernel(const ScanProblem<T> p, const WalkBack<T> g) {
-  constexpr int kHeld = Split::kHeld, kEntries = Split::kEntries, kChannels = Split::kChannels, kC = Split::kBlockChannels;
-  static_assert(kHeld == 8);
-  constexpr int kPacksPerRow = kC / 4, kPacks = kRun * kPacksPerRow;
-  static_assert(kPacks <= kScanThreads && kScanThreads % kPacksPerRow == 0);
+  constexpr int kEntries = Split::kEntries, kN = Split::kN, kOwned = Split::template owned<kRun>();
+  using Shared = WalkBackShared<Split>;
   extern __shared__ __align__(16) char shared_bytes[];
-  auto& shared = *reinterpret_cast<WalkBackShared<Split>*>(shared_bytes);
-  auto& back = shared.back;
+  auto& shared = *reinterpret_cast<Shared*>(shared_bytes);
   const ScanPlace<Split, T> place(p, g.first_group, g.groups, p.segments);
-  const int tid = static_cast<int>(threadIdx.x), warp = tid / kWarp, lane = tid % kWarp;
-  const int c = Split::first_channel(), n0 = Split::first_entry();
-  const int64_t channel = place.first_channel + c, in_segments = place.segment_index(p) * p.channels;
+  const int tid = static_cast<int>(threadIdx.x), warp = tid / kWarp, lane = Split::lane();
+  const int n0 = Split::first_entry(), own = Split::own_channel(), token0 = first_owned<Split, kRun>();
+  const int64_t own_channel = place.first_channel + warp * Split::kWarpChannels + own, channel[2] = {own_channel, own_channel ^ 1};
+  const bool own_real = own_channel < p.channels, owner = own_real && Split::template owns<kRun>();
+  const bool gated = p.z.data != nullptr, graded = g.grad_y.data != nullptr;
+  const int64_t in_segments = place.segment_index(p) * p.channels;
+  auto& slots = shared.slots[warp];
+  auto& steps = shared.steps[warp];
+  auto& grad_r = shared.grad_r[warp];
 
-  // For staging and results a thread has four channels of one token of each run, always the same channels.
-  const int row = tid / kPacksPerRow, column = tid % kPacksPerRow * 4;
-  const int64_t d0 = place.first_channel + column;
-  store_pack(shared.channel_sums[0][tid], Pack<float, 4>{});
-  store_pack(shared.channel_sums[1][tid], Pack<float, 4>{});
+  const float bias = own_real ? p.dt_bias[own_channel] : -INFINITY;
+  const float D_skip = own_real && p.D_skip != nullptr ? p.D_skip[own_channel] : 0.0f;
+  const int64_t readable = min(own_channel, p.channels - 1);
+  const OwnedReader<T> x_at(p.x, place.b, readable), dt_at(p.dt, place.b, readable), z_at(p.z, place.b, readable),
+      grad_at(g.grad_y, place.b, readable);
 
-  float A2[kHeld], carry[kHeld], sum_A[kHeld] = {};  // sum_A: sum_t dt lambda p
+  float A2[2][kEntries], carry[2][kEntries], sum_A[2][kEntries] = {}, sum_D = 0, sum_bias = 0;  // sum_A: sum_t dt lambda p
   load_A2<Split>(p, channel, A2);
 #pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
-    const int64_t d = channel + i / kEntries, n = n0 + i % kEntries;
-    carry[i] = g.carries != nullptr && d < p.channels && n < p.N ? g.carries[(in_segments + d) * g.carries_row + n] : 0.0f;
-  }
+  for (int j = 0; j < 2; ++j)
+#pragma unroll
+    for (int e = 0; e < kEntries; ++e)
+      carry[j][e] = g.carries != nullptr && channel[j] < p.channels && n0 + e < p.N
+                        ? g.carries[(in_segments + channel[j]) * g.carries_row + n0 + e]
+                        : 0.0f;
 
   for (int64_t chunk = (place.end - 1) / kScanChunk; chunk >= place.begin / kScanChunk; --chunk) {
-    const int64_t begin = chunk * kScanChunk, border = (place.b * p.chunks + chunk) * p.channels;
+    const int64_t begin = chunk * kScanChunk;
     const int tokens = static_cast<int>(min(static_cast<int64_t>(kScanChunk), place.end - begin)), runs = (tokens + kRun - 1) / kRun;
+    __syncthreads();  // everybody has done with the chunk before
+    stage_entries<Split>(p.B_t, p, place.b, begin, place.end, kScanChunk, shared.B_t[0]);
+    stage_entries<Split>(p.C_t, p, place.b, begin, place.end, kScanChunk, shared.C_t[0]);
+    __syncthreads();
 
     // Forward: the state in front of every run.
     {
-      float h[kHeld];
-      load_states<Split>(g.borders + border * Split::kN, channel, p.channels, h);
-      for (int first = 0; first < tokens; first += kStagedTokens) {
-        __syncthreads();  // everybody has done with what lies there
-        for (int i = tid; i < kStagedTokens * kPacksPerRow; i += kScanThreads) {
-          const int staged_row = i / kPacksPerRow, staged_column = i % kPacksPerRow * 4;
-          const int64_t t = begin + first + staged_row, d = place.first_channel + staged_column;
-          const bool there = t < place.end;
-          const Pack<T, 4> x = load_four(p.x, place.b, t, d, p.channels, there), dt = load_four(p.dt, place.b, t, d, p.channels, there);
-          stage_steps(p, x, dt, d, there, shared.forward.steps[staged_row][staged_column]);
-        }
-        stage_entries<Split>(p.B_t, p, place.b, begin + first, place.end, kStagedTokens, shared.forward.B_t[0]);
-        __syncthreads();
-        for (int t = 0; t < kStagedTokens && first + t < tokens; t += kRun) {
-          const int run = (first + t) / kRun;
+      float h[2][kEntries];
+      load_states<Split>(g.borders + (place.b * p.chunks + chunk) * p.channels * kN, channel, p.channels, h);
+      OwnedBack<T, kOwned> next;
+      x_at.read(begin + token0, place.end, 0.0f, next.x);
+      dt_at.read(begin + token0, place.end, -INFINITY, next.dt);
+#pragma unroll 1
+      for (int run = 0; run < runs; ++run) {
+        __syncwarp();
 #pragma unroll
-          for (int i = 0; i < kHeld; i += 4)
-            store_pack(shared.run_states[run][i / 4][tid], Pack<float, 4>{{h[i], h[i + 1], h[i + 2], h[i + 3]}});
-          if (run + 1 < runs) advance<Split>(shared.forward, t, kRun, A2, h);
-        }
-      }
-      __syncthreads();
-    }
-
-    for (int run = runs - 1; run >= 0; --run) {
-      const int64_t first = begin + run * kRun, t_mine = first + row;
-      const bool mine = tid < kPacks, there = mine && t_mine < place.end;
-      const Pack<T, 4> x = load_four(p.x, place.b, t_mine, d0, p.channels, there),
-                       raw = load_four(p.dt, place.b, t_mine, d0, p.channels, there),
-                       dy = load_four(g.grad_y, place.b, t_mine, d0, p.channels, there),
-                       z = load_four(p.z, place.b, t_mine, d0, p.channels, there);
-      if (mine) {
-        stage_steps(p, x, raw, d0, there, back.steps[row][column]);
-        float grad_r[4];
-        gated_gradient(p, dy, z, grad_r);
-        store_pack(&back.grad_r[row][column], Pack<float, 4>{{grad_r[0], grad_r[1], grad_r[2], grad_r[3]}});
-      }
-      stage_entries<Split>(p.B_t, p, place.b, first, place.end, kRun, back.B_t[0]);
-      stage_entries<Split>(p.C_t, p, place.b, first, place.end, kRun, back.C_t[0]);
-      __syncthreads();
-
-      // Forward through the run: p = exp(dt A) h[t-1] stays in registers.
-      float kept[kRun][kHeld], decays[kRun][kKeptDecays];
-      {
-        float h[kHeld];
-#pragma unroll
-        for (int i = 0; i < kHeld; i += 4) {
-          const Pack<float, 4> pack = load_pack<4>(shared.run_states[run][i / 4][tid]);
-#pragma unroll
-          for (int k = 0; k < 4; ++k) h[i + k] = pack.at[k];
-        }
-        float along_C[kChannels][kScanAtOnce];
-#pragma unroll
-        for (int t = 0; t < kRun; ++t) {
-          float steps[2 * kChannels], B_t[kEntries], C_t[kEntries], grad_r[kChannels], share[kEntries];
-          read_floats(back.steps[t][c], steps);
-          read_floats(&back.B_t[t][n0], B_t);
-          read_floats(&back.C_t[t][n0], C_t);
-#pragma unroll
-          for (int k = 0; k < kChannels; ++k) {
-            grad_r[k] = back.grad_r[t][c + k];
-            along_C[k][t % kScanAtOnce] = 0;
+        for (int i = 0; i < kOwned; ++i) {
+          const float dt = softplus_approx(to_f32(next.dt[i]) + bias);
+          if (Split::template owns<kRun>()) {
+            shared.dt[warp][run * kRun + token0 + i][own] = dt;
+            steps[token0 + i][own] = make_float2(dt, dt * to_f32(next.x[i]));
           }
+        }
+        const int64_t t = begin + (run + 1) * kRun + token0;
+        x_at.read(t, min(place.end, begin + kScanChunk), 0.0f, next.x);
+        dt_at.read(t, min(place.end, begin + kScanChunk), -INFINITY, next.dt);
+        __syncwarp();
 #pragma unroll
-          for (int i = 0; i < kHeld; ++i) {
-            const int k = i / kEntries, e = i % kEntries;
-            const float decay = exp2_approx(steps[2 * k] * A2[i]);
-            if (i < kKeptDecays) decays[t][i % kKeptDecays] = decay;
-            kept[t][i] = decay * h[i];
-            h[i] = kept[t][i] + steps[2 * k + 1] * B_t[e];
-            along_C[k][t % kScanAtOnce] += C_t[e] * h[i];
-            share[e] = k == 0 ? grad_r[k] * h[i] : share[e] + grad_r[k] * h[i];
-          }
+        for (int j = 0; j < 2; ++j)
 #pragma unroll
           for (int e = 0; e < kEntries; e += 4)
-            store_pack(back.by_lane[warp][t][e / 4][lane], Pack<float, 4>{{share[e], share[e + 1], share[e + 2], share[e + 3]}});
-          if (t % kScanAtOnce == kScanAtOnce - 1) {
+            store_pack(slots[run][(j * kEntries + e) / 4][lane], Pack<float, 4>{{h[j][e], h[j][e + 1], h[j][e + 2], h[j][e + 3]}});
+        if (run + 1 == runs) break;
 #pragma unroll
-            for (int k = 0; k < kChannels; ++k) {
-              const int token = t - (kScanAtOnce - 1) + sum_over_lanes<Split>(along_C[k]);
-              if (Split::part() < kScanAtOnce) back.over_entries[0][token][c + k] = along_C[k][0];
-            }
+        for (int k = 0; k < kRun; ++k) {
+          float B_t[kEntries];
+          read_floats(&shared.B_t[run * kRun + k][n0], B_t);
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            const float2 step = steps[k][own ^ j];
+#pragma unroll
+            for (int e = 0; e < kEntries; ++e) h[j][e] = exp2_approx(step.x * A2[j][e]) * h[j][e] + step.y * B_t[e];
           }
         }
       }
-      sum_over_channels<Split>(back.by_lane[warp], back.by_warp[1][warp]);
+    }
+
+    OwnedBack<T, kOwned> next;
+    const auto fetch = [&](int run) {
+      const int64_t t = begin + run * kRun + token0;
+      x_at.read(t, place.end, 0.0f, next.x);
+      dt_at.read(t, place.end, 0.0f, next.dt);
+      if (gated) z_at.read(t, place.end, 0.0f, next.z);
+      if (graded) grad_at.read(t, place.end, 0.0f, next.grad_y);
+    };
+    fetch(runs - 1);
+#pragma unroll 1
+    for (int run = runs - 1; run >= 0; --run) {
+      const OwnedBack<T, kOwned> in = next;
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < kOwned; ++i) {
+        const float dt = shared.dt[warp][run * kRun + token0 + i][own];
+        const float gate = gated ? silu(to_f32(in.z[i])) : 1.0f;
+        if (Split::template owns<kRun>()) {
+          steps[token0 + i][own] = make_float2(dt, dt * to_f32(in.x[i]));
+          grad_r[token0 + i][own] = graded ? to_f32(in.grad_y[i]) * gate : 0.0f;
+        }
+      }
+      // Forward through the run: states and decays stay in registers.
+      float before[kRun][2][kEntries], decay[kRun][2][kEntries], along_C[kRun];
+      {
+        float h[2][kEntries];
+#pragma unroll
+        for (int j = 0; j < 2; ++j)
+#pragma unroll
+          for (int e = 0; e < kEntries; e += 4) {
+            const Pack<float, 4> pack = load_pack<4>(slots[run][(j * kEntries + e) / 4][lane]);
+#pragma unroll
+            for (int k = 0; k < 4; ++k) h[j][e + k] = pack.at[k];
+          }
+        __syncwarp();
+#pragma unroll
+        for (int k = 0; k < kRun; ++k) {
+          float B_t[kEntries], C_t[kEntries], share[kEntries], along[2] = {};
+          read_floats(&shared.B_t[run * kRun + k][n0], B_t);
+          read_floats(&shared.C_t[run * kRun + k][n0], C_t);
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            const float2 step = steps[k][own ^ j];
+            const float grad = grad_r[k][own ^ j];
+#pragma unroll
+            for (int e = 0; e < kEntries; ++e) {
+              before[k][j][e] = h[j][e];
+              decay[k][j][e] = exp2_approx(step.x * A2[j][e]);
+              h[j][e] = decay[k][j][e] * h[j][e] + step.y * B_t[e];
+              along[j] += C_t[e] * h[j][e];
+              share[e] = j == 0 ? grad * h[j][e] : share[e] + grad * h[j][e];
+            }
+          }
+          along_C[k] = along[0] + __shfl_xor_sync(0xffffffffu, along[1], 1);
+#pragma unroll
+          for (int e = 0; e < kEntries; e += 4)
+            store_pack((&slots[run][0][0][0]) + ((k * Shared::kQuads + e / 4) * kWarp + lane) * 4,
+                       Pack<float, 4>{{share[e], share[e + 1], share[e + 2], share[e + 3]}});
+        }
+      }
+      const int in_span = run * kRun % Shared::kSpan;
+      sum_over_owners<Split>(along_C);
+      sum_over_channels<Split>(&slots[run][0][0][0], shared.by_warp[1][warp] + in_span);
 
       // Back through the run with the gradient of the state. Tokens behind the end have dt = B = C = grad_r = 0: they pass the gradient on.
-      float along_B[kChannels][kScanAtOnce], along_A[kChannels][kScanAtOnce];
+      float along_B[kRun], along_A[kRun];
 #pragma unroll
-      for (int t = kRun - 1; t >= 0; --t) {
-        float steps[2 * kChannels], B_t[kEntries], C_t[kEntries], grad_r[kChannels], share[kEntries];
-        read_floats(back.steps[t][c], steps);
-        read_floats(&back.B_t[t][n0], B_t);
-        read_floats(&back.C_t[t][n0], C_t);
+      for (int k = kRun - 1; k >= 0; --k) {
+        float B_t[kEntries], C_t[kEntries], share[kEntries], by_B[2] = {}, by_A[2] = {};
+        read_floats(&shared.B_t[run * kRun + k][n0], B_t);
+        read_floats(&shared.C_t[run * kRun + k][n0], C_t);
 #pragma unroll
-        for (int k = 0; k < kChannels; ++k) {
-          grad_r[k] = back.grad_r[t][c + k];
-          along_B[k][t % kScanAtOnce] = along_A[k][t % kScanAtOnce] = 0;
-        }
+        for (int j = 0; j < 2; ++j) {
+          const float2 step = steps[k][own ^ j];
+          const float grad = grad_r[k][own ^ j];
 #pragma unroll
-        for (int i = 0; i < kHeld; ++i) {
-          const int k = i / kEntries, e = i % kEntries;
-          const float lambda = C_t[e] * grad_r[k] + carry[i], decayed = lambda * kept[t][i];
-          along_B[k][t % kScanAtOnce] += lambda * B_t[e];
-          along_A[k][t % kScanAtOnce] += A2[i] * decayed;
-          sum_A[i] += steps[2 * k] * decayed;
-          share[e] = k == 0 ? steps[2 * k + 1] * lambda : share[e] + steps[2 * k + 1] * lambda;
-          carry[i] = lambda * (i < kKeptDecays ? decays[t][i % kKeptDecays] : exp2_approx(steps[2 * k] * A2[i]));
-        }
-#pragma unroll
-        for (int e = 0; e < kEntries; e += 4)
-          store_pack(back.by_lane[warp][t][e / 4][lane], Pack<float, 4>{{share[e], share[e + 1], share[e + 2], share[e + 3]}});
-        if (t % kScanAtOnce == 0) {
-#pragma unroll
-          for (int k = 0; k < kChannels; ++k) {
-            const int token = t + sum_over_lanes<Split>(along_B[k]);
-            sum_over_lanes<Split>(along_A[k]);
-            if (Split::part() < kScanAtOnce) {
-              back.over_entries[1][token][c + k] = along_B[k][0];
-              back.over_entries[2][token][c + k] = along_A[k][0];
-            }
+          for (int e = 0; e < kEntries; ++e) {
+            const float lambda = C_t[e] * grad + carry[j][e];
+            carry[j][e] = lambda * decay[k][j][e];
+            const float kept = carry[j][e] * before[k][j][e];  // lambda p
+            by_B[j] += lambda * B_t[e];
+            by_A[j] += A2[j][e] * kept;
+            sum_A[j][e] += step.x * kept;
+            share[e] = j == 0 ? step.y * lambda : share[e] + step.y * lambda;
           }
         }
-      }
-      sum_over_channels<Split>(back.by_lane[warp], back.by_warp[0][warp]);
-      __syncthreads();
-
-      if (there) {
-        float along_C[4], by_B[4], by_A[4], grad_r[4], grad_x[4], grad_dt[4], grad_z[4], sum_D[4], sum_bias[4], steps[8];
-        read_floats(&back.over_entries[0][row][column], along_C);
-        read_floats(&back.over_entries[1][row][column], by_B);
-        read_floats(&back.over_entries[2][row][column], by_A);
-        read_floats(&back.grad_r[row][column], grad_r);
-        read_floats(back.steps[row][column], steps);
-        read_floats(shared.channel_sums[0][tid], sum_D);
-        read_floats(shared.channel_sums[1][tid], sum_bias);
+        along_B[k] = by_B[0] + __shfl_xor_sync(0xffffffffu, by_B[1], 1);
+        along_A[k] = by_A[0] + __shfl_xor_sync(0xffffffffu, by_A[1], 1);
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          const bool real = d0 + k < p.channels;
-          const float in = to_f32(x.at[k]), D_skip = real && p.D_skip != nullptr ? p.D_skip[d0 + k] : 0.0f;
-          const float bias = real ? p.dt_bias[d0 + k] : 0.0f, gate = to_f32(z.at[k]);
-          grad_x[k] = D_skip * grad_r[k] + steps[2 * k] * by_B[k];
-          // softplus' = sigmoid, which is 1 in f32 where softplus is linear
-          grad_dt[k] = (in * by_B[k] + kLn2 * by_A[k]) * sigmoid(to_f32(raw.at[k]) + bias);
-          grad_z[k] = to_f32(dy.at[k]) * (along_C[k] + D_skip * in) * silu_slope(gate, sigmoid(gate));
-          sum_D[k] += grad_r[k] * in;
-          sum_bias[k] += grad_dt[k];
-        }
-        if (g.grad_x.data != nullptr) store_four(g.grad_x, place.b, t_mine, d0, p.channels, grad_x);
-        if (g.grad_dt.data != nullptr) store_four(g.grad_dt, place.b, t_mine, d0, p.channels, grad_dt);
-        if (g.grad_z.data != nullptr) store_four(g.grad_z, place.b, t_mine, d0, p.channels, grad_z);
-        store_pack(shared.channel_sums[0][tid], Pack<float, 4>{{sum_D[0], sum_D[1], sum_D[2], sum_D[3]}});
-        store_pack(shared.channel_sums[1][tid], Pack<float, 4>{{sum_bias[0], sum_bias[1], sum_bias[2], sum_bias[3]}});
+        for (int e = 0; e < kEntries; e += 4)
+          store_pack((&slots[run][0][0][0]) + ((k * Shared::kQuads + e / 4) * kWarp + lane) * 4,
+                     Pack<float, 4>{{share[e], share[e + 1], share[e + 2], share[e + 3]}});
       }
-      for (int o = tid; o < 2 * kRun * (Split::kN / 4); o += kScanThreads) {
-        const int which = o / (kRun * (Split::kN / 4)), t = o / (Split::kN / 4) % kRun, n = o % (Split::kN / 4) * 4;
-        if (first + t >= place.end || n >= g.N4) continue;
+      if (run > 0) fetch(run - 1);
+      sum_over_owners<Split>(along_B);
+      sum_over_owners<Split>(along_A);
+      sum_over_channels<Split>(&slots[run][0][0][0], shared.by_warp[0][warp] + in_span);
+
+#pragma unroll
+      for (int i = 0; i < kOwned; ++i) {
+        const int64_t t = begin + run * kRun + token0 + i;
+        if (!owner || t >= place.end) continue;
+        const float dt = shared.dt[warp][run * kRun + token0 + i][own], grad = grad_r[token0 + i][own], x = to_f32(in.x[i]);
+        const float grad_x = D_skip * grad + dt * along_B[i];
+        // softplus' = sigmoid, which is 1 in f32 where softplus is linear
+        const float grad_dt = (x * along_B[i] + kLn2 * along_A[i]) * sigmoid(to_f32(in.dt[i]) + bias);
+        sum_D += grad * x;
+        sum_bias += grad_dt;
+        if (g.grad_x.data != nullptr) g.grad_x.at(place.b, t)[own_channel] = static_cast<T>(grad_x);
+        if (g.grad_dt.data != nullptr) g.grad_dt.at(place.b, t)[own_channel] = static_cast<T>(grad_dt);
+        if (g.grad_z.data != nullptr) {
+          const float gate = to_f32(in.z[i]), dy = graded ? to_f32(in.grad_y[i]) : 0.0f;
+          g.grad_z.at(place.b, t)[own_channel] = static_cast<T>(dy * (along_C[i] + D_skip * x) * silu_slope(gate, sigmoid(gate)));
+        }
+      }
+
+      if (in_span != 0) continue;
+      __syncthreads();
+      constexpr int kQuadsPerRow = kN / 4;
+      for (int o = tid; o < 2 * Shared::kSpan * kQuadsPerRow; o += kScanThreads) {
+        const int which = o % 2, k = o / (2 * kQuadsPerRow), n = o / 2 % kQuadsPerRow * 4;
+        const int64_t t = begin + run * kRun + k;
+        if (t >= place.end || n >= g.N4) continue;
         float sum[4] = {};
 #pragma unroll
         for (int w = 0; w < kScanWarps; ++w) {
           float share[4];
-          read_floats(&back.by_warp[which][w][t][n], share);
+          read_floats(&shared.by_warp[which][w][k][n], share);
 #pragma unroll
-          for (int k = 0; k < 4; ++k) sum[k] += share[k];
+          for (int i = 0; i < 4; ++i) sum[i] += share[i];
         }
-        float* to = g.BC_partials + (((place.group * p.batch + place.b) * p.tokens + first + t) * 2 + which) * g.N4 + n;
+        float* to = g.BC_partials + (((place.group * p.batch + place.b) * p.tokens + t) * 2 + which) * g.N4 + n;
         store_pack(to, Pack<float, 4>{{sum[0], sum[1], sum[2], sum[3]}});
       }
+      __syncthreads();
     }
   }
 
-  __syncthreads();
-  if (tid < kC && place.first_channel + tid < p.channels) {  // the threads that had this channel, in order of their tokens
-    float sum_D = 0, sum_bias = 0;
-    for (int r = 0; r < kRun; ++r) {
-      const int from = r * kPacksPerRow + tid / 4;
-      sum_D += shared.channel_sums[0][from][tid % 4];
-      sum_bias += shared.channel_sums[1][from][tid % 4];
-    }
-    g.D_partials[in_segments + place.first_channel + tid] = sum_D;
-    g.bias_partials[in_segments + place.first_channel + tid] = sum_bias;
+  sum_D = sum_of_owners<Split, kRun>(sum_D);
+  sum_bias = sum_of_owners<Split, kRun>(sum_bias);
+  if (Split::part() < 2 && own_real) {
+    g.D_partials[in_segments + own_channel] = sum_D;
+    g.bias_partials[in_segments + own_channel] = sum_bias;
   }
 #pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
-    const int64_t d = channel + i / kEntries, n = n0 + i % kEntries;
-    if (d >= p.channels || n >= p.N) continue;
-    g.A_partials[(in_segments + d) * p.N + n] = kLn2 * A2[i] * sum_A[i];
-    if (g.grad_h0 != nullptr && place.begin == 0) g.grad_h0[(place.b * p.channels + d) * p.N + n] = carry[i];
-  }
+  for (int j = 0; j < 2; ++j)
+#pragma unroll
+    for (int e = 0; e < kEntries; ++e) {
+      if (channel[j] >= p.channels || n0 + e >= p.N) continue;
+      g.A_partials[(in_segments + channel[j]) * p.N + n0 + e] = kLn2 * A2[j][e] * sum_A[j][e];
+      if (g.grad_h0 != nullptr && place.begin == 0) g.grad_h0[(place.b * p.channels + channel[j]) * p.N + n0 + e] = carry[j][e];
+    }
 }
 
 // --- sums over blocks of channels -----------------------------------------------------------------------------
@@ -447,17 +440,14 @@ __global__ void sum_blocks_kernel(const BlockSums<T> a) {
   to[row / a.tokens * batch + row % a.tokens * token + n] = static_cast<T>(sum);
 }
 
-template <class T, class Walk, class Split>
+template <class T, class Split>
 void backward(const SelectiveScanBackward& g) {
-  static_assert(Walk::kN == Split::kN);
   const SelectiveScanInputs& in = g.in;
   const Device& device = in.x.device();
   const CudaContext& cuda = device.cuda_context();
   const int64_t B = in.x.dim(0), tokens = in.x.dim(1), D = in.x.dim(2), N = in.A_log.dim(1);
   const int64_t groups = (D + Split::kBlockChannels - 1) / Split::kBlockChannels;
-  // A second set of exponentials pays only where the rows and channels leave multiprocessors without work.
-  const int64_t wanted = groups * B >= kBlocksAtOnce * cuda.sm_count ? 1 : cuda.sm_count * kBlocksPerSm;
-  const ScanCut cut = cut_scan(tokens, groups * B, wanted, kScanChunk);
+  const ScanCut cut = cut_scan(tokens, groups * B, Split::kN <= 16 ? 2 : 1, 1.2, cuda.sm_count);
   const ScanProblem<T> p = scan_problem<T>(in, cut.segments, cut.segment_tokens);
   const auto f32 = [&](Shape shape) { return Tensor::empty(device, Dtype::f32, shape); };
   const ScanRows<const T> grad_y = scan_rows<const T>(g.grad_y);
@@ -466,9 +456,8 @@ void backward(const SelectiveScanBackward& g) {
   if (p.segments > 1) {
     segments.grads = f32(Shape{B, p.segments, D, Split::kN});
     segments.dt_sum = f32(Shape{B, p.segments, D});
-    const int64_t walk_groups = (D + Walk::kBlockChannels - 1) / Walk::kBlockChannels;
-    launch_scan(selective_scan_bwd_segments_kernel<T, Walk>, "selective_scan_bwd_segments_kernel", walk_groups * p.segments * B, 0, cuda, p,
-                grad_y, segments.grads.data<float>(), segments.dt_sum.data<float>(), walk_groups);
+    launch_scan(selective_scan_bwd_segments_kernel<T, Split>, "selective_scan_bwd_segments_kernel", groups * p.segments * B,
+                sizeof(SegmentShared<Split>), cuda, p, grad_y, segments.grads.data<float>(), segments.dt_sum.data<float>(), groups);
     connect_segments(segments, in.A_log, g.grad_h_T);
   }
 
@@ -518,10 +507,9 @@ void backward(const SelectiveScanBackward& g) {
 }  // namespace
 
 void selective_scan_bwd_cuda(const SelectiveScanBackward& g) {
-  split_for(g.in.A_log.dim(1), [&](auto walk, auto split) {
-    using Walk = decltype(walk);
+  split_for(g.in.A_log.dim(1), [&](auto split) {
     using Split = decltype(split);
-    g.in.x.dtype() == Dtype::bf16 ? backward<__nv_bfloat16, Walk, Split>(g) : backward<float, Walk, Split>(g);
+    g.in.x.dtype() == Dtype::bf16 ? backward<__nv_bfloat16, Split>(g) : backward<float, Split>(g);
   });
 }
 

@@ -27,9 +27,6 @@
 namespace longhand {
 namespace {
 
-constexpr int64_t kShortSegment = 256;  // tokens; shorter segments do not pay for their ends
-constexpr int64_t kBlocksPerSm = 12;    // two rounds of the six that fit
-
 template <class T>
 struct WalkOutputs {
   ScanRows<T> y;
@@ -42,20 +39,14 @@ struct WalkOutputs {
 
 enum class Walk { outputs, ends };
 
-/// What a warp has in shared memory. Tiles of the inputs come in as they are, one ahead of the work; then B_t and C_t are widened and the
-/// steps formed.
+/// What a warp has in shared memory. B_t and C_t come in as they are while the tile before is worked on, and are then widened.
 template <class T, class Split, Walk walk>
 struct WarpTiles {
-  static constexpr int kTokens = Split::kN <= 64 ? 16 : 4, kC = Split::kWarpChannels, kN = Split::kN;
-  static constexpr int kInputs = walk == Walk::outputs ? 3 : 2, kEntryInputs = walk == Walk::outputs ? 2 : 1;
-  struct Raw {
-    alignas(16) T channels[kInputs][kTokens][kC];      // x, dt, z
-    alignas(16) T entries[kEntryInputs][kTokens][kN];  // B_t, C_t
-  };
-  Raw raw[2];
-  alignas(16) float entries[kEntryInputs][kTokens][kN];
-  alignas(16) float dt[kTokens][kC];  // after bias and softplus; later y
-  alignas(16) float dt_x[kTokens][kC];
+  static constexpr int kTokens = Split::kN <= 64 ? 8 : 4;
+  static constexpr int kEntryInputs = walk == Walk::outputs ? 2 : 1;
+  alignas(16) T raw[kEntryInputs][kTokens][Split::kN];  // B_t, C_t
+  alignas(16) float entries[kEntryInputs][kTokens][Split::kN];
+  alignas(16) float2 steps[kTokens][Split::kWarpChannels];  // dt after bias and softplus, dt x
 };
 
 /// `count` rows of `width` elements from `first` on into a tile, by a warp; zeros at and behind `valid` rows and behind `last` elements.
@@ -65,175 +56,167 @@ __device__ void fetch_tile(T* tile, const ScanRows<const T>& rows, int64_t b, in
   constexpr int unit = bytes / static_cast<int>(sizeof(T)), units = width / unit;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const T* from = rows.data + b * rows.batch + t * rows.token + first;
-  if constexpr (bytes >= 4) {
-    if (rows.widest * static_cast<int>(sizeof(T)) >= bytes) {
+  if (rows.widest * static_cast<int>(sizeof(T)) >= bytes) {
 #pragma unroll
-      for (int i = lane; i < count * units; i += kWarp) {
-        const int row = i / units, column = i % units * unit;
-        copy_or_zero_async<bytes>(tile + row * width + column, from + row * rows.token + column, row < valid && first + column < last);
-      }
-      return;
+    for (int i = lane; i < count * units; i += kWarp) {
+      const int row = i / units, column = i % units * unit;
+      copy_or_zero_async<bytes>(tile + row * width + column, from + row * rows.token + column, row < valid && first + column < last);
     }
+    return;
   }
+#pragma unroll 1
   for (int i = lane; i < count * width; i += kWarp) {
     const int row = i / width, column = i % width;
-    tile[i] = rows.data != nullptr && row < valid && first + column < last ? from[row * rows.token + column] : static_cast<T>(0.0f);
+    tile[i] = row < valid && first + column < last ? from[row * rows.token + column] : static_cast<T>(0.0f);
   }
 }
 
+/// The activations that a lane owns in a tile.
+template <class T, int n>
+struct Owned {
+  T x[n], dt[n], z[n];
+};
+
 template <class T, class Split, Walk walk>
-__global__ void __launch_bounds__(kScanThreads, Split::kN <= 16 ? 4 : 2)
+__global__ void __launch_bounds__(kScanThreads, Split::kN <= 16 ? 3 : 2)
     selective_scan_fwd_walk_kernel(const ScanProblem<T> p, const WalkOutputs<T> out, int64_t groups, int64_t segments) {
   using Tiles = WarpTiles<T, Split, walk>;
-  constexpr int kC = Tiles::kC, kTokens = Tiles::kTokens, kN = Split::kN, kEntries = Split::kEntries, kChannels = Split::kChannels;
-  constexpr int kPack = kC < 4 ? kC : 4, kPacksPerRow = kC / kPack, kPacks = kTokens * kPacksPerRow;
+  constexpr int kTokens = Tiles::kTokens, kN = Split::kN, kEntries = Split::kEntries, kOwned = Split::template owned<kTokens>();
   constexpr bool outputs = walk == Walk::outputs;
   extern __shared__ __align__(16) char shared_bytes[];
-  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = Split::lane();
   Tiles& tiles = reinterpret_cast<Tiles*>(shared_bytes)[warp];
   const ScanPlace<Split, T> place(p, 0, groups, segments);
-  const int64_t warp_channel = place.first_channel + warp * kC;
-  const int c = static_cast<int>(Split::first_channel()) - warp * kC, n0 = Split::first_entry();  // c: in the warp
-  const int64_t channel = warp_channel + c;
+  const int n0 = Split::first_entry(), own = Split::own_channel(), token0 = first_owned<Split, kTokens>();
+  const int64_t own_channel = place.first_channel + warp * Split::kWarpChannels + own;
+  const bool own_real = own_channel < p.channels;
+  const int64_t channel[2] = {own_channel, own_channel ^ 1};
 
-  float A2[Split::kHeld], h[Split::kHeld], dt_sum[kChannels] = {};
+  float A2[2][kEntries], h[2][kEntries], dt_sum = 0;  // [0]: the lane's own channel, [1]: the other
   load_A2<Split>(p, channel, A2);
 #pragma unroll
-  for (int i = 0; i < Split::kHeld; ++i) {
-    const int64_t d = channel + i / kEntries, n = n0 + i % kEntries;
-    h[i] = 0;
-    if (outputs && out.starts != nullptr && d < p.channels && n < p.N)
-      h[i] = out.starts[(place.segment_index(p) * p.channels + d) * out.starts_row + n];
-  }
-  // For steps and results a lane has some neighbouring channels, always the same.
-  const int column = lane % kPacksPerRow * kPack;
-  float bias[kPack], D_skip[kPack];
+  for (int j = 0; j < 2; ++j)
 #pragma unroll
-  for (int i = 0; i < kPack; ++i) {
-    const int64_t d = warp_channel + column + i;
-    bias[i] = d < p.channels ? p.dt_bias[d] : 0.0f;
-    D_skip[i] = outputs && p.D_skip != nullptr && d < p.channels ? p.D_skip[d] : 0.0f;
-  }
+    for (int e = 0; e < kEntries; ++e)
+      h[j][e] = outputs && out.starts != nullptr && channel[j] < p.channels && n0 + e < p.N
+                    ? out.starts[(place.segment_index(p) * p.channels + channel[j]) * out.starts_row + n0 + e]
+                    : 0.0f;
+  const float bias = own_real ? p.dt_bias[own_channel] : -INFINITY;
+  const float D_skip = outputs && own_real && p.D_skip != nullptr ? p.D_skip[own_channel] : 0.0f;
+  const bool gated = outputs && p.z.data != nullptr;
 
-  const auto fetch = [&](int64_t begin, int turn) {
-    typename Tiles::Raw& raw = tiles.raw[turn % 2];
-    const int valid = static_cast<int>(place.end - begin < kTokens ? place.end - begin : kTokens);
-    fetch_tile<kTokens, kC>(raw.channels[0][0], p.x, place.b, begin, warp_channel, p.channels, valid);
-    fetch_tile<kTokens, kC>(raw.channels[1][0], p.dt, place.b, begin, warp_channel, p.channels, valid);
-    if constexpr (outputs)
-      if (p.z.data != nullptr) fetch_tile<kTokens, kC>(raw.channels[2][0], p.z, place.b, begin, warp_channel, p.channels, valid);
-    fetch_tile<kTokens, kN>(raw.entries[0][0], p.B_t, place.b, begin, 0, p.N, valid);
-    if constexpr (outputs) fetch_tile<kTokens, kN>(raw.entries[1][0], p.C_t, place.b, begin, 0, p.N, valid);
+  const auto fetch_entries = [&](int64_t begin) {
+    const int valid = static_cast<int>(min(static_cast<int64_t>(kTokens), place.end - begin));
+    fetch_tile<kTokens, kN>(tiles.raw[0][0], p.B_t, place.b, begin, 0, p.N, valid);
+    if constexpr (outputs) fetch_tile<kTokens, kN>(tiles.raw[1][0], p.C_t, place.b, begin, 0, p.N, valid);
+    close_copies();
+  };
+  // Where the lane's own activations are, of the tile that is fetched next and of the tile that is written. A lane without a channel reads
+  // its neighbours' and takes no steps: its bias is minus infinity.
+  const int64_t first_token = place.begin + token0, readable_channel = min(own_channel, p.channels - 1);
+  const T *x_at = p.x.at(place.b, first_token) + readable_channel, *dt_at = p.dt.at(place.b, first_token) + readable_channel;
+  const T* z_at = gated ? p.z.at(place.b, first_token) + readable_channel : nullptr;
+  T* y_at = outputs ? out.y.at(place.b, first_token) + own_channel : nullptr;
+  const auto fetch_owned = [&](int64_t begin, Owned<T, kOwned>& to) {
+    if (begin + kTokens <= place.end) {
+#pragma unroll
+      for (int i = 0; i < kOwned; ++i) {
+        to.x[i] = x_at[i * p.x.token];
+        to.dt[i] = dt_at[i * p.dt.token];
+        if (gated) to.z[i] = z_at[i * p.z.token];
+      }
+    } else {  // a step of zero keeps the state: behind the last token
+#pragma unroll
+      for (int i = 0; i < kOwned; ++i) {
+        const bool there = begin + token0 + i < place.end;
+        to.x[i] = there ? x_at[i * p.x.token] : static_cast<T>(0.0f);
+        to.dt[i] = there ? dt_at[i * p.dt.token] : static_cast<T>(-INFINITY);
+        if (gated) to.z[i] = there ? z_at[i * p.z.token] : static_cast<T>(0.0f);
+      }
+    }
+    x_at += kTokens * p.x.token;
+    dt_at += kTokens * p.dt.token;
+    z_at += kTokens * p.z.token;
   };
 
-  int turn = 0;
-  fetch(place.begin, 0);
-  close_copies();
-  for (int64_t begin = place.begin; begin < place.end; begin += kTokens, ++turn) {
-    if (begin + kTokens < place.end) fetch(begin + kTokens, turn + 1);
-    close_copies();
-    if (outputs && out.borders != nullptr && begin % kScanChunk == 0)
-      store_states<Split>(out.borders + (place.b * p.chunks + begin / kScanChunk) * p.channels * kN, channel, p.channels, h);
-    copies_arrived_but<1>();
-    __syncwarp();
-    const typename Tiles::Raw& raw = tiles.raw[turn % 2];
-    const int count = static_cast<int>(place.end - begin < kTokens ? place.end - begin : kTokens);
+  Owned<T, kOwned> next;
+  fetch_owned(place.begin, next);
+  fetch_entries(place.begin);
+  for (int64_t begin = place.begin; begin < place.end; begin += kTokens) {
+    if constexpr (outputs)
+      if (out.borders != nullptr && begin % kScanChunk == 0)
+        store_states<Split>(out.borders + (place.b * p.chunks + begin / kScanChunk) * p.channels * kN, channel, p.channels, h);
 
+    // The steps of the tile, each by its owner.
+    const Owned<T, kOwned> now = next;
+#pragma unroll
+    for (int i = 0; i < kOwned; ++i) {
+      const float dt = softplus_approx(to_f32(now.dt[i]) + bias);
+      if (Split::template owns<kTokens>()) tiles.steps[token0 + i][own] = make_float2(dt, dt * to_f32(now.x[i]));
+      if constexpr (!outputs) dt_sum += dt;
+    }
+    fetch_owned(begin + kTokens, next);
+    copies_arrived_but<0>();
+    __syncwarp();
 #pragma unroll
     for (int i = lane; i < Tiles::kEntryInputs * kTokens * kN / 4; i += kWarp) {
-      const Pack<T, 4> in = load_pack<4>(raw.entries[0][0] + 4 * i);
+      const Pack<T, 4> in = load_pack<4>(tiles.raw[0][0] + 4 * i);
       store_pack(tiles.entries[0][0] + 4 * i, Pack<float, 4>{{to_f32(in.at[0]), to_f32(in.at[1]), to_f32(in.at[2]), to_f32(in.at[3])}});
     }
-#pragma unroll
-    for (int i = lane; i < kPacks; i += kWarp) {
-      const int row = i / kPacksPerRow;
-      const Pack<T, kPack> x = load_pack<kPack>(&raw.channels[0][row][column]), dt = load_pack<kPack>(&raw.channels[1][row][column]);
-      Pack<float, kPack> step, step_x;
-#pragma unroll
-      for (int k = 0; k < kPack; ++k) {  // a step of zero keeps the state: behind the last token and channel
-        const bool real = row < count && warp_channel + column + k < p.channels;
-        step.at[k] = real ? softplus(to_f32(dt.at[k]) + bias[k]) : 0.0f;
-        step_x.at[k] = step.at[k] * to_f32(x.at[k]);
-      }
-      store_pack(&tiles.dt[row][column], step);
-      store_pack(&tiles.dt_x[row][column], step_x);
-    }
     __syncwarp();
+    if (begin + kTokens < place.end) fetch_entries(begin + kTokens);
 
-#pragma unroll 1
-    for (int t = 0; t < count; t += kScanAtOnce) {  // tokens behind the end keep the state
-      float y[kChannels][kScanAtOnce];
+    float y[kTokens];  // of the own channel, over the entries of this lane and its neighbour
 #pragma unroll
-      for (int k = 0; k < kScanAtOnce; ++k) {
-        float B_t[kEntries], C_t[kEntries];
-        read_floats(&tiles.entries[0][t + k][n0], B_t);
-        if constexpr (outputs) read_floats(&tiles.entries[1][t + k][n0], C_t);
-        const Pack<float, kChannels> dt = load_pack<kChannels>(&tiles.dt[t + k][c]), dt_x = load_pack<kChannels>(&tiles.dt_x[t + k][c]);
+    for (int t = 0; t < kTokens; ++t) {
+      float B_t[kEntries], C_t[kEntries], sum[2];
+      read_floats(&tiles.entries[0][t][n0], B_t);
+      if constexpr (outputs) read_floats(&tiles.entries[1][t][n0], C_t);
 #pragma unroll
-        for (int j = 0; j < kChannels; ++j) {
-          float sum = 0;
+      for (int j = 0; j < 2; ++j) {
+        const float2 step = tiles.steps[t][own ^ j];
+        sum[j] = 0;
 #pragma unroll
-          for (int e = 0; e < kEntries; ++e) {
-            const int i = j * kEntries + e;
-            h[i] = exp2_approx(dt.at[j] * A2[i]) * h[i] + dt_x.at[j] * B_t[e];
-            if constexpr (outputs) sum += C_t[e] * h[i];
-          }
-          y[j][k] = sum;
-          if constexpr (!outputs) dt_sum[j] += dt.at[j];
+        for (int e = 0; e < kEntries; ++e) {
+          h[j][e] = exp2_approx(step.x * A2[j][e]) * h[j][e] + step.y * B_t[e];
+          if constexpr (outputs) sum[j] += C_t[e] * h[j][e];
         }
       }
-      if constexpr (outputs) {                        // in the place of dt, which every lane has read
-        static_assert(Split::kLanes >= kScanAtOnce);  // a lane ends with one token
-#pragma unroll
-        for (int j = 0; j < kChannels; ++j) {
-          const int first = sum_over_lanes<Split>(y[j]);
-          if (Split::part() < kScanAtOnce) tiles.dt[t + first][c + j] = y[j][0];
-        }
-      }
+      if constexpr (outputs) y[t] = sum[0] + __shfl_xor_sync(0xffffffffu, sum[1], 1);
     }
-    __syncwarp();
+    __syncwarp();  // everybody has done with the tile
 
     if constexpr (outputs) {
+      sum_over_owners<Split>(y);
 #pragma unroll
-      for (int i = lane; i < kPacks; i += kWarp) {
-        const int row = i / kPacksPerRow;
-        if (row >= count) continue;
-        const Pack<T, kPack> x = load_pack<kPack>(&raw.channels[0][row][column]);
-        const Pack<float, kPack> r = load_pack<kPack>(&tiles.dt[row][column]);
-        float y[kPack];
+      for (int i = 0; i < kOwned; ++i) y[i] += D_skip * to_f32(now.x[i]);
+      if (gated)
 #pragma unroll
-        for (int k = 0; k < kPack; ++k) y[k] = r.at[k] + D_skip[k] * to_f32(x.at[k]);
-        if (p.z.data != nullptr) {
-          const Pack<T, kPack> z = load_pack<kPack>(&raw.channels[2][row][column]);
+        for (int i = 0; i < kOwned; ++i) y[i] *= silu(to_f32(now.z[i]));
+      if (own_real) {
+        if (begin + kTokens <= place.end) {
 #pragma unroll
-          for (int k = 0; k < kPack; ++k) y[k] *= silu(to_f32(z.at[k]));
-        }
-        T* to = out.y.at(place.b, begin + row) + warp_channel + column;
-        const Pack<T, kPack> rounded = round_to<T>(y);
-        if (out.y.widest >= kPack) {
-          if (warp_channel + column < p.channels) store_pack(to, rounded);
+          for (int i = 0; i < kOwned; ++i) y_at[i * out.y.token] = static_cast<T>(y[i]);
         } else {
 #pragma unroll
-          for (int k = 0; k < kPack; ++k)
-            if (warp_channel + column + k < p.channels) to[k] = rounded.at[k];
+          for (int i = 0; i < kOwned; ++i)
+            if (begin + token0 + i < place.end) y_at[i * out.y.token] = static_cast<T>(y[i]);
         }
       }
-      __syncwarp();
+      y_at += kTokens * out.y.token;
     }
   }
 
   if constexpr (!outputs) {
     store_states<Split>(out.ends + place.segment_index(p) * p.channels * kN, channel, p.channels, h);
-    if (n0 == 0)
-#pragma unroll
-      for (int j = 0; j < kChannels; ++j)
-        if (channel + j < p.channels) out.dt_sum[place.segment_index(p) * p.channels + channel + j] = dt_sum[j];
+    dt_sum = sum_of_owners<Split, kTokens>(dt_sum);
+    if (Split::part() < 2 && own_real) out.dt_sum[place.segment_index(p) * p.channels + own_channel] = dt_sum;
   } else if (place.end == p.tokens) {
 #pragma unroll
-    for (int i = 0; i < Split::kHeld; ++i) {
-      const int64_t d = channel + i / kEntries, n = n0 + i % kEntries;
-      if (d < p.channels && n < p.N) out.h_T[(place.b * p.channels + d) * p.N + n] = h[i];
-    }
+    for (int j = 0; j < 2; ++j)
+#pragma unroll
+      for (int e = 0; e < kEntries; ++e)
+        if (channel[j] < p.channels && n0 + e < p.N) out.h_T[(place.b * p.channels + channel[j]) * p.N + n0 + e] = h[j][e];
   }
 }
 
@@ -284,9 +267,7 @@ template <class T, class Split>
 void forward(const SelectiveScanInputs& in, const SelectiveScanResult& out) {
   const CudaContext& cuda = in.x.device().cuda_context();
   const int64_t B = in.x.dim(0), D = in.x.dim(2), groups = (D + Split::kBlockChannels - 1) / Split::kBlockChannels;
-  // A second set of exponentials pays only where the rows and channels leave multiprocessors without work.
-  const int64_t wanted = groups * B >= cuda.sm_count ? 1 : cuda.sm_count * kBlocksPerSm;
-  const ScanCut cut = cut_scan(in.x.dim(1), groups * B, wanted, kShortSegment);
+  const ScanCut cut = cut_scan(in.x.dim(1), groups * B, Split::kN <= 16 ? 3 : 2, 1.9, cuda.sm_count);
   const ScanProblem<T> p = scan_problem<T>(in, cut.segments, cut.segment_tokens);
 
   WalkOutputs<T> w{
@@ -328,19 +309,10 @@ SelectiveScanResult selective_scan_fwd_cuda(const SelectiveScanInputs& in, bool 
   const int64_t B = in.x.dim(0), T = in.x.dim(1), D = in.x.dim(2), N = in.A_log.dim(1);
   SelectiveScanResult out{
       Tensor::empty(in.x.device(), in.x.dtype(), in.x.shape()), Tensor::empty(in.x.device(), Dtype::f32, {B, D, N}), {}};
-  split_for(in.A_log.dim(1), [&](auto one, auto two) {  // channels of a thread
-    using One = decltype(one);
-    using Two = decltype(two);
-    const bool bf16 = in.x.dtype() == Dtype::bf16;
-    if (keep_borders) {
-      const Shape shape{B, (T + kScanChunk - 1) / kScanChunk, D, int64_t{One::kN}};
-      out.borders = Tensor::empty(in.x.device(), Dtype::f32, shape);
-    }
-    // Two channels share what is read of B_t and C_t; one where two would leave the schedulers fewer than four warps each.
-    const int64_t warps = B * D / Two::kWarpChannels;
-    if (warps < kScanWarps * 4 * in.x.device().cuda_context().sm_count)
-      bf16 ? forward<__nv_bfloat16, One>(in, out) : forward<float, One>(in, out);
-    else bf16 ? forward<__nv_bfloat16, Two>(in, out) : forward<float, Two>(in, out);
+  split_for(N, [&](auto split) {
+    using Split = decltype(split);
+    if (keep_borders) out.borders = Tensor::empty(in.x.device(), Dtype::f32, {B, (T + kScanChunk - 1) / kScanChunk, D, int64_t{Split::kN}});
+    in.x.dtype() == Dtype::bf16 ? forward<__nv_bfloat16, Split>(in, out) : forward<float, Split>(in, out);
   });
   return out;
 }

@@ -14,39 +14,76 @@
 namespace longhand {
 
 constexpr int kScanWarps = 4, kScanThreads = kScanWarps * kWarp;
-constexpr int kScanChunk = 64;  // tokens between two states that backward keeps in memory
-constexpr int kScanAtOnce = 4;  // tokens whose sums over lanes are formed together
+constexpr int kScanChunk = 32;  // tokens between two states that backward keeps in memory
 constexpr float kLn2 = 0.693147181f;
 
-/// `lanes` neighbours-in-state share a channel, each with `entries` entries of its state, and each does so for `channels` neighbouring
-/// channels. Lane = (which entries) * kAcross + (which channels): 8-lane phases of shared memory read one address of B_t and C_t.
-template <int lanes, int entries, int channels>
+/// `lanes` neighbours share two channels, each with `entries` entries of the states of both. One of the two is the lane's own (even parts:
+/// the first): it forms the steps and the results of that channel, for some of the tokens that are worked on together.
+template <int lanes, int entries>
 struct ScanSplit {
-  static constexpr int kLanes = lanes, kEntries = entries, kChannels = channels;
-  static constexpr int kHeld = entries * channels;  // states in the registers of a thread
-  static constexpr int kN = lanes * entries;        // N rounded up; entries behind N have A = B = C = 0
-  static constexpr int kAcross = kWarp / lanes;
-  static constexpr int kWarpChannels = kAcross * channels, kBlockChannels = kScanWarps * kWarpChannels;
-  static_assert(entries % 4 == 0 && kWarp % lanes == 0);
+  static constexpr int kLanes = lanes, kEntries = entries, kN = lanes * entries;  // kN: N rounded up; entries behind N have A = B = C = 0
+  static constexpr int kWarpChannels = 2 * kWarp / lanes, kBlockChannels = kScanWarps * kWarpChannels;
+  static constexpr int kOwners = lanes / 2;  // of a channel
+  static_assert(entries % 4 == 0 && kWarp % lanes == 0 && lanes % 2 == 0);
 
-  static __device__ int part() { return static_cast<int>(threadIdx.x) % kWarp / kAcross; }  // which entries
+  static __device__ int lane() { return static_cast<int>(threadIdx.x) % kWarp; }
+  static __device__ int part() { return lane() % lanes; }  // which entries
   static __device__ int first_entry() { return part() * entries; }
-  static __device__ int first_channel() {  // in the block
-    return static_cast<int>(threadIdx.x) / kWarp * kWarpChannels + static_cast<int>(threadIdx.x) % kAcross * channels;
+  static __device__ int own_channel() { return lane() / lanes * 2 + part() % 2; }  // in the warp; the other is its neighbour
+  /// How many of `tokens` tokens a lane owns; with more owners than tokens several own the same, and one of them writes.
+  template <int tokens>
+  static constexpr int owned() {
+    return kOwners < tokens ? tokens / kOwners : 1;
+  }
+  template <int tokens>
+  static __device__ bool owns() {
+    return kOwners <= tokens || part() / 2 < tokens;
   }
 };
 
-/// Tokens that a walk stages together; divides kScanChunk.
-template <class Split>
-constexpr int kScanTile = Split::kN <= 16 ? 32 : (Split::kN <= 64 ? 16 : 8);
-
-/// Calls f with the splits (forward, backward) for states of N entries.
+/// Calls f with the split for states of N entries.
 template <class F>
 void split_for(int64_t N, F&& f) {
-  if (N <= 16) return f(ScanSplit<4, 4, 1>{}, ScanSplit<4, 4, 2>{});
-  if (N <= 64) return f(ScanSplit<16, 4, 1>{}, ScanSplit<16, 4, 2>{});
+  if (N <= 16) return f(ScanSplit<2, 8>{});
+  if (N <= 64) return f(ScanSplit<8, 8>{});
   static_assert(kSelectiveScanMaxStateDim <= 256);
-  f(ScanSplit<32, 8, 1>{}, ScanSplit<32, 8, 1>{});
+  f(ScanSplit<32, 8>{});
+}
+
+/// The sums over the lanes of a channel, given for each token what neighbours of different parity have in common: lanes exchange halves of
+/// the tokens that they have left, so that each ends with the sums of its own tokens in v[0 .. owned).
+template <class Split, int tokens>
+__device__ void sum_over_owners(float (&v)[tokens]) {
+#pragma unroll
+  for (int level = 1; level < Split::kOwners; level *= 2) {
+    const int half = tokens / (2 * level), apart = 2 * level;
+    if (half == 0) {
+      v[0] += __shfl_xor_sync(0xffffffffu, v[0], apart);
+      continue;
+    }
+    const bool upper = (Split::part() & apart) != 0;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const float sent = upper ? v[i] : v[i + half], kept = upper ? v[i + half] : v[i];
+      v[i] = kept + __shfl_xor_sync(0xffffffffu, sent, apart);
+    }
+  }
+}
+/// The first of the tokens that sum_over_owners leaves with this lane.
+template <class Split, int tokens>
+__device__ int first_owned() {
+  int first = 0;
+#pragma unroll
+  for (int level = 1; level < Split::kOwners && 2 * level <= tokens; level *= 2)
+    first += (Split::part() & (2 * level)) != 0 ? tokens / (2 * level) : 0;
+  return first;
+}
+/// The sum of what the owners of a channel have for their tokens.
+template <class Split, int tokens>
+__device__ float sum_of_owners(float v) {
+#pragma unroll
+  for (int level = 1; level < Split::kOwners && level < tokens; level *= 2) v += __shfl_xor_sync(0xffffffffu, v, 2 * level);
+  return v;
 }
 
 /// A tensor [B, T, width] for kernels; null data stands for an absent tensor.
@@ -81,20 +118,6 @@ __device__ Pack<T, 4> load_four(const ScanRows<const T>& rows, int64_t b, int64_
   return pack;
 }
 
-/// Writes what lies in front of `width`.
-template <class T>
-__device__ void store_four(const ScanRows<T>& rows, int64_t b, int64_t t, int64_t c, int64_t width, const float (&values)[4]) {
-  const Pack<T, 4> pack = round_to<T>(values);
-  T* to = rows.at(b, t) + c;
-  if (rows.packs) {
-    if (c < width) store_pack(to, pack);
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < 4; ++i)
-    if (c + i < width) to[i] = pack.at[i];
-}
-
 /// Sizes, inputs, and how the sequence is cut: segment s holds the tokens from s * segment_tokens (a multiple of kScanChunk).
 template <class T>
 struct ScanProblem {
@@ -125,14 +148,24 @@ ScanProblem<T> scan_problem(const SelectiveScanInputs& in, int64_t segments, int
           (in.x.dim(1) + kScanChunk - 1) / kScanChunk};
 }
 
-/// Cuts the sequences into segments of whole chunks so that `blocks_per_segment` blocks for one segment of all rows become about `wanted`.
+/// How the sequences are cut into segments of whole chunks, all walked at once. That costs a second walk in front, so that all takes
+/// `dearer` times as long, and pays where the blocks of whole sequences leave many of the places for blocks empty, in the last round at
+/// least: what counts is the number of rounds and how long each lasts.
 struct ScanCut {
   int64_t segments, segment_tokens;
 };
-inline ScanCut cut_scan(int64_t tokens, int64_t blocks_per_segment, int64_t wanted, int64_t shortest) {
-  const int64_t most = std::max<int64_t>(1, tokens / shortest), segments = std::min(most, (wanted - 1) / blocks_per_segment + 1);
-  const int64_t each = (tokens + segments - 1) / segments, segment_tokens = (each + kScanChunk - 1) / kScanChunk * kScanChunk;
-  return {(tokens + segment_tokens - 1) / segment_tokens, segment_tokens};
+inline ScanCut cut_scan(int64_t tokens, int64_t blocks, int64_t at_once, double dearer, int64_t sm_count) {
+  constexpr int64_t kShortestSegment = 2 * kScanChunk, kMostRounds = 4;
+  const auto rounds = [&](int64_t segments) { return (blocks * segments + at_once * sm_count - 1) / (at_once * sm_count); };
+  const auto whole_chunks = [](int64_t count) { return (count + kScanChunk - 1) / kScanChunk * kScanChunk; };
+  ScanCut best{1, whole_chunks(tokens)};
+  double best_time = static_cast<double>(rounds(1) * best.segment_tokens);
+  for (int64_t wanted = 2; wanted <= tokens / kShortestSegment && rounds(wanted - 1) <= kMostRounds; ++wanted) {
+    const int64_t each = whole_chunks((tokens + wanted - 1) / wanted), segments = (tokens + each - 1) / each;
+    const double time = dearer * static_cast<double>(rounds(segments) * each);
+    if (segments > 1 && time < 0.99 * best_time) best = {segments, each}, best_time = time;
+  }
+  return best;
 }
 
 /// Which block this is: first channel, segment and row of the batch.
@@ -151,35 +184,52 @@ struct ScanPlace {
   __device__ int64_t segment_index(const ScanProblem<T>& p) const { return b * p.segments + segment; }
 };
 
-/// A * log2(e) of a thread's states, for decays exp2(dt * A2); 0 where there is no channel or entry.
-template <class Split, class T>
-__device__ void load_A2(const ScanProblem<T>& p, int64_t channel, float (&A2)[Split::kHeld]) {
+/// log(1 + e^x) without a branch: max(x, 0) + log1p(e) with e = e^-|x| by exp2_approx and log1p(e) / e by a polynomial (1.9e-7 on [0, 1]).
+/// Relative error about (4 + |x| / 2) * 2^-23 below 0, 3 * 2^-23 above.
+__device__ inline float softplus_approx(float x) {
+  constexpr float c[] = {0.9999998057f, -0.4999740537f, 0.3327547944f, -0.2449546106f, 0.1774523694f, -0.107681653f, 0.04408959149f,
+                         -0.008539197802f};
+  const float e = exp2_approx(-kLog2e * fabsf(x));
+  float log1p_over_e = c[7];
 #pragma unroll
-  for (int i = 0; i < Split::kHeld; ++i) {
-    const int64_t d = channel + i / Split::kEntries, n = Split::first_entry() + i % Split::kEntries;
-    A2[i] = d < p.channels && n < p.N ? -expf(p.A_log[d * p.N + n]) * kLog2e : 0.0f;
-  }
+  for (int i = 6; i >= 0; --i) log1p_over_e = log1p_over_e * e + c[i];
+  return log1p_over_e * e + fmaxf(x, 0.0f);
 }
 
-/// A thread's states from [.., channels, kN], where `states` points at the block's row of it; zeros behind the last channel.
+/// A * log2(e) of a lane's states, for decays exp2(dt * A2); 0 where there is no channel or entry.
+template <class Split, class T>
+__device__ void load_A2(const ScanProblem<T>& p, const int64_t (&channel)[2], float (&A2)[2][Split::kEntries]) {
+#pragma unroll
+  for (int j = 0; j < 2; ++j)
+#pragma unroll
+    for (int e = 0; e < Split::kEntries; ++e) {
+      const int64_t n = Split::first_entry() + e;
+      A2[j][e] = channel[j] < p.channels && n < p.N ? -expf(p.A_log[channel[j] * p.N + n]) * kLog2e : 0.0f;
+    }
+}
+
+/// A lane's states from [.., channels, kN], where `states` points at the first channel of a row; zeros behind the last channel.
 template <class Split>
-__device__ void load_states(const float* states, int64_t channel, int64_t channels, float (&h)[Split::kHeld]) {
+__device__ void load_states(const float* states, const int64_t (&channel)[2], int64_t channels, float (&h)[2][Split::kEntries]) {
 #pragma unroll
-  for (int i = 0; i < Split::kHeld; i += 4) {
-    const int64_t d = channel + i / Split::kEntries, n = Split::first_entry() + i % Split::kEntries;
-    Pack<float, 4> pack{};
-    if (d < channels) pack = load_pack<4>(states + d * Split::kN + n);
+  for (int j = 0; j < 2; ++j)
 #pragma unroll
-    for (int k = 0; k < 4; ++k) h[i + k] = pack.at[k];
-  }
+    for (int e = 0; e < Split::kEntries; e += 4) {
+      Pack<float, 4> pack{};
+      if (channel[j] < channels) pack = load_pack<4>(states + channel[j] * Split::kN + Split::first_entry() + e);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) h[j][e + k] = pack.at[k];
+    }
 }
 template <class Split>
-__device__ void store_states(float* states, int64_t channel, int64_t channels, const float (&h)[Split::kHeld]) {
+__device__ void store_states(float* states, const int64_t (&channel)[2], int64_t channels, const float (&h)[2][Split::kEntries]) {
 #pragma unroll
-  for (int i = 0; i < Split::kHeld; i += 4) {
-    const int64_t d = channel + i / Split::kEntries, n = Split::first_entry() + i % Split::kEntries;
-    if (d < channels) store_pack(states + d * Split::kN + n, Pack<float, 4>{{h[i], h[i + 1], h[i + 2], h[i + 3]}});
-  }
+  for (int j = 0; j < 2; ++j)
+#pragma unroll
+    for (int e = 0; e < Split::kEntries; e += 4)
+      if (channel[j] < channels)
+        store_pack(states + channel[j] * Split::kN + Split::first_entry() + e,
+                   Pack<float, 4>{{h[j][e], h[j][e + 1], h[j][e + 2], h[j][e + 3]}});
 }
 
 /// Neighbouring floats of shared memory, 16 bytes at a time.
@@ -205,47 +255,6 @@ __device__ void stage_entries(const ScanRows<const T>& rows, const ScanProblem<T
     const Pack<T, 4> in = load_four(rows, b, at, n, p.N, at < end);
     store_pack(to + 4 * i, Pack<float, 4>{{to_f32(in.at[0]), to_f32(in.at[1]), to_f32(in.at[2]), to_f32(in.at[3])}});
   }
-}
-
-/// dt after bias and softplus, and dt * x, of four channels of one token as neighbouring pairs; zeros (which keep the state) where the
-/// token or channel is not there.
-template <class T>
-__device__ void stage_steps(const ScanProblem<T>& p, const Pack<T, 4>& x, const Pack<T, 4>& dt, int64_t channel, bool there, float* to) {
-  float pairs[8];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const bool real = there && channel + i < p.channels;
-    const float step = real ? softplus(to_f32(dt.at[i]) + p.dt_bias[channel + i]) : 0.0f;
-    pairs[2 * i] = step;
-    pairs[2 * i + 1] = step * to_f32(x.at[i]);
-  }
-  store_pack(to, Pack<float, 4>{{pairs[0], pairs[1], pairs[2], pairs[3]}});
-  store_pack(to + 4, Pack<float, 4>{{pairs[4], pairs[5], pairs[6], pairs[7]}});
-}
-
-/// Adds `values` numbers over the lanes that share channels. At each level two lanes exchange halves of what they have left, so that each
-/// lane ends with v[0 .. values / lanes) (at least one), the sums of the numbers from the returned index on; with more lanes than values
-/// the lanes `values` apart end with the same.
-template <class Split, int values>
-__device__ int sum_over_lanes(float (&v)[values]) {
-  const int part = Split::part();
-  int first = 0;
-#pragma unroll
-  for (int level = 1; level < Split::kLanes; level *= 2) {
-    const int half = values / (2 * level), apart = Split::kAcross * level;
-    if (half == 0) {
-      v[0] += __shfl_xor_sync(0xffffffffu, v[0], apart);
-      continue;
-    }
-    const bool upper = (part & level) != 0;
-#pragma unroll
-    for (int i = 0; i < half; ++i) {
-      const float sent = upper ? v[i] : v[i + half], kept = upper ? v[i + half] : v[i];
-      v[i] = kept + __shfl_xor_sync(0xffffffffu, sent, apart);
-    }
-    first += upper ? half : 0;
-  }
-  return first;
 }
 
 template <class Kernel, class... Args>
