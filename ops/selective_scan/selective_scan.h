@@ -21,7 +21,7 @@ struct SelectiveScanOutput {
 /// h0        [B, D, N]    undefined means zeros
 /// returns   y [B, T, D] dtype of x; h_T [B, D, N]; decays, sums and states in f32 (f64 when x is f64)
 /// holds     scanning [0, s), then [s, T) from that state, gives the scan of [0, T) for every s, gradients too
-/// saves     its inputs; on CUDA also the state in front of every 64 tokens, N / 16 bytes per token and channel. Backward recomputes the
+/// saves     its inputs; on CUDA also the state in front of every 32 tokens, N / 8 bytes per token and channel. Backward recomputes the
 ///           states between
 /// errors    ShapeError naming both tensors; DtypeError; DeviceError; ValueError naming the limits of the CUDA kernels
 /// source    Gu & Dao 2023, arXiv:2312.00752, Algorithm 2; B_t by the Euler rule, not zero-order hold

@@ -1,22 +1,23 @@
 // The selective scan on CUDA, backward: gradients of everything, in one walk over the tokens from the last to the first, begun from the
-// states that forward has kept in front of every 64 tokens.
+// states that forward has kept in front of every 32 tokens.
 //
 // selective_scan_bwd_segments_kernel: what a segment does to the gradient of a state; only where rows and channels are too few
 // moves   dt, z, grad_y in
-// flops   N exponentials and 4 N others per token and channel: sum_t (prod_{s<=t} a_s) C_t grad_r_t, walking forward with the product
+// flops   N exponentials and 3 N others per token and channel: the gradient of the state, walked back from zero
 // split   as in the forward walk; connect_segments_kernel puts the whole scan together
 //
 // selective_scan_bwd_walk_kernel: the gradients
 // moves   x, dt, z, grad_y in, grad_x, grad_dt, grad_z out: 14 bytes per token and channel in bf16, dt and x once more, and the states of
 //         chunks; 2 N f32 of partial sums of grad_B_t and grad_C_t per token and 64 channels
-// flops   2.4 N exponentials, about 20 N others per token and channel
-// floor   the same shape: 1.0 ms of ex2, about 1.4 ms of instructions
-// split   N <= 16: a thread holds four states of two channels, four lanes share the channels, a block has 64 channels of one segment. It
-//         goes through its chunks from the last to the first: first forward, leaving the state in front of every eighth token in shared
-//         memory; then for eight tokens at a time, last first, forward once more with p = exp(dt A) h[t-1] (and half of the decays) kept
-//         in registers, and back with the gradient of the state. Sums over the entries of a channel go through shuffles, sums over the
-//         channels of a block through shared memory
-// needs   N <= 256; any strides over B and T
+// flops   2 N exponentials, 15 N others per token and channel, and about as many again to move and to add up
+// floor   the same shape: 34 instructions for each state and token: 1.6 ms of issue at 1.97 GHz; 0.9 ms of ex2
+// split   N <= 16: four lanes share two channels, a lane has a quarter of the entries of both, a block 64 channels of one segment. It goes
+//         through its chunks from the last to the first: first forward, leaving the state in front of every fourth token in shared
+//         memory; then for four tokens at a time, last first, forward once more with states and decays kept in registers, and back with the
+//         gradient of the state. Sums over the entries of a channel go through shuffles, sums over the channels of a warp through shared
+//         memory, and what the four warps have for 16 tokens is added up together. Three blocks share an SM: registers are what there are
+//         too few of, and eight states in a lane leave room for a third warp on every scheduler where sixteen do not
+// needs   N <= 256; any strides over B and T (below 2^26 elements over T)
 // agrees  with the CPU reference: kSelectiveScanToleranceF32; bf16 adds one rounding of each result
 // order   sums over channels: lanes, then warps, then blocks of 64 channels (sum_blocks_kernel), each in a fixed order; sums over tokens:
 //         one partial per segment, then sum_partials. No atomics; the number of segments depends on the GPU
@@ -32,90 +33,89 @@ constexpr int kRun = 4;                         // tokens walked back at a time;
 constexpr int kRuns = kScanChunk / kRun;        // of a chunk
 constexpr int64_t kPartialBytes = 512ll << 20;  // limit of the partial sums of grad_B_t and grad_C_t
 
-/// The activations of one run that a lane owns.
+/// The activations that a lane owns of the tokens worked on together.
 template <class T, int n>
 struct OwnedBack {
-  T x[n], dt[n], z[n], grad_y[n];
-};
-
-/// Where a lane's own activations are: reads those of `owned` tokens from token t on. A lane without a channel reads its neighbours' (its
-/// bias, minus infinity, lets it take no steps), and tokens at and behind `end` take no steps either.
-template <class T>
-struct OwnedReader {
-  const T* at;
-  int64_t token;
-  __device__ OwnedReader(const ScanRows<const T>& rows, int64_t b, int64_t channel) : at(rows.data + b * rows.batch + channel), token(rows.token) {}
-  template <int n>
-  __device__ void read(int64_t t, int64_t end, float behind, T (&to)[n]) const {
-    const T* from = at + t * token;
-#pragma unroll
-    for (int i = 0; i < n; ++i) to[i] = t + i < end ? from[i * token] : static_cast<T>(behind);
-  }
+  Fetched<T> x[n], dt[n], z[n], grad_y[n];
 };
 
 // --- segments -------------------------------------------------------------------------------------------------
 
+constexpr int kSegmentTile = 8;  // tokens
+
 template <class Split>
 struct SegmentShared {
   alignas(16) float C_t[kScanChunk][Split::kN];
-  float2 steps[kScanWarps][kRun][Split::kWarpChannels];  // dt, grad_r
+  float2 steps[kScanWarps][kSegmentTile][Split::kWarpChannels];  // dt, grad_r
 };
 
 template <class T, class Split>
 __global__ void __launch_bounds__(kScanThreads, Split::kN <= 64 ? 4 : 2)
     selective_scan_bwd_segments_kernel(const ScanProblem<T> p, const ScanRows<const T> grad_y, float* grads, float* dt_sums,
                                        int64_t groups) {
-  constexpr int kEntries = Split::kEntries, kOwned = Split::template owned<kRun>();
+  constexpr int kTokens = kSegmentTile, kEntries = Split::kEntries, kOwned = Split::template owned<kTokens>();
+  constexpr int kTiles = kScanChunk / kTokens;
   extern __shared__ __align__(16) char shared_bytes[];
   auto& shared = *reinterpret_cast<SegmentShared<Split>*>(shared_bytes);
-  const ScanPlace<Split, T> place(p, 0, groups, p.segments);
+  const ScanPlace<Split, T> place(p, 0, groups, 1, p.segments - 1);  // what the first one does to a gradient reaches nobody
   const int warp = static_cast<int>(threadIdx.x) / kWarp, n0 = Split::first_entry(), own = Split::own_channel();
-  const int token0 = first_owned<Split, kRun>();
+  const int token0 = first_owned<Split, kTokens>();
   const int64_t own_channel = place.first_channel + warp * Split::kWarpChannels + own, channel[2] = {own_channel, own_channel ^ 1};
-  const bool own_real = own_channel < p.channels;
-  const float bias = own_real ? p.dt_bias[own_channel] : -INFINITY;
-  const int64_t readable = min(own_channel, p.channels - 1);
-  const OwnedReader<T> dt_at(p.dt, place.b, readable), grad_at(grad_y, place.b, readable), z_at(p.z, place.b, readable);
+  const bool own_real = own_channel < p.channels, gated = p.z.data != nullptr, graded = grad_y.data != nullptr;
+  const float bias = own_real ? p.dt_bias[own_channel] : 0.0f;
+  auto& steps = shared.steps[warp];
+
+  const int64_t tiles = (place.end - place.begin + kTokens - 1) / kTokens, last = place.begin + (tiles - 1) * kTokens;
+  OwnedAt<const T> dt_at(p.dt, place.b, last + token0, own_channel), z_at(p.z, place.b, last + token0, own_channel),
+      grad_at(grad_y, place.b, last + token0, own_channel);
+  OwnedBack<T, kOwned> next;
+  const auto fetch = [&](int64_t tile) {
+    const int left =
+        own_real ? static_cast<int>(min(static_cast<int64_t>(kTokens), place.end - (place.begin + tile * kTokens))) - token0 : 0;
+    dt_at.read(next.dt, left, -INFINITY);
+    if (graded) grad_at.read(next.grad_y, left, 0.0f);
+    if (gated) z_at.read(next.z, left, 0.0f);
+    dt_at.move(-kTokens);
+    grad_at.move(-kTokens);
+    z_at.move(-kTokens);
+  };
+  fetch(tiles - 1);
 
   float A2[2][kEntries], carry[2][kEntries] = {}, dt_sum = 0;
   load_A2<Split>(p, channel, A2);
-  for (int64_t chunk = (place.end - 1) / kScanChunk; chunk >= place.begin / kScanChunk; --chunk) {
-    const int64_t begin = chunk * kScanChunk;
-    __syncthreads();
-    stage_entries<Split>(p.C_t, p, place.b, begin, place.end, kScanChunk, shared.C_t[0]);
-    __syncthreads();
-    const int runs = static_cast<int>((min(static_cast<int64_t>(kScanChunk), place.end - begin) + kRun - 1) / kRun);
-    for (int run = runs - 1; run >= 0; --run) {
-      OwnedBack<T, kOwned> in;
-      const int64_t t = begin + run * kRun + token0;
-      dt_at.read(t, place.end, -INFINITY, in.dt);
-      if (grad_y.data != nullptr) grad_at.read(t, place.end, 0.0f, in.grad_y);
-      if (p.z.data != nullptr) z_at.read(t, place.end, 0.0f, in.z);
-      __syncwarp();
+  for (int64_t tile = tiles - 1; tile >= 0; --tile) {
+    const int in_chunk = static_cast<int>(tile % kTiles) * kTokens;
+    if (tile == tiles - 1 || tile % kTiles == kTiles - 1) {
+      __syncthreads();
+      stage_entries<Split>(p.C_t, p, place.b, place.begin + tile / kTiles * kScanChunk, place.end, kScanChunk, shared.C_t[0]);
+      __syncthreads();
+    }
+    __syncwarp();
 #pragma unroll
-      for (int i = 0; i < kOwned; ++i) {
-        const float dt = softplus_approx(to_f32(in.dt[i]) + bias), gate = p.z.data != nullptr ? silu(to_f32(in.z[i])) : 1.0f;
-        if (Split::template owns<kRun>())
-          shared.steps[warp][token0 + i][own] = make_float2(dt, grad_y.data != nullptr ? to_f32(in.grad_y[i]) * gate : 0.0f);
-        dt_sum += dt;
-      }
-      __syncwarp();
+    for (int i = 0; i < kOwned; ++i) {
+      const float dt = softplus_approx(next.dt[i].f32() + bias);
+      float grad = graded ? next.grad_y[i].f32() : 0.0f;
+      if (gated) grad *= silu(next.z[i].f32());
+      if (Split::template owns<kTokens>()) steps[token0 + i][own] = make_float2(dt, grad);
+      dt_sum += dt;
+    }
+    if (tile > 0) fetch(tile - 1);
+    __syncwarp();
 #pragma unroll
-      for (int k = kRun - 1; k >= 0; --k) {
-        float C_t[kEntries];
-        read_floats(&shared.C_t[run * kRun + k][n0], C_t);
+    for (int k = kTokens - 1; k >= 0; --k) {
+      float C_t[kEntries];
+      read_floats(&shared.C_t[in_chunk + k][n0], C_t);
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const float2 step = shared.steps[warp][k][own ^ j];
+      for (int j = 0; j < 2; ++j) {
+        const float2 step = steps[k][own ^ j];
 #pragma unroll
-          for (int e = 0; e < kEntries; ++e) carry[j][e] = exp2_approx(step.x * A2[j][e]) * (C_t[e] * step.y + carry[j][e]);
-        }
+        for (int e = 0; e < kEntries; ++e) carry[j][e] = exp2_approx(step.x * A2[j][e]) * (C_t[e] * step.y + carry[j][e]);
       }
     }
   }
   const int64_t at = place.segment_index(p) * p.channels;
   store_states<Split>(grads + at * Split::kN, channel, p.channels, carry);
-  dt_sum = sum_of_owners<Split, kRun>(dt_sum);
+  dt_sum = sum_of_owners<Split, kTokens>(dt_sum);
   if (Split::part() < 2 && own_real) dt_sums[at + own_channel] = dt_sum;
 }
 
@@ -135,66 +135,74 @@ struct WalkBack {
   int64_t first_group, groups;
 };
 
+/// Blocks of the walk back that share an SM: as many as registers and shared memory allow.
+template <class Split>
+constexpr int kWalkBackBlocks = Split::kN > 16 ? 1 : 3;
+
 template <class Split>
 struct WalkBackShared {
   static constexpr int kC = Split::kWarpChannels, kN = Split::kN, kQuads = Split::kEntries / 4;
+  static constexpr int kForward = 8;                  // tokens whose steps are formed together on the way forward through a chunk
   static constexpr int kSpan = kN <= 64 ? 16 : kRun;  // tokens whose grad_B_t and grad_C_t the warps of a block add up together
-  // The state in front of every run of the chunk; while a run is walked back, its slot and the next hold what the lanes have for the
-  // gradients of the entries.
-  alignas(16) float slots[kScanWarps][kRuns + 1][2 * kQuads][kWarp][4];
+  static constexpr int kShareRow =
+      kWarp * 4 +
+      (Split::kLanes <= 4 ? 4 * Split::kLanes : 0);  // what lanes have for four entries of a token; padded, so that reading meets all banks
+  static constexpr int kSlots = kRuns * 2 * kQuads * kWarp * 4;
+  // The state in front of every run of the chunk, [kRuns, 2 * quads, lanes, 4]; while a run is walked back, what its lanes have for the
+  // gradients of the entries lies where its own state and those behind were, [kRun, quads, lanes, 4].
+  alignas(16) float slots[kScanWarps][kSlots + kRun * kQuads * kShareRow - 2 * kQuads * kWarp * 4];
   alignas(16) float B_t[kScanChunk][kN], C_t[kScanChunk][kN];
   float dt[kScanWarps][kScanChunk][kC];  // after bias and softplus
-  float2 steps[kScanWarps][kRun][kC];    // dt, dt x
-  float grad_r[kScanWarps][kRun][kC];
-  alignas(16) float by_warp[2][kScanWarps][kSpan][kN];  // the warp's share of grad_B_t and of grad_C_t
+  struct Step {
+    float dt, dt_x, grad_r, unused;
+  };
+  alignas(16) Step steps[kScanWarps][kForward][kC];
+  alignas(16) float by_warp[kScanWarps][kSpan][2][kN];  // the warp's share of grad_B_t and of grad_C_t
 };
 
-/// Adds what the lanes of a warp have left for the entries over its channels, for all tokens of a run: `shares` [kRun, quads, lanes, 4].
+/// Adds what the lanes of a warp have left for the entries over its channels, for all tokens of a run: `shares` [kRun, quads, kShareRow].
 template <class Split>
-__device__ void sum_over_channels(const float* shares, float (*to)[Split::kN]) {
+__device__ void sum_over_channels(const float* shares, float (*to)[2][Split::kN], int which) {
   constexpr int kQuads = Split::kEntries / 4, kLanes = Split::kLanes, kRows = kWarp / kLanes, kPairs = Split::kN / 2;
   __syncwarp();
 #pragma unroll
-  for (int task = Split::lane(); task < kRun * kPairs; task += kWarp) {  // two entries of one token
+  for (int turn = 0; turn < kRun * kPairs / kWarp; ++turn) {
+    const int task = turn * kWarp + Split::lane();  // two entries of one token
     const int half = task % 2, part = task / 2 % kLanes, quad = task / (2 * kLanes) % kQuads, token = task / kPairs;
-    const float* from = shares + (token * kQuads + quad) * kWarp * 4 + part * 4 + half * 2;
-    const int begin = task / (2 * kLanes);  // neighbours begin elsewhere, so that they meet different banks
+    const float* from = shares + (token * kQuads + quad) * WalkBackShared<Split>::kShareRow + part * 4 + half * 2;
     float sum[2] = {};
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       float share[2];
-      read_floats(from + (r + begin) % kRows * kLanes * 4, share);
+      read_floats(from + r * kLanes * 4, share);
       sum[0] += share[0];
       sum[1] += share[1];
     }
-    store_pack(&to[token][part * Split::kEntries + quad * 4 + half * 2], Pack<float, 2>{{sum[0], sum[1]}});
+    store_pack(&to[token][which][part * Split::kEntries + quad * 4 + half * 2], Pack<float, 2>{{sum[0], sum[1]}});
   }
   __syncwarp();
 }
 
 template <class T, class Split>
-__global__ void __launch_bounds__(kScanThreads, Split::kN <= 16 ? 2 : 1)
+__global__ void __launch_bounds__(kScanThreads, kWalkBackBlocks<Split>)
     selective_scan_bwd_walk_kernel(const ScanProblem<T> p, const WalkBack<T> g) {
   constexpr int kEntries = Split::kEntries, kN = Split::kN, kOwned = Split::template owned<kRun>();
   using Shared = WalkBackShared<Split>;
   extern __shared__ __align__(16) char shared_bytes[];
   auto& shared = *reinterpret_cast<Shared*>(shared_bytes);
-  const ScanPlace<Split, T> place(p, g.first_group, g.groups, p.segments);
+  const ScanPlace<Split, T> place(p, g.first_group, g.groups, 0, p.segments);
   const int tid = static_cast<int>(threadIdx.x), warp = tid / kWarp, lane = Split::lane();
   const int n0 = Split::first_entry(), own = Split::own_channel(), token0 = first_owned<Split, kRun>();
   const int64_t own_channel = place.first_channel + warp * Split::kWarpChannels + own, channel[2] = {own_channel, own_channel ^ 1};
-  const bool own_real = own_channel < p.channels, owner = own_real && Split::template owns<kRun>();
+  const bool own_real = own_channel < p.channels;
   const bool gated = p.z.data != nullptr, graded = g.grad_y.data != nullptr;
   const int64_t in_segments = place.segment_index(p) * p.channels;
-  auto& slots = shared.slots[warp];
+  float* const slots = shared.slots[warp];
+  constexpr int kSlot = Shared::kSlots / kRuns;
   auto& steps = shared.steps[warp];
-  auto& grad_r = shared.grad_r[warp];
 
-  const float bias = own_real ? p.dt_bias[own_channel] : -INFINITY;
+  const float bias = own_real ? p.dt_bias[own_channel] : 0.0f;
   const float D_skip = own_real && p.D_skip != nullptr ? p.D_skip[own_channel] : 0.0f;
-  const int64_t readable = min(own_channel, p.channels - 1);
-  const OwnedReader<T> x_at(p.x, place.b, readable), dt_at(p.dt, place.b, readable), z_at(p.z, place.b, readable),
-      grad_at(g.grad_y, place.b, readable);
 
   float A2[2][kEntries], carry[2][kEntries], sum_A[2][kEntries] = {}, sum_D = 0, sum_bias = 0;  // sum_A: sum_t dt lambda p
   load_A2<Split>(p, channel, A2);
@@ -209,46 +217,55 @@ __global__ void __launch_bounds__(kScanThreads, Split::kN <= 16 ? 2 : 1)
   for (int64_t chunk = (place.end - 1) / kScanChunk; chunk >= place.begin / kScanChunk; --chunk) {
     const int64_t begin = chunk * kScanChunk;
     const int tokens = static_cast<int>(min(static_cast<int64_t>(kScanChunk), place.end - begin)), runs = (tokens + kRun - 1) / kRun;
-    __syncthreads();  // everybody has done with the chunk before
+    const int own_tokens = own_real ? tokens : 0;  // without a channel there is no token either
+    __syncthreads();                               // everybody has done with the chunk before
     stage_entries<Split>(p.B_t, p, place.b, begin, place.end, kScanChunk, shared.B_t[0]);
     stage_entries<Split>(p.C_t, p, place.b, begin, place.end, kScanChunk, shared.C_t[0]);
     __syncthreads();
 
     // Forward: the state in front of every run.
     {
+      constexpr int kForward = Shared::kForward, kForwardOwned = Split::template owned<kForward>();
+      const int forward0 = first_owned<Split, kForward>();
       float h[2][kEntries];
       load_states<Split>(g.borders + (place.b * p.chunks + chunk) * p.channels * kN, channel, p.channels, h);
-      OwnedBack<T, kOwned> next;
-      x_at.read(begin + token0, place.end, 0.0f, next.x);
-      dt_at.read(begin + token0, place.end, -INFINITY, next.dt);
+      OwnedAt<const T> x_at(p.x, place.b, begin + forward0, own_channel), dt_at(p.dt, place.b, begin + forward0, own_channel);
+      Fetched<T> x[kForwardOwned], raw_dt[kForwardOwned];
+      const auto fetch = [&](int t) {
+        x_at.read(x, own_tokens - t - forward0, 0.0f);
+        dt_at.read(raw_dt, own_tokens - t - forward0, -INFINITY);
+        x_at.move(kForward);
+        dt_at.move(kForward);
+      };
+      fetch(0);
 #pragma unroll 1
-      for (int run = 0; run < runs; ++run) {
+      for (int t = 0; t < tokens; t += kForward) {
         __syncwarp();
 #pragma unroll
-        for (int i = 0; i < kOwned; ++i) {
-          const float dt = softplus_approx(to_f32(next.dt[i]) + bias);
-          if (Split::template owns<kRun>()) {
-            shared.dt[warp][run * kRun + token0 + i][own] = dt;
-            steps[token0 + i][own] = make_float2(dt, dt * to_f32(next.x[i]));
+        for (int i = 0; i < kForwardOwned; ++i) {
+          const float dt = softplus_approx(raw_dt[i].f32() + bias);
+          if (Split::template owns<kForward>()) {
+            shared.dt[warp][t + forward0 + i][own] = dt;
+            *reinterpret_cast<float2*>(&steps[forward0 + i][own]) = make_float2(dt, dt * x[i].f32());
           }
         }
-        const int64_t t = begin + (run + 1) * kRun + token0;
-        x_at.read(t, min(place.end, begin + kScanChunk), 0.0f, next.x);
-        dt_at.read(t, min(place.end, begin + kScanChunk), -INFINITY, next.dt);
+        if (t + kForward < tokens) fetch(t + kForward);
         __syncwarp();
 #pragma unroll
-        for (int j = 0; j < 2; ++j)
+        for (int k = 0; k < kForward; ++k) {
+          if (k % kRun == 0)
 #pragma unroll
-          for (int e = 0; e < kEntries; e += 4)
-            store_pack(slots[run][(j * kEntries + e) / 4][lane], Pack<float, 4>{{h[j][e], h[j][e + 1], h[j][e + 2], h[j][e + 3]}});
-        if (run + 1 == runs) break;
+            for (int j = 0; j < 2; ++j)
 #pragma unroll
-        for (int k = 0; k < kRun; ++k) {
+              for (int e = 0; e < kEntries; e += 4)
+                store_pack(slots + (t + k) / kRun * kSlot + ((j * kEntries + e) / 4 * kWarp + lane) * 4,
+                           Pack<float, 4>{{h[j][e], h[j][e + 1], h[j][e + 2], h[j][e + 3]}});
+          if (k % kRun == 0 && t + k + kRun >= tokens) break;  // the last run's own walk follows below
           float B_t[kEntries];
-          read_floats(&shared.B_t[run * kRun + k][n0], B_t);
+          read_floats(&shared.B_t[t + k][n0], B_t);
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
-            const float2 step = steps[k][own ^ j];
+            const float2 step = *reinterpret_cast<const float2*>(&steps[k][own ^ j]);
 #pragma unroll
             for (int e = 0; e < kEntries; ++e) h[j][e] = exp2_approx(step.x * A2[j][e]) * h[j][e] + step.y * B_t[e];
           }
@@ -256,27 +273,34 @@ __global__ void __launch_bounds__(kScanThreads, Split::kN <= 16 ? 2 : 1)
       }
     }
 
+    const int64_t last = begin + (runs - 1) * kRun + token0;
+    OwnedAt<const T> x_at(p.x, place.b, last, own_channel), dt_at(p.dt, place.b, last, own_channel), z_at(p.z, place.b, last, own_channel),
+        grad_at(g.grad_y, place.b, last, own_channel);
     OwnedBack<T, kOwned> next;
     const auto fetch = [&](int run) {
-      const int64_t t = begin + run * kRun + token0;
-      x_at.read(t, place.end, 0.0f, next.x);
-      dt_at.read(t, place.end, 0.0f, next.dt);
-      if (gated) z_at.read(t, place.end, 0.0f, next.z);
-      if (graded) grad_at.read(t, place.end, 0.0f, next.grad_y);
+      const int left = own_tokens - run * kRun - token0;
+      x_at.read(next.x, left, 0.0f);
+      dt_at.read(next.dt, left, 0.0f);
+      if (gated) z_at.read(next.z, left, 0.0f);
+      if (graded) grad_at.read(next.grad_y, left, 0.0f);
+      x_at.move(-kRun);
+      dt_at.move(-kRun);
+      z_at.move(-kRun);
+      grad_at.move(-kRun);
     };
     fetch(runs - 1);
 #pragma unroll 1
     for (int run = runs - 1; run >= 0; --run) {
       const OwnedBack<T, kOwned> in = next;
       __syncwarp();
+      float dt[kOwned], grad_r[kOwned], gate[kOwned];  // gate: sigmoid(z)
 #pragma unroll
       for (int i = 0; i < kOwned; ++i) {
-        const float dt = shared.dt[warp][run * kRun + token0 + i][own];
-        const float gate = gated ? silu(to_f32(in.z[i])) : 1.0f;
-        if (Split::template owns<kRun>()) {
-          steps[token0 + i][own] = make_float2(dt, dt * to_f32(in.x[i]));
-          grad_r[token0 + i][own] = graded ? to_f32(in.grad_y[i]) * gate : 0.0f;
-        }
+        dt[i] = shared.dt[warp][run * kRun + token0 + i][own];
+        gate[i] = gated ? sigmoid(in.z[i].f32()) : 1.0f;
+        grad_r[i] = graded ? in.grad_y[i].f32() : 0.0f;
+        if (gated) grad_r[i] *= in.z[i].f32() * gate[i];
+        if (Split::template owns<kRun>()) steps[token0 + i][own] = {dt[i], dt[i] * in.x[i].f32(), grad_r[i], 0.0f};
       }
       // Forward through the run: states and decays stay in registers.
       float before[kRun][2][kEntries], decay[kRun][2][kEntries], along_C[kRun];
@@ -286,7 +310,7 @@ __global__ void __launch_bounds__(kScanThreads, Split::kN <= 16 ? 2 : 1)
         for (int j = 0; j < 2; ++j)
 #pragma unroll
           for (int e = 0; e < kEntries; e += 4) {
-            const Pack<float, 4> pack = load_pack<4>(slots[run][(j * kEntries + e) / 4][lane]);
+            const Pack<float, 4> pack = load_pack<4>(slots + run * kSlot + ((j * kEntries + e) / 4 * kWarp + lane) * 4);
 #pragma unroll
             for (int k = 0; k < 4; ++k) h[j][e + k] = pack.at[k];
           }
@@ -298,27 +322,26 @@ __global__ void __launch_bounds__(kScanThreads, Split::kN <= 16 ? 2 : 1)
           read_floats(&shared.C_t[run * kRun + k][n0], C_t);
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
-            const float2 step = steps[k][own ^ j];
-            const float grad = grad_r[k][own ^ j];
+            const auto step = steps[k][own ^ j];
 #pragma unroll
             for (int e = 0; e < kEntries; ++e) {
               before[k][j][e] = h[j][e];
-              decay[k][j][e] = exp2_approx(step.x * A2[j][e]);
-              h[j][e] = decay[k][j][e] * h[j][e] + step.y * B_t[e];
+              decay[k][j][e] = exp2_approx(step.dt * A2[j][e]);
+              h[j][e] = decay[k][j][e] * h[j][e] + step.dt_x * B_t[e];
               along[j] += C_t[e] * h[j][e];
-              share[e] = j == 0 ? grad * h[j][e] : share[e] + grad * h[j][e];
+              share[e] = j == 0 ? step.grad_r * h[j][e] : share[e] + step.grad_r * h[j][e];
             }
           }
           along_C[k] = along[0] + __shfl_xor_sync(0xffffffffu, along[1], 1);
 #pragma unroll
           for (int e = 0; e < kEntries; e += 4)
-            store_pack((&slots[run][0][0][0]) + ((k * Shared::kQuads + e / 4) * kWarp + lane) * 4,
+            store_pack(slots + run * kSlot + (k * Shared::kQuads + e / 4) * Shared::kShareRow + lane * 4,
                        Pack<float, 4>{{share[e], share[e + 1], share[e + 2], share[e + 3]}});
         }
       }
       const int in_span = run * kRun % Shared::kSpan;
       sum_over_owners<Split>(along_C);
-      sum_over_channels<Split>(&slots[run][0][0][0], shared.by_warp[1][warp] + in_span);
+      sum_over_channels<Split>(slots + run * kSlot, shared.by_warp[warp] + in_span, 1);
 
       // Back through the run with the gradient of the state. Tokens behind the end have dt = B = C = grad_r = 0: they pass the gradient on.
       float along_B[kRun], along_A[kRun];
@@ -329,66 +352,68 @@ __global__ void __launch_bounds__(kScanThreads, Split::kN <= 16 ? 2 : 1)
         read_floats(&shared.C_t[run * kRun + k][n0], C_t);
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-          const float2 step = steps[k][own ^ j];
-          const float grad = grad_r[k][own ^ j];
+          const auto step = steps[k][own ^ j];
 #pragma unroll
           for (int e = 0; e < kEntries; ++e) {
-            const float lambda = C_t[e] * grad + carry[j][e];
+            const float lambda = C_t[e] * step.grad_r + carry[j][e];
             carry[j][e] = lambda * decay[k][j][e];
             const float kept = carry[j][e] * before[k][j][e];  // lambda p
             by_B[j] += lambda * B_t[e];
             by_A[j] += A2[j][e] * kept;
-            sum_A[j][e] += step.x * kept;
-            share[e] = j == 0 ? step.y * lambda : share[e] + step.y * lambda;
+            sum_A[j][e] += step.dt * kept;
+            share[e] = j == 0 ? step.dt_x * lambda : share[e] + step.dt_x * lambda;
           }
         }
         along_B[k] = by_B[0] + __shfl_xor_sync(0xffffffffu, by_B[1], 1);
         along_A[k] = by_A[0] + __shfl_xor_sync(0xffffffffu, by_A[1], 1);
 #pragma unroll
         for (int e = 0; e < kEntries; e += 4)
-          store_pack((&slots[run][0][0][0]) + ((k * Shared::kQuads + e / 4) * kWarp + lane) * 4,
+          store_pack(slots + run * kSlot + (k * Shared::kQuads + e / 4) * Shared::kShareRow + lane * 4,
                      Pack<float, 4>{{share[e], share[e + 1], share[e + 2], share[e + 3]}});
       }
       if (run > 0) fetch(run - 1);
       sum_over_owners<Split>(along_B);
       sum_over_owners<Split>(along_A);
-      sum_over_channels<Split>(&slots[run][0][0][0], shared.by_warp[0][warp] + in_span);
+      sum_over_channels<Split>(slots + run * kSlot, shared.by_warp[warp] + in_span, 0);
 
+      float grad_x[kOwned], grad_dt[kOwned], grad_z[kOwned];
+      const int left = Split::template owns<kRun>() ? own_tokens - run * kRun - token0 : 0;
 #pragma unroll
       for (int i = 0; i < kOwned; ++i) {
-        const int64_t t = begin + run * kRun + token0 + i;
-        if (!owner || t >= place.end) continue;
-        const float dt = shared.dt[warp][run * kRun + token0 + i][own], grad = grad_r[token0 + i][own], x = to_f32(in.x[i]);
-        const float grad_x = D_skip * grad + dt * along_B[i];
+        const float x = in.x[i].f32();
+        grad_x[i] = D_skip * grad_r[i] + dt[i] * along_B[i];
         // softplus' = sigmoid, which is 1 in f32 where softplus is linear
-        const float grad_dt = (x * along_B[i] + kLn2 * along_A[i]) * sigmoid(to_f32(in.dt[i]) + bias);
-        sum_D += grad * x;
-        sum_bias += grad_dt;
-        if (g.grad_x.data != nullptr) g.grad_x.at(place.b, t)[own_channel] = static_cast<T>(grad_x);
-        if (g.grad_dt.data != nullptr) g.grad_dt.at(place.b, t)[own_channel] = static_cast<T>(grad_dt);
-        if (g.grad_z.data != nullptr) {
-          const float gate = to_f32(in.z[i]), dy = graded ? to_f32(in.grad_y[i]) : 0.0f;
-          g.grad_z.at(place.b, t)[own_channel] = static_cast<T>(dy * (along_C[i] + D_skip * x) * silu_slope(gate, sigmoid(gate)));
-        }
+        grad_dt[i] = (x * along_B[i] + kLn2 * along_A[i]) * sigmoid(in.dt[i].f32() + bias);
+        grad_z[i] = along_C[i] + D_skip * x;
+        sum_D += grad_r[i] * x;  // grad_r is 0 behind the end, grad_dt is not
+        sum_bias += i < left ? grad_dt[i] : 0.0f;
+      }
+      const int64_t t = begin + run * kRun + token0;
+      if (g.grad_x.data != nullptr) OwnedAt<T>(g.grad_x, place.b, t, own_channel).write(grad_x, left);
+      if (g.grad_dt.data != nullptr) OwnedAt<T>(g.grad_dt, place.b, t, own_channel).write(grad_dt, left);
+      if (g.grad_z.data != nullptr) {
+#pragma unroll
+        for (int i = 0; i < kOwned; ++i) grad_z[i] *= graded ? in.grad_y[i].f32() * silu_slope(in.z[i].f32(), gate[i]) : 0.0f;
+        OwnedAt<T>(g.grad_z, place.b, t, own_channel).write(grad_z, left);
       }
 
       if (in_span != 0) continue;
       __syncthreads();
-      constexpr int kQuadsPerRow = kN / 4;
-      for (int o = tid; o < 2 * Shared::kSpan * kQuadsPerRow; o += kScanThreads) {
-        const int which = o % 2, k = o / (2 * kQuadsPerRow), n = o / 2 % kQuadsPerRow * 4;
-        const int64_t t = begin + run * kRun + k;
-        if (t >= place.end || n >= g.N4) continue;
+      constexpr int kQuadsPerRow = kN / 4, kTasks = 2 * Shared::kSpan * kQuadsPerRow;
+      const int rows = 2 * min(Shared::kSpan, tokens - run * kRun);  // of grad_B_t and grad_C_t in turn
+      float* const to = g.BC_partials + ((place.group * p.batch + place.b) * p.tokens + begin + run * kRun) * 2 * g.N4;
+#pragma unroll
+      for (int turn = 0; turn < kTasks / kScanThreads; ++turn) {
+        const int task = turn * kScanThreads + tid, row = task / kQuadsPerRow, n = task % kQuadsPerRow * 4;
         float sum[4] = {};
 #pragma unroll
         for (int w = 0; w < kScanWarps; ++w) {
           float share[4];
-          read_floats(&shared.by_warp[which][w][k][n], share);
+          read_floats(&shared.by_warp[w][0][0][0] + 4 * task, share);
 #pragma unroll
           for (int i = 0; i < 4; ++i) sum[i] += share[i];
         }
-        float* to = g.BC_partials + (((place.group * p.batch + place.b) * p.tokens + t) * 2 + which) * g.N4 + n;
-        store_pack(to, Pack<float, 4>{{sum[0], sum[1], sum[2], sum[3]}});
+        if (row < rows && n < g.N4) store_pack(to + static_cast<int64_t>(row) * g.N4 + n, Pack<float, 4>{{sum[0], sum[1], sum[2], sum[3]}});
       }
       __syncthreads();
     }
@@ -440,14 +465,15 @@ __global__ void sum_blocks_kernel(const BlockSums<T> a) {
   to[row / a.tokens * batch + row % a.tokens * token + n] = static_cast<T>(sum);
 }
 
-template <class T, class Split>
+template <class T, class Walk, class Split>
 void backward(const SelectiveScanBackward& g) {
+  static_assert(Walk::kN == Split::kN);
   const SelectiveScanInputs& in = g.in;
   const Device& device = in.x.device();
   const CudaContext& cuda = device.cuda_context();
   const int64_t B = in.x.dim(0), tokens = in.x.dim(1), D = in.x.dim(2), N = in.A_log.dim(1);
   const int64_t groups = (D + Split::kBlockChannels - 1) / Split::kBlockChannels;
-  const ScanCut cut = cut_scan(tokens, groups * B, Split::kN <= 16 ? 2 : 1, 1.2, cuda.sm_count);
+  const ScanCut cut = cut_scan(tokens, groups * B, {kWalkBackBlocks<Split>, kWalkBackBlocks<Split>, 1.2}, cuda.sm_count);
   const ScanProblem<T> p = scan_problem<T>(in, cut.segments, cut.segment_tokens);
   const auto f32 = [&](Shape shape) { return Tensor::empty(device, Dtype::f32, shape); };
   const ScanRows<const T> grad_y = scan_rows<const T>(g.grad_y);
@@ -456,8 +482,9 @@ void backward(const SelectiveScanBackward& g) {
   if (p.segments > 1) {
     segments.grads = f32(Shape{B, p.segments, D, Split::kN});
     segments.dt_sum = f32(Shape{B, p.segments, D});
-    launch_scan(selective_scan_bwd_segments_kernel<T, Split>, "selective_scan_bwd_segments_kernel", groups * p.segments * B,
-                sizeof(SegmentShared<Split>), cuda, p, grad_y, segments.grads.data<float>(), segments.dt_sum.data<float>(), groups);
+    const int64_t walk_groups = (D + Walk::kBlockChannels - 1) / Walk::kBlockChannels;
+    launch_scan(selective_scan_bwd_segments_kernel<T, Walk>, "selective_scan_bwd_segments_kernel", walk_groups * (p.segments - 1) * B,
+                sizeof(SegmentShared<Walk>), cuda, p, grad_y, segments.grads.data<float>(), segments.dt_sum.data<float>(), walk_groups);
     connect_segments(segments, in.A_log, g.grad_h_T);
   }
 
@@ -507,9 +534,10 @@ void backward(const SelectiveScanBackward& g) {
 }  // namespace
 
 void selective_scan_bwd_cuda(const SelectiveScanBackward& g) {
-  split_for(g.in.A_log.dim(1), [&](auto split) {
+  split_for(g.in.A_log.dim(1), [&](auto walk, auto split) {
+    using Walk = decltype(walk);
     using Split = decltype(split);
-    g.in.x.dtype() == Dtype::bf16 ? backward<__nv_bfloat16, Split>(g) : backward<float, Split>(g);
+    g.in.x.dtype() == Dtype::bf16 ? backward<__nv_bfloat16, Walk, Split>(g) : backward<float, Walk, Split>(g);
   });
 }
 

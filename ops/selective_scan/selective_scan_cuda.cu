@@ -2,26 +2,27 @@
 //
 // selective_scan_fwd_walk_kernel
 // moves   x, dt, z in, y out: 8 bytes per token and channel in bf16, and B_t, C_t once per 32 channels (from L2)
-// flops   N exponentials and 5 N others per token and channel; 3 more of the special-function unit for softplus and silu
-// floor   B32 T2048 D1536 N16 bf16: 805 MB / 3.0 TB/s = 0.27 ms, and 1.9e9 special functions at 16 per clock and SM = 0.52 ms on an H100
-//         SXM: bound by ex2
-// split   N <= 16: four lanes share channels with four states each in registers, a warp has 8 or 16 channels, a block four warps that know
-//         nothing of each other. A warp's tiles of 16 tokens arrive in shared memory one ahead of the work; softplus and gate are computed
-//         once per token and channel, between the tiles, and y takes the place of the steps. Wider states take 16 or 32 lanes. Few rows
-//         and channels: the sequence is cut into segments, whose end states (Walk::ends, a second set of exponentials) are connected first
-// needs   N <= 256, any strides over B and T. Up to 16 bytes are moved at a time where addresses, strides and widths allow it, else one
-//         element
+// flops   N exponentials and 4 N others per token and channel; 3 more of the special-function unit and about 35 others for softplus and
+// silu floor   B32 T2048 D1536 N16 bf16: 805 MB / 3.0 TB/s = 0.27 ms, and 1.9e9 special functions at 16 per clock and SM = 0.46 ms at 1.97
+// GHz:
+//         bound by ex2, with 9 instructions for each beside it
+// split   N <= 16: two neighbouring lanes share two channels; a lane has half of the entries of both in registers, forms the steps of its
+// own
+//         channel, and hands over half of a sum for the other: one exchange per token. 32 channels a warp; warps know nothing of each
+//         other. Wider states take 8 or 32 lanes for two channels, whose tokens their lanes own in turn. Few rows and channels: the
+//         sequence is cut into segments, whose end states (Walk::ends, a second set of exponentials) are connected first
+// needs   N <= 256, any strides over B and T (below 2^26 elements over T). B_t and C_t are read four at a time where addresses, strides
+//         and widths allow it, else one by one
 // agrees  with the CPU reference: kSelectiveScanToleranceF32 (ex2.approx in decays, in softplus and in silu, rcp.approx in silu); bf16 adds
 //         one rounding of y
-// order   y is summed over the four entries of a lane, then over lanes in a tree. No atomics; the number of segments depends on the GPU
+// order   y is summed over the entries of a lane, then over lanes in a tree. No atomics; the number of segments depends on the GPU
 //
-// With keep_borders the state in front of every 64 tokens goes out as well, N / 16 bytes per token and channel.
+// With keep_borders the state in front of every 32 tokens goes out as well, N / 8 bytes per token and channel.
 //
 // connect_segments_kernel
 // moves   two f32 per segment and state; a thread per state walks over the segments
 #include <algorithm>
 
-#include "ops/common/matrix_instructions.cuh"
 #include "ops/selective_scan/selective_scan_cuda.cuh"
 
 namespace longhand {
@@ -39,54 +40,34 @@ struct WalkOutputs {
 
 enum class Walk { outputs, ends };
 
-/// What a warp has in shared memory. B_t and C_t come in as they are while the tile before is worked on, and are then widened.
-template <class T, class Split, Walk walk>
-struct WarpTiles {
-  static constexpr int kTokens = Split::kN <= 64 ? 8 : 4;
-  static constexpr int kEntryInputs = walk == Walk::outputs ? 2 : 1;
-  alignas(16) T raw[kEntryInputs][kTokens][Split::kN];  // B_t, C_t
-  alignas(16) float entries[kEntryInputs][kTokens][Split::kN];
-  alignas(16) float2 steps[kTokens][Split::kWarpChannels];  // dt after bias and softplus, dt x
+/// What a warp has in shared memory of the tokens that it works on together.
+template <class Split, Walk walk>
+struct WarpTile {
+  static constexpr int kTokens = Split::kN <= 64 ? 8 : 4, kEntryInputs = walk == Walk::outputs ? 2 : 1;
+  alignas(16) float entries[kEntryInputs][kTokens][Split::kN];  // B_t, C_t
+  alignas(16) float2 steps[kTokens][Split::kWarpChannels];      // dt after bias and softplus, dt x
 };
-
-/// `count` rows of `width` elements from `first` on into a tile, by a warp; zeros at and behind `valid` rows and behind `last` elements.
-template <int count, int width, class T>
-__device__ void fetch_tile(T* tile, const ScanRows<const T>& rows, int64_t b, int64_t t, int64_t first, int64_t last, int valid) {
-  constexpr int row_bytes = width * static_cast<int>(sizeof(T)), bytes = row_bytes < 16 ? row_bytes : 16;
-  constexpr int unit = bytes / static_cast<int>(sizeof(T)), units = width / unit;
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const T* from = rows.data + b * rows.batch + t * rows.token + first;
-  if (rows.widest * static_cast<int>(sizeof(T)) >= bytes) {
-#pragma unroll
-    for (int i = lane; i < count * units; i += kWarp) {
-      const int row = i / units, column = i % units * unit;
-      copy_or_zero_async<bytes>(tile + row * width + column, from + row * rows.token + column, row < valid && first + column < last);
-    }
-    return;
-  }
-#pragma unroll 1
-  for (int i = lane; i < count * width; i += kWarp) {
-    const int row = i / width, column = i % width;
-    tile[i] = row < valid && first + column < last ? from[row * rows.token + column] : static_cast<T>(0.0f);
-  }
-}
 
 /// The activations that a lane owns in a tile.
 template <class T, int n>
 struct Owned {
-  T x[n], dt[n], z[n];
+  Fetched<T> x[n], dt[n], z[n];
 };
 
+/// The second walk costs as many exponentials again. A warp alone on its scheduler is as slow as three that share it.
+template <class Split>
+constexpr ScanCost kForwardCost = Split::kN <= 16 ? ScanCost{3, 3, 1.9} : ScanCost{2, 2, 1.9};
+
 template <class T, class Split, Walk walk>
-__global__ void __launch_bounds__(kScanThreads, Split::kN <= 16 ? 3 : 2)
+__global__ void __launch_bounds__(kScanThreads, kForwardCost<Split>.at_once)
     selective_scan_fwd_walk_kernel(const ScanProblem<T> p, const WalkOutputs<T> out, int64_t groups, int64_t segments) {
-  using Tiles = WarpTiles<T, Split, walk>;
-  constexpr int kTokens = Tiles::kTokens, kN = Split::kN, kEntries = Split::kEntries, kOwned = Split::template owned<kTokens>();
+  using Tile = WarpTile<Split, walk>;
+  constexpr int kTokens = Tile::kTokens, kN = Split::kN, kEntries = Split::kEntries, kOwned = Split::template owned<kTokens>();
   constexpr bool outputs = walk == Walk::outputs;
   extern __shared__ __align__(16) char shared_bytes[];
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = Split::lane();
-  Tiles& tiles = reinterpret_cast<Tiles*>(shared_bytes)[warp];
-  const ScanPlace<Split, T> place(p, 0, groups, segments);
+  Tile& tile = reinterpret_cast<Tile*>(shared_bytes)[warp];
+  const ScanPlace<Split, T> place(p, 0, groups, 0, segments);
   const int n0 = Split::first_entry(), own = Split::own_channel(), token0 = first_owned<Split, kTokens>();
   const int64_t own_channel = place.first_channel + warp * Split::kWarpChannels + own;
   const bool own_real = own_channel < p.channels;
@@ -101,42 +82,37 @@ __global__ void __launch_bounds__(kScanThreads, Split::kN <= 16 ? 3 : 2)
       h[j][e] = outputs && out.starts != nullptr && channel[j] < p.channels && n0 + e < p.N
                     ? out.starts[(place.segment_index(p) * p.channels + channel[j]) * out.starts_row + n0 + e]
                     : 0.0f;
-  const float bias = own_real ? p.dt_bias[own_channel] : -INFINITY;
+  const float bias = own_real ? p.dt_bias[own_channel] : 0.0f;
   const float D_skip = outputs && own_real && p.D_skip != nullptr ? p.D_skip[own_channel] : 0.0f;
   const bool gated = outputs && p.z.data != nullptr;
 
+  // B_t and C_t of the next tile, four entries at a time.
+  constexpr int kEntryPacks = kTokens * kN / (4 * kWarp);
+  Pack<T, 4> entries[Tile::kEntryInputs][kEntryPacks];
   const auto fetch_entries = [&](int64_t begin) {
-    const int valid = static_cast<int>(min(static_cast<int64_t>(kTokens), place.end - begin));
-    fetch_tile<kTokens, kN>(tiles.raw[0][0], p.B_t, place.b, begin, 0, p.N, valid);
-    if constexpr (outputs) fetch_tile<kTokens, kN>(tiles.raw[1][0], p.C_t, place.b, begin, 0, p.N, valid);
-    close_copies();
-  };
-  // Where the lane's own activations are, of the tile that is fetched next and of the tile that is written. A lane without a channel reads
-  // its neighbours' and takes no steps: its bias is minus infinity.
-  const int64_t first_token = place.begin + token0, readable_channel = min(own_channel, p.channels - 1);
-  const T *x_at = p.x.at(place.b, first_token) + readable_channel, *dt_at = p.dt.at(place.b, first_token) + readable_channel;
-  const T* z_at = gated ? p.z.at(place.b, first_token) + readable_channel : nullptr;
-  T* y_at = outputs ? out.y.at(place.b, first_token) + own_channel : nullptr;
-  const auto fetch_owned = [&](int64_t begin, Owned<T, kOwned>& to) {
-    if (begin + kTokens <= place.end) {
 #pragma unroll
-      for (int i = 0; i < kOwned; ++i) {
-        to.x[i] = x_at[i * p.x.token];
-        to.dt[i] = dt_at[i * p.dt.token];
-        if (gated) to.z[i] = z_at[i * p.z.token];
-      }
-    } else {  // a step of zero keeps the state: behind the last token
-#pragma unroll
-      for (int i = 0; i < kOwned; ++i) {
-        const bool there = begin + token0 + i < place.end;
-        to.x[i] = there ? x_at[i * p.x.token] : static_cast<T>(0.0f);
-        to.dt[i] = there ? dt_at[i * p.dt.token] : static_cast<T>(-INFINITY);
-        if (gated) to.z[i] = there ? z_at[i * p.z.token] : static_cast<T>(0.0f);
-      }
+    for (int k = 0; k < kEntryPacks; ++k) {
+      const int at = (k * kWarp + lane) * 4;
+      const int64_t t = begin + at / kN;
+      entries[0][k] = load_four(p.B_t, place.b, t, at % kN, p.N, t < place.end);
+      if constexpr (outputs) entries[1][k] = load_four(p.C_t, place.b, t, at % kN, p.N, t < place.end);
     }
-    x_at += kTokens * p.x.token;
-    dt_at += kTokens * p.dt.token;
-    z_at += kTokens * p.z.token;
+  };
+  // Where the lane's own activations are, of the tile that is fetched next and of the tile that is written.
+  const int64_t first = place.begin + token0;
+  OwnedAt<const T> x_at(p.x, place.b, first, own_channel), dt_at(p.dt, place.b, first, own_channel), z_at(p.z, place.b, first, own_channel);
+  OwnedAt<T> y_at(out.y, place.b, first, own_channel);
+  const auto owned_left = [&](int64_t begin) {  // a lane without a channel has no tokens
+    return own_real ? static_cast<int>(min(static_cast<int64_t>(kTokens), place.end - begin)) - token0 : 0;
+  };
+  const auto fetch_owned = [&](int64_t begin, Owned<T, kOwned>& to) {
+    const int left = owned_left(begin);
+    x_at.read(to.x, left, 0.0f);
+    dt_at.read(to.dt, left, -INFINITY);  // a step of zero keeps the state: behind the last token
+    if (gated) z_at.read(to.z, left, 0.0f);
+    x_at.move(kTokens);
+    dt_at.move(kTokens);
+    z_at.move(kTokens);
   };
 
   Owned<T, kOwned> next;
@@ -151,30 +127,32 @@ __global__ void __launch_bounds__(kScanThreads, Split::kN <= 16 ? 3 : 2)
     const Owned<T, kOwned> now = next;
 #pragma unroll
     for (int i = 0; i < kOwned; ++i) {
-      const float dt = softplus_approx(to_f32(now.dt[i]) + bias);
-      if (Split::template owns<kTokens>()) tiles.steps[token0 + i][own] = make_float2(dt, dt * to_f32(now.x[i]));
+      const float dt = softplus_approx(now.dt[i].f32() + bias);
+      if (Split::template owns<kTokens>()) tile.steps[token0 + i][own] = make_float2(dt, dt * now.x[i].f32());
       if constexpr (!outputs) dt_sum += dt;
     }
-    fetch_owned(begin + kTokens, next);
-    copies_arrived_but<0>();
-    __syncwarp();
 #pragma unroll
-    for (int i = lane; i < Tiles::kEntryInputs * kTokens * kN / 4; i += kWarp) {
-      const Pack<T, 4> in = load_pack<4>(tiles.raw[0][0] + 4 * i);
-      store_pack(tiles.entries[0][0] + 4 * i, Pack<float, 4>{{to_f32(in.at[0]), to_f32(in.at[1]), to_f32(in.at[2]), to_f32(in.at[3])}});
-    }
+    for (int which = 0; which < Tile::kEntryInputs; ++which)
+#pragma unroll
+      for (int k = 0; k < kEntryPacks; ++k) {
+        float widened[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) widened[i] = to_f32(entries[which][k].at[i]);
+        write_floats(&tile.entries[which][0][0] + (k * kWarp + lane) * 4, widened);
+      }
+    fetch_owned(begin + kTokens, next);
+    fetch_entries(begin + kTokens);
     __syncwarp();
-    if (begin + kTokens < place.end) fetch_entries(begin + kTokens);
 
     float y[kTokens];  // of the own channel, over the entries of this lane and its neighbour
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
       float B_t[kEntries], C_t[kEntries], sum[2];
-      read_floats(&tiles.entries[0][t][n0], B_t);
-      if constexpr (outputs) read_floats(&tiles.entries[1][t][n0], C_t);
+      read_floats(&tile.entries[0][t][n0], B_t);
+      if constexpr (outputs) read_floats(&tile.entries[1][t][n0], C_t);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        const float2 step = tiles.steps[t][own ^ j];
+        const float2 step = tile.steps[t][own ^ j];
         sum[j] = 0;
 #pragma unroll
         for (int e = 0; e < kEntries; ++e) {
@@ -188,22 +166,14 @@ __global__ void __launch_bounds__(kScanThreads, Split::kN <= 16 ? 3 : 2)
 
     if constexpr (outputs) {
       sum_over_owners<Split>(y);
+      float results[kOwned];
 #pragma unroll
-      for (int i = 0; i < kOwned; ++i) y[i] += D_skip * to_f32(now.x[i]);
+      for (int i = 0; i < kOwned; ++i) results[i] = y[i] + D_skip * now.x[i].f32();
       if (gated)
 #pragma unroll
-        for (int i = 0; i < kOwned; ++i) y[i] *= silu(to_f32(now.z[i]));
-      if (own_real) {
-        if (begin + kTokens <= place.end) {
-#pragma unroll
-          for (int i = 0; i < kOwned; ++i) y_at[i * out.y.token] = static_cast<T>(y[i]);
-        } else {
-#pragma unroll
-          for (int i = 0; i < kOwned; ++i)
-            if (begin + token0 + i < place.end) y_at[i * out.y.token] = static_cast<T>(y[i]);
-        }
-      }
-      y_at += kTokens * out.y.token;
+        for (int i = 0; i < kOwned; ++i) results[i] *= silu(now.z[i].f32());
+      if (Split::template owns<kTokens>()) y_at.write(results, owned_left(begin));
+      y_at.move(kTokens);
     }
   }
 
@@ -260,14 +230,14 @@ template <class T, class Split, Walk walk>
 void launch_walk(const ScanProblem<T>& p, const WalkOutputs<T>& w, int64_t segments, const CudaContext& cuda) {
   const int64_t groups = (p.channels + Split::kBlockChannels - 1) / Split::kBlockChannels;
   launch_scan(selective_scan_fwd_walk_kernel<T, Split, walk>, "selective_scan_fwd_walk_kernel", groups * segments * p.batch,
-              kScanWarps * sizeof(WarpTiles<T, Split, walk>), cuda, p, w, groups, segments);
+              kScanWarps * sizeof(WarpTile<Split, walk>), cuda, p, w, groups, segments);
 }
 
 template <class T, class Split>
 void forward(const SelectiveScanInputs& in, const SelectiveScanResult& out) {
   const CudaContext& cuda = in.x.device().cuda_context();
   const int64_t B = in.x.dim(0), D = in.x.dim(2), groups = (D + Split::kBlockChannels - 1) / Split::kBlockChannels;
-  const ScanCut cut = cut_scan(in.x.dim(1), groups * B, Split::kN <= 16 ? 3 : 2, 1.9, cuda.sm_count);
+  const ScanCut cut = cut_scan(in.x.dim(1), groups * B, kForwardCost<Split>, cuda.sm_count);
   const ScanProblem<T> p = scan_problem<T>(in, cut.segments, cut.segment_tokens);
 
   WalkOutputs<T> w{
@@ -309,7 +279,7 @@ SelectiveScanResult selective_scan_fwd_cuda(const SelectiveScanInputs& in, bool 
   const int64_t B = in.x.dim(0), T = in.x.dim(1), D = in.x.dim(2), N = in.A_log.dim(1);
   SelectiveScanResult out{
       Tensor::empty(in.x.device(), in.x.dtype(), in.x.shape()), Tensor::empty(in.x.device(), Dtype::f32, {B, D, N}), {}};
-  split_for(N, [&](auto split) {
+  split_for(N, [&](auto split, auto) {
     using Split = decltype(split);
     if (keep_borders) out.borders = Tensor::empty(in.x.device(), Dtype::f32, {B, (T + kScanChunk - 1) / kScanChunk, D, int64_t{Split::kN}});
     in.x.dtype() == Dtype::bf16 ? forward<__nv_bfloat16, Split>(in, out) : forward<float, Split>(in, out);

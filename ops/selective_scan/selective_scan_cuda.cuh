@@ -4,8 +4,10 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cstdint>
 
 #include "core/cuda_context.h"
+#include "core/error.h"
 #include "ops/common/cuda_math.cuh"
 #include "ops/common/launch.cuh"
 #include "ops/common/strided_rows.h"
@@ -41,13 +43,13 @@ struct ScanSplit {
   }
 };
 
-/// Calls f with the split for states of N entries.
+/// Calls f with the splits, of forward and of the walk back, for states of N entries.
 template <class F>
 void split_for(int64_t N, F&& f) {
-  if (N <= 16) return f(ScanSplit<2, 8>{});
-  if (N <= 64) return f(ScanSplit<8, 8>{});
+  if (N <= 16) return f(ScanSplit<2, 8>{}, ScanSplit<4, 4>{});
+  if (N <= 64) return f(ScanSplit<8, 8>{}, ScanSplit<8, 8>{});
   static_assert(kSelectiveScanMaxStateDim <= 256);
-  f(ScanSplit<32, 8>{});
+  f(ScanSplit<32, 8>{}, ScanSplit<32, 8>{});
 }
 
 /// The sums over the lanes of a channel, given for each token what neighbours of different parity have in common: lanes exchange halves of
@@ -90,7 +92,8 @@ __device__ float sum_of_owners(float v) {
 template <class T>
 struct ScanRows {
   T* data = nullptr;
-  int64_t batch = 0, token = 0;
+  int64_t batch = 0;
+  int token = 0;
   bool packs = false;  // may be moved by 4 elements
   int widest = 1;      // elements that may be moved at once, of at most 16 bytes
   __device__ T* at(int64_t b, int64_t t) const { return data + b * batch + t * token; }
@@ -98,7 +101,11 @@ struct ScanRows {
 template <class T>
 ScanRows<T> scan_rows(const Tensor& t) {
   if (!t.defined()) return {};
-  ScanRows<T> rows{static_cast<T*>(t.raw()), t.stride(0), t.stride(1)};
+  if (t.stride(1) > INT32_MAX / kScanChunk)
+    throw ValueError(
+        "selective_scan: the tokens of a view are too far apart",
+        {{"view", t.describe()}, {"limit", "a stride of " + std::to_string(INT32_MAX / kScanChunk) + " elements over T on CUDA"}});
+  ScanRows<T> rows{static_cast<T*>(t.raw()), t.stride(0), static_cast<int>(t.stride(1))};
   const auto fits = [&](int elements) {
     return reinterpret_cast<std::uintptr_t>(rows.data) % (static_cast<std::size_t>(elements) * sizeof(T)) == 0 &&
            rows.batch % elements == 0 && rows.token % elements == 0 && t.dim(2) % elements == 0;
@@ -107,6 +114,49 @@ ScanRows<T> scan_rows(const Tensor& t) {
   rows.packs = rows.widest >= 4;
   return rows;
 }
+
+/// An element that has been fetched and is widened only when it is used, so that nothing waits for it before. Takes a register of its own:
+/// two bf16 in one would have to be put together and taken apart.
+template <class T>
+struct Fetched {
+  using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, uint32_t>;
+  uint32_t bits;
+  __device__ static Fetched from(const T* at) { return {*reinterpret_cast<const Bits*>(at)}; }
+  __device__ static Fetched constant(float value) { return {__float_as_uint(value) >> (32 - 8 * sizeof(T))}; }  // exact in T
+  __device__ float f32() const { return __uint_as_float(bits << (32 - 8 * sizeof(T))); }
+};
+
+/// A lane's own elements of neighbouring tokens, those of one channel.
+template <class T>
+struct OwnedAt {
+  T* at;      // of the first token
+  int token;  // from one token to the next
+  __device__ OwnedAt(const ScanRows<T>& rows, int64_t b, int64_t t, int64_t channel) : at(rows.at(b, t) + channel), token(rows.token) {}
+  __device__ void move(int tokens) { at += static_cast<int64_t>(tokens) * token; }
+  __device__ T* operator[](int i) const { return at + static_cast<int64_t>(token) * i; }
+  /// Tokens [0, n), of which `left` are there; `behind` for the others.
+  template <int n, class Element>
+  __device__ void read(Fetched<Element> (&to)[n], int left, float behind) const {
+    if (left >= n) {
+#pragma unroll
+      for (int i = 0; i < n; ++i) to[i] = Fetched<Element>::from((*this)[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < n; ++i) to[i] = i < left ? Fetched<Element>::from((*this)[i]) : Fetched<Element>::constant(behind);
+    }
+  }
+  template <int n>
+  __device__ void write(const float (&from)[n], int left) const {
+    if (left >= n) {
+#pragma unroll
+      for (int i = 0; i < n; ++i) *(*this)[i] = static_cast<T>(from[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < n; ++i)
+        if (i < left) *(*this)[i] = static_cast<T>(from[i]);
+    }
+  }
+};
 
 /// Elements [c, c + 4) of row (b, t); zeros at and behind `width`, where `there` is false, and of an absent tensor.
 template <class T>
@@ -148,23 +198,32 @@ ScanProblem<T> scan_problem(const SelectiveScanInputs& in, int64_t segments, int
           (in.x.dim(1) + kScanChunk - 1) / kScanChunk};
 }
 
-/// How the sequences are cut into segments of whole chunks, all walked at once. That costs a second walk in front, so that all takes
-/// `dearer` times as long, and pays where the blocks of whole sequences leave many of the places for blocks empty, in the last round at
-/// least: what counts is the number of rounds and how long each lasts.
+/// What a walk costs. An SM with up to `at_once` blocks fills the pauses of one with the work of another: with fewer than `alone` it takes
+/// as long as with that many, with more than `at_once` they follow in rounds. Walking segments first for what they do to a state, and again
+/// for the results, costs `dearer` times as much as walking whole sequences.
+struct ScanCost {
+  int64_t at_once, alone;
+  double dearer;
+};
+
+/// How the sequences are cut into segments of whole chunks, all walked at once. Segments pay where the blocks of whole sequences leave SMs
+/// without work, in the last round at least: what counts is the SM that has most blocks.
 struct ScanCut {
   int64_t segments, segment_tokens;
+  double time;  // of that SM, in tokens of one block
 };
-inline ScanCut cut_scan(int64_t tokens, int64_t blocks, int64_t at_once, double dearer, int64_t sm_count) {
-  constexpr int64_t kShortestSegment = 2 * kScanChunk, kMostRounds = 4;
-  const auto rounds = [&](int64_t segments) { return (blocks * segments + at_once * sm_count - 1) / (at_once * sm_count); };
-  const auto whole_chunks = [](int64_t count) { return (count + kScanChunk - 1) / kScanChunk * kScanChunk; };
-  ScanCut best{1, whole_chunks(tokens)};
-  double best_time = static_cast<double>(rounds(1) * best.segment_tokens);
-  for (int64_t wanted = 2; wanted <= tokens / kShortestSegment && rounds(wanted - 1) <= kMostRounds; ++wanted) {
-    const int64_t each = whole_chunks((tokens + wanted - 1) / wanted), segments = (tokens + each - 1) / each;
-    const double time = dearer * static_cast<double>(rounds(segments) * each);
-    if (segments > 1 && time < 0.99 * best_time) best = {segments, each}, best_time = time;
-  }
+inline ScanCut cut_scan(int64_t tokens, int64_t blocks, const ScanCost& cost, int64_t sm_count) {
+  constexpr int64_t kShortestSegment = 2 * kScanChunk, kMostPerSm = 12;
+  const auto cut = [&](int64_t wanted) {
+    const int64_t chunks = (tokens + kScanChunk - 1) / kScanChunk, each = (chunks + wanted - 1) / wanted,
+                  segments = (chunks + each - 1) / each;
+    const int64_t on_one = (blocks * segments + sm_count - 1) / sm_count, last_round = on_one % cost.at_once;
+    const int64_t shares = on_one - last_round + (last_round > 0 ? std::max(last_round, cost.alone) : 0);
+    return ScanCut{segments, each * kScanChunk, (segments > 1 ? cost.dearer : 1.0) * static_cast<double>(shares * each * kScanChunk)};
+  };
+  ScanCut best = cut(1);
+  for (int64_t wanted = 2; wanted <= tokens / kShortestSegment && blocks * (wanted - 1) < kMostPerSm * sm_count; ++wanted)
+    if (const ScanCut next = cut(wanted); next.time < 0.99 * best.time) best = next;
   return best;
 }
 
@@ -172,10 +231,11 @@ inline ScanCut cut_scan(int64_t tokens, int64_t blocks, int64_t at_once, double 
 template <class Split, class T>
 struct ScanPlace {
   int64_t group, segment, b, first_channel, begin, end;  // tokens [begin, end)
-  __device__ explicit ScanPlace(const ScanProblem<T>& p, int64_t first_group, int64_t groups, int64_t segments) {
+  /// segments  how many are walked, from first_segment on
+  __device__ ScanPlace(const ScanProblem<T>& p, int64_t first_group, int64_t groups, int64_t first_segment, int64_t segments) {
     const int64_t block = blockIdx.x;
     group = block % groups;
-    segment = block / groups % segments;
+    segment = first_segment + block / groups % segments;
     b = block / groups / segments;
     first_channel = (first_group + group) * Split::kBlockChannels;
     begin = segment * p.segment_tokens;
@@ -187,8 +247,8 @@ struct ScanPlace {
 /// log(1 + e^x) without a branch: max(x, 0) + log1p(e) with e = e^-|x| by exp2_approx and log1p(e) / e by a polynomial (1.9e-7 on [0, 1]).
 /// Relative error about (4 + |x| / 2) * 2^-23 below 0, 3 * 2^-23 above.
 __device__ inline float softplus_approx(float x) {
-  constexpr float c[] = {0.9999998057f, -0.4999740537f, 0.3327547944f, -0.2449546106f, 0.1774523694f, -0.107681653f, 0.04408959149f,
-                         -0.008539197802f};
+  constexpr float c[] = {0.9999998057f, -0.4999740537f, 0.3327547944f,  -0.2449546106f,
+                         0.1774523694f, -0.107681653f,  0.04408959149f, -0.008539197802f};
   const float e = exp2_approx(-kLog2e * fabsf(x));
   float log1p_over_e = c[7];
 #pragma unroll
@@ -208,31 +268,7 @@ __device__ void load_A2(const ScanProblem<T>& p, const int64_t (&channel)[2], fl
     }
 }
 
-/// A lane's states from [.., channels, kN], where `states` points at the first channel of a row; zeros behind the last channel.
-template <class Split>
-__device__ void load_states(const float* states, const int64_t (&channel)[2], int64_t channels, float (&h)[2][Split::kEntries]) {
-#pragma unroll
-  for (int j = 0; j < 2; ++j)
-#pragma unroll
-    for (int e = 0; e < Split::kEntries; e += 4) {
-      Pack<float, 4> pack{};
-      if (channel[j] < channels) pack = load_pack<4>(states + channel[j] * Split::kN + Split::first_entry() + e);
-#pragma unroll
-      for (int k = 0; k < 4; ++k) h[j][e + k] = pack.at[k];
-    }
-}
-template <class Split>
-__device__ void store_states(float* states, const int64_t (&channel)[2], int64_t channels, const float (&h)[2][Split::kEntries]) {
-#pragma unroll
-  for (int j = 0; j < 2; ++j)
-#pragma unroll
-    for (int e = 0; e < Split::kEntries; e += 4)
-      if (channel[j] < channels)
-        store_pack(states + channel[j] * Split::kN + Split::first_entry() + e,
-                   Pack<float, 4>{{h[j][e], h[j][e + 1], h[j][e + 2], h[j][e + 3]}});
-}
-
-/// Neighbouring floats of shared memory, 16 bytes at a time.
+/// Neighbouring floats, 16 bytes at a time (8 when there are two).
 template <int n>
 __device__ void read_floats(const float* from, float (&to)[n]) {
   static_assert(n % 4 == 0 || n == 2);
@@ -243,6 +279,36 @@ __device__ void read_floats(const float* from, float (&to)[n]) {
 #pragma unroll
     for (int k = 0; k < step; ++k) to[i + k] = pack.at[k];
   }
+}
+
+template <int n>
+__device__ void write_floats(float* to, const float (&from)[n]) {
+  static_assert(n % 4 == 0 || n == 2);
+  constexpr int step = n % 4 == 0 ? 4 : 2;
+#pragma unroll
+  for (int i = 0; i < n; i += step) {
+    Pack<float, step> pack;
+#pragma unroll
+    for (int k = 0; k < step; ++k) pack.at[k] = from[i + k];
+    store_pack(to + i, pack);
+  }
+}
+
+/// A lane's states from [.., channels, kN], where `states` points at the first channel of a row; zeros behind the last channel.
+template <class Split>
+__device__ void load_states(const float* states, const int64_t (&channel)[2], int64_t channels, float (&h)[2][Split::kEntries]) {
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+#pragma unroll
+    for (int e = 0; e < Split::kEntries; ++e) h[j][e] = 0;
+    if (channel[j] < channels) read_floats(states + channel[j] * Split::kN + Split::first_entry(), h[j]);
+  }
+}
+template <class Split>
+__device__ void store_states(float* states, const int64_t (&channel)[2], int64_t channels, const float (&h)[2][Split::kEntries]) {
+#pragma unroll
+  for (int j = 0; j < 2; ++j)
+    if (channel[j] < channels) write_floats(states + channel[j] * Split::kN + Split::first_entry(), h[j]);
 }
 
 /// B_t or C_t of tokens [t, t + count) into shared memory [count, kN] as f32; zeros at and behind `end` and behind N.

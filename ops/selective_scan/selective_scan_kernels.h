@@ -43,7 +43,7 @@ constexpr int64_t kSelectiveScanMaxStateDim = 256;  // N on CUDA
 /// The definition: one token after the other in plain loops, f32 or f64 on the CPU.
 SelectiveScanResult selective_scan_recurrent(const SelectiveScanInputs& in);
 
-/// keep_borders  backward will follow; CUDA then keeps a state in front of every 64 tokens, the CPU none
+/// keep_borders  backward will follow; CUDA then keeps a state in front of every 32 tokens, the CPU none
 SelectiveScanResult selective_scan_fwd_cpu(const SelectiveScanInputs& in, bool keep_borders = false);
 SelectiveScanResult selective_scan_fwd_cuda(const SelectiveScanInputs& in, bool keep_borders);
 void selective_scan_bwd_cpu(const SelectiveScanBackward& g);
