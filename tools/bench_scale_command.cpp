@@ -58,19 +58,21 @@ class Bench {
     const int64_t n = processes_.size(), rows = options_.rows;
     say(fmt::format("{}: {} parameters, {} rows of {} a process\n", std::filesystem::path(path).stem().string(), model.parameter_count(),
                     rows, recipe.train.length));
-    const double alone_ms = steps(recipe, model, rows, nullptr, "one process", 0);
-    const double exchange_ms = exchanges(model);
-    const double weak_ms = steps(recipe, model, rows * n, &processes_, "weak, sharded", alone_ms);
-    say(fmt::format("    hidden  {:.0f}% of the exchanges\n", 100 * (1 - (weak_ms - alone_ms) / exchange_ms)));
-    Recipe whole = recipe;
+    const double before_ms = steps(recipe, model, rows, nullptr, "one process", 0);
+    const double gradients_ms = exchanges(model);
+    const double weak_ms = steps(recipe, model, rows * n, &processes_, "weak", before_ms);
+    Recipe afterwards = recipe, whole = recipe;
+    afterwards.train.overlap = false;
     whole.train.shard_optimizer = false;
-    steps(whole, model, rows * n, &processes_, "weak, whole optimizer", alone_ms);
+    const double afterwards_ms = steps(afterwards, model, rows * n, &processes_, "weak, without overlap", before_ms);
+    say(fmt::format("    hidden behind backward: {:.2f} ms of {:.2f}, {:.0f}%\n", afterwards_ms - weak_ms, gradients_ms,
+                    100 * (afterwards_ms - weak_ms) / gradients_ms));
+    steps(whole, model, rows * n, &processes_, "weak, whole optimizer", before_ms);
     if (rows % n == 0 && n > 1) {
-      const double part_ms = steps(recipe, model, rows / n, nullptr, "one process, its part", 0);
-      const double strong_ms = steps(recipe, model, rows, &processes_, "strong, sharded", alone_ms / static_cast<double>(n));
-      say(fmt::format("    of the loss, {:.0f}% is that fewer rows are slower each, the rest is the exchange\n",
-                      100 * (part_ms - alone_ms / static_cast<double>(n)) / (strong_ms - alone_ms / static_cast<double>(n))));
+      steps(recipe, model, rows / n, nullptr, "one process, its part", 0);
+      steps(recipe, model, rows, &processes_, "strong", before_ms / static_cast<double>(n));
     }
+    steps(recipe, model, rows, nullptr, "one process again", before_ms);
   }
 
  private:
@@ -111,10 +113,10 @@ class Bench {
     return ms;
   }
 
-  // All exchanges of a step, with nothing beside them.
+  // All exchanges of a step, with nothing beside them; returns the milliseconds of the gradients.
   double exchanges(LanguageModel& model) {
     model.parameters().allocate_grads();
-    GradientExchange exchange(model.parameters(), processes_, true);
+    GradientExchange exchange(model.parameters(), processes_);
     const auto gradients = [&] { exchange.begin(), exchange.complete(), exchange.end(); };
     const auto weights = [&] { exchange.share_weights(); };
     gradients(), weights();
@@ -125,7 +127,7 @@ class Bench {
         "    exchanges by themselves: gradients {} in {:.2f} ms, {:.0f} GB/s, {} buckets; weights {} in {:.2f} ms, {:.0f} GB/s\n",
         bytes_text(traffic.gradients), gradients_ms, rate(traffic.gradients, gradients_ms), exchange.buckets(), bytes_text(traffic.weights),
         weights_ms, rate(traffic.weights, weights_ms)));
-    return gradients_ms + weights_ms;
+    return gradients_ms;
   }
 
   const BenchScaleOptions& options_;

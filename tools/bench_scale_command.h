@@ -21,8 +21,8 @@ struct BenchScaleOptions {
 void add_bench_scale_options(CLI::App& command, BenchScaleOptions& options);
 
 /// Whole training steps on random tokens: one process, all of them with `rows` each (weak scaling) and with `rows` together (strong
-/// scaling), with and without the sharded optimizer; the exchanges by themselves; and how much of them backward hides:
-///   hidden = 1 - (ms of a step together - ms of a step alone) / ms of the exchanges by themselves
+/// scaling), with and without the sharded optimizer; the exchanges by themselves; and what backward hides of those of gradients: what a
+/// step takes longer without overlap.
 int run_bench_scale(const BenchScaleOptions& options);
 
 }  // namespace longhand

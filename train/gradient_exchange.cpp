@@ -20,8 +20,8 @@ int64_t bucket_size(int64_t n, int64_t processes) {
 
 }  // namespace
 
-GradientExchange::GradientExchange(ParameterSet& parameters, Communicator& processes, bool sharded)
-    : parameters_(parameters), processes_(processes), sharded_(sharded) {
+GradientExchange::GradientExchange(ParameterSet& parameters, Communicator& processes, const ExchangeOptions& options)
+    : parameters_(parameters), processes_(processes), options_(options) {
   const int64_t n = parameters.flat_master().numel(), size = bucket_size(n, processes.size());
   for (int64_t begin = 0; begin < n; begin += size) buckets_.push_back({{begin, std::min(n, begin + size)}, 0, n, false});
   auto for_each_bucket = [&](const Parameter& p, auto&& f) {
@@ -44,7 +44,7 @@ GradientExchange::GradientExchange(ParameterSet& parameters, Communicator& proce
     return a.first_declared != b.first_declared ? a.first_declared > b.first_declared : a.range.begin > b.range.begin;
   });
   for (const Parameter& p : parameters.all()) for_each_bucket(p, [&](std::size_t b) { of_[p.name].push_back(b); });
-  if (!sharded_) return;
+  if (!options_.sharded) return;
   for (const Bucket& bucket : buckets_) {
     const Part own = processes.own(bucket.range.size(), kUnit);
     if (own.size() > 0) own_.push_back({bucket.range.begin + own.begin, bucket.range.begin + own.end});
@@ -61,12 +61,12 @@ void GradientExchange::begin() {
   missing_.clear();
   for (const Bucket& bucket : buckets_) missing_.push_back(bucket.parameters);
   next_ = 0;
-  processes_.begin_overlap();
+  if (options_.overlap) processes_.begin_overlap();
 }
 
 void GradientExchange::arrived(const std::string& parameter) {
   for (const std::size_t bucket : of_.at(parameter)) --missing_[bucket];
-  exchange_ready();
+  if (options_.overlap) exchange_ready();
 }
 
 // In the order of buckets_, which is the same everywhere: a bucket waits for those before it.
@@ -74,7 +74,7 @@ void GradientExchange::exchange_ready() {
   for (; next_ < buckets_.size() && missing_[next_] <= 0; ++next_) {
     const Part& range = buckets_[next_].range;
     const Tensor gradients = parameters_.flat_grad().slice(0, range.begin, range.end);
-    sharded_ ? processes_.reduce_scatter_sum(gradients, kUnit) : processes_.all_reduce_sum(gradients);
+    options_.sharded ? processes_.reduce_scatter_sum(gradients, kUnit) : processes_.all_reduce_sum(gradients);
   }
 }
 
@@ -89,7 +89,8 @@ void GradientExchange::end() {
 }
 
 void GradientExchange::sum(const Tensor& loss_and_squares) {
-  processes_.all_reduce_sum(sharded_ ? loss_and_squares : loss_and_squares.slice(0, 0, 1));  // unsharded, the squares are those of all
+  processes_.all_reduce_sum(options_.sharded ? loss_and_squares
+                                             : loss_and_squares.slice(0, 0, 1));  // unsharded, the squares are those of all
 }
 
 void GradientExchange::share_weights() {
@@ -103,7 +104,7 @@ void GradientExchange::share_masters() {
 GradientExchange::Traffic GradientExchange::traffic() const {
   auto bytes_of = [](const Tensor& t) { return t.numel() * size_of(t.dtype()); };
   const int64_t others = processes_.size() - 1, gradient = bytes_of(parameters_.flat_grad()) * others / processes_.size();
-  Traffic traffic{sharded_ ? gradient : 2 * gradient, 0};
+  Traffic traffic{options_.sharded ? gradient : 2 * gradient, 0};
   for (const Tensor& t : shared_weights_) traffic.weights += bytes_of(t) * others / processes_.size();
   return traffic;
 }

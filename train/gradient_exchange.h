@@ -17,10 +17,15 @@
 
 namespace longhand {
 
+struct ExchangeOptions {
+  bool sharded = true;  // each process updates its own parts
+  bool overlap = true;  // false: nothing is exchanged before complete(), and everything waited for
+};
+
 class GradientExchange {
  public:
   /// parameters  allocated; outlives the exchange
-  GradientExchange(ParameterSet& parameters, Communicator& processes, bool sharded);
+  GradientExchange(ParameterSet& parameters, Communicator& processes, const ExchangeOptions& options = {});
 
   /// The parts of the flat buffers that this process updates, ascending; empty: all of them.
   const std::vector<Part>& own() const { return own_; }
@@ -55,7 +60,7 @@ class GradientExchange {
 
   ParameterSet& parameters_;
   Communicator& processes_;
-  bool sharded_;
+  const ExchangeOptions options_;
   std::vector<Bucket> buckets_;                         // in the order in which they are exchanged
   std::map<std::string, std::vector<std::size_t>> of_;  // the buckets that a parameter is in
   std::vector<Part> own_;

@@ -44,6 +44,7 @@ struct Recipe {
     std::string dtype = "auto";
     bool graph = true;
     bool shard_optimizer = true;
+    bool overlap = true;
     int64_t log_every = 10;
     int64_t checkpoint_every = 1000;
     int64_t keep_last = 2;

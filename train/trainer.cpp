@@ -49,7 +49,9 @@ Trainer::Trainer(const Recipe& recipe, LanguageModel& model, Communicator* proce
                                                                .options = recipe.initial_state_options,
                                                                .processes = processes})),
       exchange_(processes == nullptr ? nullptr
-                                     : std::make_unique<GradientExchange>(model.parameters(), *processes, recipe.train.shard_optimizer)),
+                                     : std::make_unique<GradientExchange>(
+                                           model.parameters(), *processes,
+                                           ExchangeOptions{.sharded = recipe.train.shard_optimizer, .overlap = recipe.train.overlap})),
       optimizer_(model.parameters(), optimizer_options(recipe, model), exchange_ ? exchange_->own() : std::vector<Part>()),
       lr_{recipe.train.steps, recipe.optimizer.lr, recipe.optimizer.min_lr, recipe.optimizer.warmup_fraction},
       decay_(decay_schedule_from(recipe.optimizer.weight_decay_schedule)),
