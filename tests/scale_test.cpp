@@ -8,6 +8,7 @@
 #include <sstream>
 
 #include "core/safetensors.h"
+#include "tests/support/command_help.h"
 #include "tests/support/process.h"
 #include "tests/support/tiny_training.h"
 
@@ -195,6 +196,51 @@ TEST("scale: a run of two processes goes on with three, and then alone, as if no
     REQUIRE_MESSAGE(third.code == 0, third.err);
     check_same_run(folder, site.file("runs/" + name + "-whole"), 12);
   }
+}
+
+TEST("scale: an evaluation by several processes is that of one; other commands do not run several times over") {
+  if (std::string(MPIRUN).empty()) SKIP("this build has no MPI");
+  const Site site;
+  const ProcessResult trained = site.run_alone(train_words("model", with_data({"train.steps=3"})));
+  REQUIRE_MESSAGE(trained.code == 0, trained.err);
+  const std::vector<std::string> words{LONGHAND_BINARY, "eval",      "ppl", "--model",     "model", "--data",
+                                       "shard.jsonl",   "--context", "60",  "--documents", "all",   "--device",
+                                       "cpu",           "--batch",   "4",   "--chunk",     "16",    "--out"};
+  auto to = [&](const std::string& out) {
+    auto with_out = words;
+    with_out[4] = "runs/model", with_out.push_back(out);
+    return with_out;
+  };
+  const ProcessResult alone = site.run_alone(to("one.csv")), three = site.run(3, to("three.csv"));
+  REQUIRE_MESSAGE(alone.code == 0, alone.err);
+  REQUIRE_MESSAGE(three.code == 0, three.err);
+  for (const char* table : {".csv", ".spread.csv"}) {
+    CAPTURE(table);
+    const auto one = split_at(text_of(site.file(std::string("one") + table)), '\n');
+    const auto many = split_at(text_of(site.file(std::string("three") + table)), '\n');
+    REQUIRE(one.size() > 5);
+    REQUIRE(many.size() == one.size());
+    CHECK(many[0] == one[0]);
+    for (std::size_t line = 1; line < one.size() && !one[line].empty(); ++line) {
+      const auto a = split_at(one[line], ','), b = split_at(many[line], ',');
+      CAPTURE(one[line]);
+      CAPTURE(many[line]);
+      REQUIRE(a.size() == b.size());
+      for (std::size_t i = 0; i < a.size(); ++i) {
+        if (a[i].find_first_not_of("0123456789.e+-") == std::string::npos && !a[i].empty())
+          check_close(std::stod(b[i]), std::stod(a[i]), 1e-5);
+        else CHECK(b[i] == a[i]);
+      }
+    }
+  }
+  const auto described = nlohmann::json::parse(text_of(site.file("three.json"))),
+             expected = nlohmann::json::parse(text_of(site.file("one.json")));
+  CHECK(described["sequences"] == expected["sequences"]);
+  CHECK(described["tokens"] == expected["tokens"]);
+  CHECK(described["processes"] == 3);
+  const ProcessResult other = site.run(2, {LONGHAND_BINARY, "inspect", "switches"});
+  CHECK(other.code != 0);
+  CHECK(other.err.find("a command for one process was started as several") != std::string::npos);
 }
 
 // --- what goes wrong -----------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@
 #include "tools/eval_command.h"
 #include "tools/eval_session.h"
 #include "tools/option_checks.h"
+#include "tools/process_device.h"
 
 namespace longhand {
 namespace {
@@ -42,21 +43,78 @@ void print_summary(std::FILE* to, const PositionLoss& loss, int64_t train_length
   std::fflush(to);
 }
 
-int run(const PplOptions& options) {
-  EvalSession session(options.eval, "ppl");
-  const PositionLoss loss = position_loss(session.model(), session.next(),
-                                          {.context = options.eval.context,
-                                           .chunk = options.eval.chunk,
-                                           .batch = options.eval.batch,
-                                           .spread_ends = octave_ends(options.eval.context, {session.train_length()}),
-                                           .progress = session.progress()});
+// Replaces each number by the sum over the processes.
+void sum_over(Communicator& processes, std::vector<double>& numbers) {
+  const Tensor all = Tensor::from(Device::cpu(), {static_cast<int64_t>(numbers.size())}, numbers);
+  processes.all_reduce_sum(all);
+  numbers = all.to_vector<double>();
+}
+
+// The spreads over the sequences of all processes: count, mean and squared deviations from it put together from those of each.
+std::vector<PositionSpread> merged(std::vector<PositionSpread> spreads, Communicator& processes) {
+  const auto own = static_cast<int64_t>(spreads.size());
+  spreads.resize(static_cast<std::size_t>(processes.all_reduce_max(own)));  // without sequences where this process came no further
+  std::vector<double> counts, sums, squares;
+  for (PositionSpread& spread : spreads) {
+    spread.first = processes.all_reduce_max(spread.first), spread.last = processes.all_reduce_max(spread.last);
+    counts.push_back(static_cast<double>(spread.sequences));
+    sums.push_back(counts.back() * spread.loss);
+  }
+  const std::vector<double> own_counts = counts;
+  sum_over(processes, counts);
+  sum_over(processes, sums);
+  for (std::size_t i = 0; i < spreads.size(); ++i) {
+    const double mean = counts[i] > 0 ? sums[i] / counts[i] : 0, off = spreads[i].loss - mean;
+    squares.push_back(own_counts[i] > 0 ? spreads[i].squares + own_counts[i] * off * off : 0);
+    spreads[i].loss = mean;
+    spreads[i].sequences = static_cast<int64_t>(counts[i]);
+  }
+  sum_over(processes, squares);
+  for (std::size_t i = 0; i < spreads.size(); ++i) spreads[i].squares = squares[i];
+  return spreads;
+}
+
+// The sums of all processes, whatever sequences each had.
+PositionLoss merged(PositionLoss loss, Communicator& processes) {
+  const auto positions = static_cast<std::size_t>(processes.all_reduce_max(loss.positions()));
+  std::vector<double> counts(loss.tokens.begin(), loss.tokens.end());  // exact up to 2^53
+  loss.loss_sum.resize(positions), counts.resize(positions);
+  counts.push_back(static_cast<double>(loss.sequences));
+  sum_over(processes, loss.loss_sum);
+  sum_over(processes, counts);
+  loss.sequences = static_cast<int64_t>(counts.back());
+  counts.pop_back();
+  loss.tokens.assign(counts.begin(), counts.end());
+  loss.spreads = merged(std::move(loss.spreads), processes);
+  return loss;
+}
+
+int measure(const PplOptions& options, Communicator& processes) {
+  EvalSession session(options.eval, "ppl", &processes);
+  PositionLoss loss = position_loss(session.model(), session.next(),
+                                    {.context = options.eval.context,
+                                     .chunk = options.eval.chunk,
+                                     .batch = options.eval.batch,
+                                     .spread_ends = octave_ends(options.eval.context, {session.train_length()}),
+                                     .progress = session.progress()});
+  if (!processes.alone()) loss = merged(std::move(loss), processes);
   session.finish(loss.sequences, loss.total_tokens());
+  if (!processes.leads()) return 0;
   const int bins = options.bins >= 0 ? static_cast<int>(options.bins) : loss.positions() > kMostPositions ? kBinsBeyond : 0;
   const std::string csv = position_csv(loss, bins);
   print_summary(session.summary_stream(), loss, session.train_length());
   session.write("loss by position", "", {{csv, ""}, {spread_csv(loss), "spread"}},
                 {{"mean_loss", loss.mean_loss()}, {"bins_per_octave", bins}});
   return 0;
+}
+
+int run(const PplOptions& options) {
+  return with_processes([&](std::unique_ptr<Communicator>& processes, const LocalPlace& place) {
+    PplOptions own = options;
+    if (!processes->alone())
+      own.eval.device = device_of_process(own.eval.device == "auto" ? "" : own.eval.device, *processes, place).name();
+    return measure(own, *processes);
+  });
 }
 
 }  // namespace

@@ -17,6 +17,7 @@
 #include "eval/plot.h"
 #include "models/checkpoint.h"
 #include "tools/option_checks.h"
+#include "train/communicator.h"
 
 namespace longhand {
 namespace {
@@ -128,6 +129,8 @@ struct EvalSession::Parts {
   Clock::time_point start, printed;
   int64_t used = 0, tokens = 0;  // known after finish()
   double seconds = 0;
+  int64_t processes = 1, rank = 0;
+  bool leads() const { return rank == 0; }
 
   Parts(const EvalOptions& options_, const std::string& name_)
       : options(options_),
@@ -147,12 +150,13 @@ struct EvalSession::Parts {
   }
 };
 
-EvalSession::EvalSession(const EvalOptions& options, const std::string& name) {
+EvalSession::EvalSession(const EvalOptions& options, const std::string& name, const Communicator* processes) {
   if (fs::path(options.out).extension() == ".json")
     throw ConfigError("eval: --out is the CSV; its description goes to the same name with .json",
                       {{"out", options.out}, {"try", "a name that ends in .csv"}});
   parts_ = std::make_unique<Parts>(options, name);
   Parts& p = *parts_;
+  if (processes != nullptr) p.processes = processes->size(), p.rank = processes->rank();
   SourceOptions source;
   source.files = options.data;
   source.threads = options.threads;
@@ -165,8 +169,10 @@ EvalSession::EvalSession(const EvalOptions& options, const std::string& name) {
     throw ConfigError("eval: the tokenizer is not the one that the model was trained with",
                       {{"tokenizer", fingerprint}, {"trained with", *p.record.fingerprint}});
   p.model = load_model(p.place.model_folder, p.device.device, p.device.dtype, p.device.master_dtype());
-  fmt::print(stderr, "{} on {}, {}; context {}, documents: {}\n", p.place.model_folder, p.device.device.description(),
-             name_of(p.device.dtype), format_count(options.context), name_of(p.choice));
+  if (p.leads())
+    fmt::print(stderr, "{} on {}{}, {}; context {}, documents: {}\n", p.place.model_folder,
+               p.processes > 1 ? fmt::format("{} times ", p.processes) : "", p.device.device.description(), name_of(p.device.dtype),
+               format_count(options.context), name_of(p.choice));
   p.start = p.printed = Clock::now();
 }
 
@@ -177,7 +183,11 @@ const LanguageModel& EvalSession::model() const {
 }
 
 NextSequence EvalSession::next() {
-  return [this](std::vector<int32_t>& tokens) { return parts_->sequences->next(tokens); };
+  return [this, number = int64_t{0}](std::vector<int32_t>& tokens) mutable {
+    while (parts_->sequences->next(tokens))
+      if (number++ % parts_->processes == parts_->rank) return true;
+    return false;
+  };
 }
 
 int64_t EvalSession::train_length() const {
@@ -187,7 +197,7 @@ int64_t EvalSession::train_length() const {
 EvalProgressCall EvalSession::progress() {
   return [this](const EvalProgress& progress) {
     Parts& p = *parts_;
-    if (Clock::now() - p.printed < std::chrono::seconds(5)) return;
+    if (!p.leads() || Clock::now() - p.printed < std::chrono::seconds(5)) return;
     p.printed = Clock::now();
     fmt::print(stderr, "{} sequences done, {} running, up to position {}, {} tokens/s\n", format_count(progress.sequences_done),
                progress.sequences_running, format_count(progress.position),
@@ -198,6 +208,7 @@ EvalProgressCall EvalSession::progress() {
 void EvalSession::finish(int64_t sequences, int64_t tokens) {
   Parts& p = *parts_;
   p.used = sequences, p.tokens = tokens, p.seconds = seconds_since(p.start);
+  if (!p.leads()) return;
   fmt::print(stderr, "{} sequence{} used, {} tokens, {:.1f} s, {} tokens/s\n", format_count(sequences), sequences == 1 ? "" : "s",
              format_count(tokens), p.seconds, format_count(std::llround(static_cast<double>(tokens) / p.seconds)));
   if (p.bad_lines.count() > 0)
@@ -211,6 +222,7 @@ std::FILE* EvalSession::summary_stream() const {
 void EvalSession::write(const std::string& measure, const std::string& tag, const std::vector<Result>& results,
                         const nlohmann::ordered_json& more) {
   const Parts& p = *parts_;
+  if (!p.leads()) return;
   nlohmann::ordered_json description = {
       {"measure", measure},     {"model", p.place.model_folder},  {"step", p.place.step},         {"data_name", data_name(p.options.data)},
       {"data", p.options.data}, {"documents", name_of(p.choice)}, {"context", p.options.context}, {"sequences", p.used},
@@ -219,6 +231,7 @@ void EvalSession::write(const std::string& measure, const std::string& tag, cons
   description.update({{"train_length", train_length()},
                       {"tokenizer_fingerprint", p.sequences->tokenizer_fingerprint()},
                       {"device", p.device.device.description()},
+                      {"processes", p.processes},
                       {"dtype", name_of(p.device.dtype)},
                       {"chunk", p.options.chunk},
                       {"batch", p.options.batch},

@@ -19,6 +19,8 @@ class App;
 
 namespace longhand {
 
+class Communicator;
+
 struct EvalOptions {
   std::string model;                            // a model folder, a checkpoint or a run folder (its latest checkpoint)
   std::vector<std::string> data;                // shards, token caches, folders of them
@@ -40,18 +42,20 @@ struct EvalOptions {
 /// every_length   whether the measure can take sequences shorter than the context (--documents all)
 void add_eval_options(CLI::App& command, EvalOptions& options, bool every_length);
 
-/// A measurement from its options to its files.
+/// A measurement from its options to its files. Of several processes each takes its sequences, and process 0 speaks and writes.
 class EvalSession {
  public:
   /// Opens the data and the model, and says on stderr what is measured on what.
-  /// name     of the measure, as its files begin: "ppl"
+  /// name       of the measure, as its files begin: "ppl"
+  /// processes  that measure together; null: this one is alone
   /// errors   ConfigError when the tokenizer is unknown or another than the run's, or --out ends in .json; those of DocumentSequences
-  EvalSession(const EvalOptions& options, const std::string& name);
+  EvalSession(const EvalOptions& options, const std::string& name, const Communicator* processes = nullptr);
   ~EvalSession();
   EvalSession(const EvalSession&) = delete;
   EvalSession& operator=(const EvalSession&) = delete;
 
   const LanguageModel& model() const;
+  /// Of several processes number p takes the sequences p, p + processes, ...
   NextSequence next();
   int64_t train_length() const;  // 0: unknown
 

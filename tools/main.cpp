@@ -28,6 +28,7 @@
 #include "tools/report_command.h"
 #include "tools/tokenize_command.h"
 #include "tools/train_command.h"
+#include "train/communicator.h"
 
 namespace longhand {
 namespace {
@@ -252,6 +253,20 @@ std::string usage_message(const CLI::App& app, int argc, char** argv, const CLI:
   return fmt::format("error: {}: no such subcommand\n  given  {}\n  known  {}\n  try    {} --help\n", path, unknown, known, path);
 }
 
+// Commands that several processes do together; of the others they would do the same thing several times.
+void require_alone_unless_shared(const CLI::App& app, int argc, char** argv) {
+  if (launched_processes() == 1) return;
+  std::string unknown, path;
+  for (const CLI::App* at = named_subcommand(app, argc, argv, unknown); at->get_parent() != nullptr; at = at->get_parent())
+    path = at->get_name() + (path.empty() ? "" : " ") + path;
+  for (const char* shared : {"train", "eval ppl", "bench scale"})
+    if (path == shared) return;
+  throw ConfigError("longhand: a command for one process was started as several",
+                    {{"command", path},
+                     {"processes", std::to_string(launched_processes())},
+                     {"try", "without mpirun or srun; several processes can train, eval ppl and bench scale"}});
+}
+
 int run(int argc, char** argv) {
   CLI::App app{
       "longhand: recurrent language models from scratch. Train, measure and cure length generalisation.\n"
@@ -283,6 +298,7 @@ int run(int argc, char** argv) {
   switches();  // read here, so that a value that a switch does not take is reported before any work
   for (const std::string& name : unknown_switches())
     fmt::print(stderr, "warning: {} is not a switch that longhand knows; see longhand inspect switches\n", name);
+  require_alone_unless_shared(app, argc, argv);
   const int code = action();
   if (switches().memory) {
     for (const Device& device : Device::opened()) fmt::print(stderr, "{}\n{}", device.name(), memory_report(device.allocator().use()));

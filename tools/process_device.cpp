@@ -42,7 +42,7 @@ Device device_of_process(const std::string& asked, Communicator& processes, cons
   const std::string name = !asked.empty() ? asked : gpus > 0 ? "cuda" : "cpu";
   if (processes.alone()) return Device::parse(name);
   if (name != "cpu" && name != "cuda")
-    throw ConfigError("train: several processes have a GPU each: none is named",
+    throw ConfigError("processes: several have a GPU each: none is named",
                       {{"given", "--device " + name}, {"try", "--device cuda, and CUDA_VISIBLE_DEVICES to leave some out"}});
   char host[256] = "";
   ::gethostname(host, sizeof host - 1);
@@ -51,7 +51,7 @@ Device device_of_process(const std::string& asked, Communicator& processes, cons
   const std::vector<std::string> names = processes.all_texts(name), places = processes.all_texts(mine);
   for (std::size_t p = 1; p < names.size(); ++p)
     if (names[p] != names[0])
-      throw ConfigError("train: the processes do not all have a GPU",
+      throw ConfigError("processes: they do not all have a GPU",
                         {{"process 0", names[0] + " on " + places[0]},
                          {fmt::format("process {}", p), names[p] + " on " + places[p]},
                          {"try", "--device cpu, or as many GPUs as processes on every machine"}});
@@ -62,7 +62,7 @@ Device device_of_process(const std::string& asked, Communicator& processes, cons
   const std::vector<std::string> problems = processes.all_texts(problem);
   for (std::size_t p = 0; p < problems.size(); ++p)
     if (!problems[p].empty())
-      throw DeviceError("train: a machine has fewer GPUs than processes",
+      throw DeviceError("processes: a machine has fewer GPUs than processes",
                         {{fmt::format("process {}", p), problems[p]}, {"try", "one process a GPU, or --device cpu"}});
   return Device::cuda(gpus >= place.size ? static_cast<int>(place.rank) : 0);
 }

@@ -76,13 +76,17 @@ std::unique_ptr<Communicator> single_process() {
   return std::make_unique<SingleProcess>();
 }
 
+int64_t launched_processes() {
+  return std::max<int64_t>(1, launch().processes);
+}
+
 std::unique_ptr<Communicator> join_processes(LocalPlace& place) {
   const Launch started = launch();
   if (started.processes == 0) return single_process();
 #if LONGHAND_WITH_MPI
   auto processes = mpi_processes(place);
   if (processes->size() != started.processes && started.variable != "MPI_LOCALNRANKS")
-    throw ConfigError("train: the launcher started several processes, but the MPI library of this build does not see them",
+    throw ConfigError("processes: the launcher started several processes, but the MPI library of this build does not see them",
                       {{started.variable, std::to_string(started.processes)},
                        {"seen by MPI", std::to_string(processes->size())},
                        {"try", "the mpirun of the same MPI, or srun --mpi=pmix (srun --mpi=list shows what there is)"}});
@@ -90,7 +94,7 @@ std::unique_ptr<Communicator> join_processes(LocalPlace& place) {
 #else
   place = {};
   if (started.processes == 1) return single_process();
-  throw ConfigError("train: several processes were started, but this build has no MPI to join them",
+  throw ConfigError("processes: several were started, but this build has no MPI to join them",
                     {{started.variable, std::to_string(started.processes)},
                      {"would be", fmt::format("{} equal runs", started.processes)},
                      {"try", "install an MPI (libopenmpi-dev) and configure again: the summary then says MPI"}});
@@ -103,7 +107,7 @@ std::unique_ptr<Communicator> with_device(std::unique_ptr<Communicator> host, co
   return nccl_processes(std::move(host), device);
 #else
   throw DeviceError(
-      "train: this build has no NCCL, through which GPUs exchange gradients",
+      "processes: this build has no NCCL, through which GPUs exchange gradients",
       {{"processes", std::to_string(host->size())}, {"try", "install NCCL (libnccl-dev) and configure again, or train on one GPU"}});
 #endif
 }
@@ -122,7 +126,7 @@ void require_same_everywhere(Communicator& processes, const std::string& text) {
     };
     tell("process 0", first, other);
     tell(fmt::format("process {}", p), other, first);
-    throw ConfigError("train: the processes do not agree on what to do", rows);
+    throw ConfigError("processes: they do not agree on what to do", rows);
   }
 }
 

@@ -95,6 +95,9 @@ struct LocalPlace {
   int64_t rank = 0, size = 1;
 };
 
+/// How many processes mpirun or srun says it started together with this one; 1 without a launcher.
+int64_t launched_processes();
+
 /// The processes that mpirun or srun started this one with, joined on the host; without a launcher, one by itself.
 /// place   filled with this process's place on its machine
 /// errors  ConfigError when a launcher started several processes but this build has no MPI, or a launcher and the MPI library do not
