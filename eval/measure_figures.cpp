@@ -99,7 +99,8 @@ std::vector<std::vector<Member<T>>> groups_of(const Runs& runs, std::vector<T> R
   for (std::size_t r = 0; r < runs.size(); ++r)
     for (const T& m : runs[r].*list) groups[{m.data, m.documents, m.context, m.distance}].push_back({r, &m, "", 0, runs[r].dashed});
   std::vector<std::vector<Member<T>>> named;
-  for (auto& [key, members] : groups) {
+  for (auto& entry : groups) {
+    std::vector<Member<T>>& members = entry.second;
     for (std::size_t i = 0; i < members.size(); ++i) {
       Member<T>& m = members[i];
       const auto like = [&](bool same_step) {
