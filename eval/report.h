@@ -36,7 +36,7 @@ struct PositionCurve : Measurement {
   std::vector<PositionBin> bins;        // kCurveBinsPerOctave an octave
   std::vector<PositionSpread> spreads;  // of ranges of positions, when the measurement has them
 };
-inline constexpr int kCurveBinsPerOctave = 24;
+inline constexpr int kCurveBinsPerOctave = 8;
 
 struct RemembranceCurve : Measurement {
   std::vector<RemembrancePoint> points;

@@ -27,9 +27,11 @@ class BabilongTask : public Task {
     }
     if (o.lengths.empty()) lengths_ = {0};
     for (const std::string& length : o.lengths) lengths_.push_back(parse_length(length));
-    if (const int64_t longest = *std::max_element(lengths_.begin(), lengths_.end()); longest > row_tokens_)
+    // Of a length, kBabilongPromptTokens are for instruction and examples, which samples of training do not have.
+    if (const int64_t longest = *std::max_element(lengths_.begin(), lengths_.end()) - kBabilongPromptTokens; longest > row_tokens_)
       throw ConfigError("task babilong: a row cannot hold the longest samples",
-                        {{"row", std::to_string(row_tokens_) + " tokens (train.length + 1)"}, {"longest", std::to_string(longest)}});
+                        {{"row", std::to_string(row_tokens_) + " tokens (train.length + 1)"},
+                         {"longest text", std::to_string(longest) + " tokens, a length less those of the prompt"}});
     if (std::any_of(lengths_.begin(), lengths_.end(), [](int64_t length) { return length > 0; }))
       background_ = Background(BackgroundOptions{.files = context.files, .set_name = {}});
   }

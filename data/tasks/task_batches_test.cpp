@@ -209,10 +209,15 @@ TEST("task batches: a babilong sample that is too long for a row loses backgroun
   std::string book;
   for (int i = 1000; i < 4000; ++i) book += "Sentence " + std::to_string(i) + " of the book. ";
   std::ofstream(scratch.file("books.jsonl")) << "{\"text\": \"" + book + "\"}\n";
-  const auto task = make_task("babilong", {.options = {.babi = {scratch.file("qa1_a.txt")}, .lengths = {"1k"}},
-                                           .tokenizer = open_tokenizer("bytes"),
-                                           .files = {scratch.file("books.jsonl")},
-                                           .row_tokens = 1001});
+  const auto of_length = [&](const char* length) {
+    return make_task("babilong", {.options = {.babi = {scratch.file("qa1_a.txt")}, .lengths = {length}},
+                                  .tokenizer = open_tokenizer("bytes"),
+                                  .files = {scratch.file("books.jsonl")},
+                                  .row_tokens = 1001});
+  };
+  CHECK_NOTHROW(of_length("1301"));  // 300 tokens are for a prompt that training does not have
+  CHECK_THROWS_AS(of_length("1302"), ConfigError);
+  const auto task = of_length("1k");
   for (uint64_t key = 0; key < 20; ++key) {
     const TaskSample s = task->sample(key);
     CHECK(std::ssize(s.tokens) <= 1001);
