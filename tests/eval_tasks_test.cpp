@@ -1,5 +1,6 @@
 // The tasks of `longhand eval` as a user meets them: lines, tables, resuming, errors; and training on a task from a recipe.
 #include <algorithm>
+#include <cmath>
 #include <filesystem>
 #include <nlohmann/json.hpp>
 
@@ -44,6 +45,7 @@ class Bench {
         "{\"context\": \"Say\", \"choices\": [\"a\", \"bb\", \"ccc\"], \"label\": 2}\n\n{\"context\": \"\", \"choices\": [\"x\"]}\n");
     write_text(file("qa1_small_test.txt"),
                "1 Ann went to the garden.\n2 Where is Ann? \tgarden\t1\n3 Bob went to the office.\n4 Where is Bob? \toffice\t3\n");
+    write_text(file("more/qa1_x.txt"), "1 Ann ran.\n2 Where is Ann? \tgarden\t1\n");
     std::string book;
     for (int i = 1000; i < 4000; ++i) book += "Sentence " + std::to_string(i) + " of the book. ";
     write_text(file("books.jsonl"), "{\"text\": \"" + book + "\"}\n");
@@ -109,6 +111,122 @@ std::vector<nlohmann::json> sorted(std::vector<nlohmann::json> lines) {
   return lines;
 }
 
+// The values of a table, row by row, without its header.
+std::vector<Words> table_of(const std::string& csv) {
+  std::vector<Words> rows;
+  for (const std::string& line : split_at(csv, '\n'))
+    if (!line.empty()) rows.push_back(split_at(line, ','));
+  rows.erase(rows.begin());
+  return rows;
+}
+
+using Lines = std::vector<nlohmann::json>;
+
+// The mean of a value over lines [from, to).
+template <class Value>
+double mean_of(const Lines& lines, std::size_t from, std::size_t to, const Value& value) {
+  double sum = 0;
+  for (std::size_t i = from; i < to; ++i) sum += value(lines[i]);
+  return sum / static_cast<double>(to - from);
+}
+
+double correct(const nlohmann::json& line) {
+  return line.at("correct").get<bool>() ? 1 : 0;
+}
+
+constexpr double kShown = 0.5001e-4;  // shares are printed with four digits
+
+// Accuracies of cells of equally many samples, and their lengths, against the lines.
+void check_cells(const Lines& lines, const std::vector<Words>& rows, std::size_t length_column, std::size_t accuracy_column) {
+  const std::size_t per_cell = lines.size() / rows.size();
+  for (std::size_t c = 0; c < rows.size(); ++c) {
+    for (std::size_t i = c * per_cell; i < (c + 1) * per_cell; ++i) CHECK(lines[i].at("length") == std::stoll(rows[c][length_column]));
+    CHECK(std::abs(std::stod(rows[c][accuracy_column]) - mean_of(lines, c * per_cell, (c + 1) * per_cell, correct)) < kShown);
+  }
+}
+
+// The figures that a task prints follow from its lines, and the lines from the samples.
+void check_values(const std::string& task, const Lines& lines, const std::vector<Words>& rows) {
+  if (task == "copy") {
+    check_cells(lines, rows, 0, 2);
+    for (std::size_t i = 0; i < lines.size(); ++i) {
+      const auto target = lines[i].at("target").get<std::string>(), output = lines[i].at("output").get<std::string>();
+      CHECK(lines[i].at("letters") == lines[i].at("length"));  // the end token does not count
+      REQUIRE(target.size() == lines[i].at("letters").get<std::size_t>());
+      REQUIRE(output.size() == target.size());
+      int right = 0;
+      for (std::size_t k = 0; k < target.size(); ++k) right += target[k] == output[k] ? 1 : 0;
+      CHECK(lines[i].at("letters_right") == right);
+      CHECK(lines[i].at("correct") == (target == output));
+    }
+    for (std::size_t c = 0; c < rows.size(); ++c)
+      CHECK(std::abs(std::stod(rows[c][3]) - mean_of(lines, 3 * c, 3 * c + 3, [](const auto& line) {
+                       return line.at("letters_right").template get<double>() / line.at("letters").template get<double>();
+                     })) < kShown);
+  } else if (task == "passkey") {
+    check_cells(lines, rows, 0, 3);
+    const std::vector<std::pair<int, double>> cells{{300, 0.1}, {300, 0.9}, {500, 0.1}, {500, 0.9}};
+    for (std::size_t i = 0; i < lines.size(); ++i) {
+      const auto& [length, depth] = cells[i / 2];
+      CHECK(lines[i].at("length") == length);
+      CHECK(lines[i].at("depth") == depth);
+      CHECK(lines[i].at("tokens") == length);
+      const double before = lines[i].at("before"), after = lines[i].at("after");
+      CHECK(before == std::round(depth * (before + after)));
+      CHECK(std::stod(rows[i / 2][1]) == depth);
+    }
+  } else if (task == "babilong") {
+    check_cells(lines, rows, 1, 3);
+    for (std::size_t i = 0; i < lines.size(); ++i) {
+      CHECK(lines[i].at("task") == "qa1");
+      CHECK(lines[i].at("question") == (i % 2 == 0 ? "Where is Ann?" : "Where is Bob?"));
+      CHECK(lines[i].at("target") == (i % 2 == 0 ? "garden" : "office"));
+    }
+  } else if (task == "lambada") {
+    const auto likelihood = [](const auto& line) { return line.at("log_likelihood").template get<double>(); };
+    CHECK(std::abs(std::stod(rows[0][1]) - mean_of(lines, 0, lines.size(), correct)) < kShown);
+    CHECK(std::stod(rows[0][2]) == doctest::Approx(std::exp(-mean_of(lines, 0, lines.size(), likelihood))).epsilon(1e-5));  // per word
+    CHECK(lines[0].at("target") == " day");
+    CHECK(lines[1].at("target") == " two");
+  } else {
+    const std::vector<Words> choices{{"two", "three"}, {"a", "bb", "ccc"}, {"x"}};
+    const std::vector<std::size_t> labels{0, 2};
+    std::vector<double> right(3);
+    for (std::size_t i = 0; i < lines.size(); ++i) {
+      const auto sums = lines[i].at("log_likelihood").get<std::vector<double>>();
+      const auto by_character = lines[i].at("per_character").get<std::vector<double>>(),
+                 by_token = lines[i].at("per_token").get<std::vector<double>>();
+      REQUIRE(sums.size() == choices[i].size());
+      for (std::size_t c = 0; c < sums.size(); ++c) {
+        const auto characters = static_cast<double>(choices[i][c].size());
+        CHECK(by_character[c] == doctest::Approx(sums[c] / characters));
+        CHECK(by_token[c] == doctest::Approx(sums[c] / (i < 2 ? characters + 1 : characters)));  // the blank; none without a context
+      }
+      const auto best = [](const std::vector<double>& v) {
+        return static_cast<std::size_t>(std::max_element(v.begin(), v.end()) - v.begin());
+      };
+      CHECK(lines[i].at("output") == best(sums));
+      if (i < 2) right[0] += best(sums) == labels[i], right[1] += best(by_character) == labels[i], right[2] += best(by_token) == labels[i];
+    }
+    CHECK(rows[0][1] == "2");
+    for (std::size_t k = 0; k < 3; ++k) CHECK(std::abs(std::stod(rows[0][2 + k]) - right[k] / 2) < kShown);
+  }
+}
+
+// The same samples with the same results, numbers to the rounding of other batches.
+void check_same_lines(const Lines& a, const Lines& b) {
+  REQUIRE(a.size() == b.size());
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    for (const char* key : {"sample", "settings", "prompt", "target", "output", "correct"})
+      CHECK_MESSAGE(a[i].value(key, nlohmann::json()) == b[i].value(key, nlohmann::json()), key);
+    if (!a[i].contains("log_likelihood")) continue;
+    const auto numbers = [](const nlohmann::json& j) { return j.is_array() ? j.get<std::vector<double>>() : std::vector<double>{j}; };
+    const auto x = numbers(a[i].at("log_likelihood")), y = numbers(b[i].at("log_likelihood"));
+    REQUIRE(x.size() == y.size());
+    for (std::size_t k = 0; k < x.size(); ++k) CHECK(x[k] == doctest::Approx(y[k]).epsilon(1e-4));
+  }
+}
+
 }  // namespace
 
 TEST("eval tasks: a line for each sample, a table and a description, beside the run or where --out says") {
@@ -131,6 +249,7 @@ TEST("eval tasks: a line for each sample, a table and a description, beside the 
       for (const std::string& key : keys) CHECK_MESSAGE(lines[i].contains(key), key);
     }
     CHECK(text_of(bench.file("out/x.csv")).starts_with(task.header + "\n"));
+    check_values(task.name, lines, table_of(text_of(bench.file("out/x.csv"))));
     const auto description = nlohmann::json::parse(text_of(bench.file("out/x.json")));
     CHECK(description.at("task") == task.name);
     CHECK(description.at("samples") == task.samples);
@@ -141,6 +260,9 @@ TEST("eval tasks: a line for each sample, a table and a description, beside the 
     REQUIRE_MESSAGE(beside.code == 0, beside.err);
     CHECK(holds(beside.err, "/eval/" + task.name + "-"));
     CHECK(beside.out == result.out);
+    const auto at = beside.err.find("wrote ") + 6;
+    check_same_lines(sorted(lines_of(bench.file(beside.err.substr(at, beside.err.find(",", at) - at)))),
+                     lines);  // other batches and chunks
   }
   for (const auto& [run, titles] : {std::pair<std::string, Words>{"bytes", {"Passkey retrieval: bytes", "BABILong: bytes"}},
                                     std::pair<std::string, Words>{"letters", {"Synthetic copying by length: letters"}}}) {
@@ -166,7 +288,8 @@ TEST("eval tasks: an evaluation that was stopped goes on, and ends as if it had 
     CHECK(holds(again.err, "1 of them done before"));
     CHECK(again.out == whole.out);
     CHECK(text_of(bench.file("x.csv")) == table);
-    CHECK(sorted(lines_of(bench.file("x.jsonl"))).size() == task.samples);
+    write_text(bench.file("whole.jsonl"), text);
+    check_same_lines(sorted(lines_of(bench.file("x.jsonl"))), sorted(lines_of(bench.file("whole.jsonl"))));
     const ProcessResult all_there = bench.eval(task.name, words);
     CHECK(all_there.out == whole.out);
     CHECK(holds(all_there.err, ", 0 tokens"));
@@ -178,6 +301,34 @@ TEST("eval tasks: an evaluation that was stopped goes on, and ends as if it had 
     CHECK(bench.eval(task.name, words).code == 0);
     fs::remove(bench.file("x.jsonl"));
   }
+}
+
+TEST("eval tasks: other facts, another book and a moved border are other settings, whatever their files are called") {
+  const Bench bench;
+  const auto refused = [&](const std::string& task, const Words& words, const std::string& changed, const std::string& from,
+                           const std::string& to) {
+    Words all = words;
+    all.insert(all.end(), {"--out", "x.jsonl", "--fresh"});
+    REQUIRE(bench.eval(task, all).code == 0);
+    std::string text = text_of(bench.file(changed));
+    const std::string before = text;
+    text.replace(text.find(from), from.size(), to);
+    write_text(bench.file(changed), text);
+    all.pop_back();
+    const ProcessResult result = bench.eval(task, all);
+    CHECK(result.code == 1);
+    CHECK_MESSAGE(holds(result.err, "written with other settings"), result.err);
+    write_text(bench.file(changed), before);
+    CHECK(bench.eval(task, all).code == 0);
+  };
+  const Words babilong{"--babi", "qa1_small_test.txt", "--books", "books.jsonl", "--lengths", "0k,1k", "--samples", "2"};
+  refused("babilong", babilong, "qa1_small_test.txt", "Ann went to the", "Ann ran to the");
+  std::string other;
+  for (int i = 5000; i < 8000; ++i) other += "Sentence " + std::to_string(i) + " of the book. ";
+  const std::string book = text_of(bench.file("books.jsonl"));
+  refused("babilong", babilong, "books.jsonl", book, "{\"text\": \"" + other + "\"}\n");
+  refused("choices", {"--data", "questions.jsonl"}, "questions.jsonl", R"("One and one is", "choices": ["two")",
+          R"("One and one", "choices": ["is two")");
 }
 
 TEST("eval tasks: what cannot be scored is said, with the way out") {
@@ -196,6 +347,7 @@ TEST("eval tasks: what cannot be scored is said, with the way out") {
       {"lambada", {"--data", "questions.jsonl"}, 1, "questions.jsonl"},
       {"passkey", {"--lengths", "100"}, 1, "leaves no room"},
       {"passkey", {"--lengths", "1x"}, 1, "length that is not understood"},
+      {"passkey", {"--lengths", "2kk"}, 1, "not a length"},
       {"passkey", {"--depths", "1.5"}, 2, "--depths"},
       {"passkey", {"--depths", "0.5", "--any-depth"}, 2, "--any-depth"},
       {"copy", {"--min-length", "9", "--max-length", "8"}, 1, "least length is above"},
@@ -204,6 +356,10 @@ TEST("eval tasks: what cannot be scored is said, with the way out") {
       {"babilong", {"--babi", "qa1_small_test.txt", "--lengths", "1k", "--samples", "2"}, 1, "need a background"},
       {"babilong", {"--babi", "qa1_small_test.txt", "--lengths", "0k"}, 1, "too few questions"},
       {"babilong", {"--babi", "books.jsonl", "--lengths", "0k"}, 1, "does not say which task"},
+      {"babilong",
+       {"--babi", "qa1_small_test.txt", "more/qa1_x.txt", "--lengths", "0k", "--samples", "2"},
+       1,
+       "two bAbI files of one task"},
       {"choices", {"--data", "bad.jsonl"}, 1, "label is not the number of a choice"},
   };
   for (const Case& c : cases) {

@@ -3,6 +3,7 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
+#include <cctype>
 #include <set>
 
 #include "core/error.h"
@@ -38,16 +39,29 @@ struct Cell {
   BabilongPrompt around;
 };
 
+std::string lower(std::string text) {
+  for (char& c : text) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+  return text;
+}
+
 std::vector<Cell> cells_of(const BabilongCommand& o) {
   const auto prompts = o.prompts.empty() ? std::map<std::string, BabilongPrompt>() : read_babilong_prompts(o.prompts);
   std::vector<Cell> cells;
   for (const std::string& file : o.babi) {
     const std::string task = babi_task_of(file);
+    if (std::any_of(cells.begin(), cells.end(), [&](const Cell& cell) { return cell.task == task; }))
+      throw ConfigError("eval: two bAbI files of one task", {{"file", file}, {"task", task}, {"try", "one file of each task"}});
     if (!o.prompts.empty() && !prompts.contains(task))
       throw ConfigError("eval: the file of prompts has none for a task", {{"prompts", o.prompts}, {"task", task}});
     std::set<std::string> labels;
     for (const BabiSample& story : read_babi(file))
       for (const std::string& part : babilong_parts(story.answer)) labels.insert(part);
+    for (const std::string& label : labels)
+      for (const std::string& other : labels)
+        if (label != other && lower(other).find(lower(label)) != std::string::npos)
+          fmt::print(stderr,
+                     "{}: the label \"{}\" is part of \"{}\": an answer that holds the longer one counts as both, and so as wrong\n", task,
+                     label, other);
     for (const std::string& text : o.lengths) {
       const int64_t length = parse_length(text);
       std::vector<BabiSample> stories = read_babi(file, most_babi_lines(length));
@@ -56,6 +70,9 @@ std::vector<Cell> cells_of(const BabilongCommand& o) {
                                                                         {"questions that fit", std::to_string(stories.size())},
                                                                         {"length", text},
                                                                         {"samples", std::to_string(o.samples)}});
+      // Questions that follow each other belong to one story: take them from all over the file.
+      for (std::size_t i = 0, n = stories.size(), k = static_cast<std::size_t>(o.samples); i < k; ++i)
+        if (i * n / k != i) stories[i] = stories[i * n / k];
       stories.resize(static_cast<std::size_t>(o.samples));
       cells.push_back({task, length, std::move(stories), {labels.begin(), labels.end()}, {}});
       if (!o.prompts.empty()) cells.back().around = prompts.at(task);
@@ -72,10 +89,23 @@ int run(const BabilongCommand& o) {
   TaskSession session(o.session, "babilong");
   const Background background = needs_books ? Background(BackgroundOptions{.files = o.books, .set_name = o.book_set}) : Background();
   std::string tasks;
-  std::vector<int32_t> all;  // of the questions, for the settings
-  for (const Cell& cell : cells) {
-    if (tasks.find(cell.task) == std::string::npos) tasks += (tasks.empty() ? "" : "+") + cell.task;
-    for (const BabiSample& story : cell.stories) session.tokenizer().encode(story.question + story.answer, all);
+  std::vector<int32_t> all;  // of facts, questions and answers, for the settings
+  const auto sample_text = [&](const Cell& cell, const BabiSample& story, int64_t i) {
+    const std::string text =
+        babilong_text(story, background, {.length = cell.length, .facts_from = o.facts_from, .facts_to = o.facts_to}, session.tokenizer(),
+                      sample_key(static_cast<uint64_t>(o.seed), "babilong", static_cast<uint64_t>(i)));
+    return encoded(session.tokenizer(), babilong_prompt(cell.around, text, story.question));
+  };
+  nlohmann::ordered_json first_prompts = nlohmann::ordered_json::array(), labels;
+  for (std::size_t c = 0; c < cells.size(); ++c) {
+    const Cell& cell = cells[c];
+    if (c == 0 || cells[c - 1].task != cell.task) tasks += (tasks.empty() ? "" : "+") + cell.task;
+    for (const BabiSample& story : cell.stories) {
+      for (const std::string& fact : story.facts) session.tokenizer().encode(fact + "\n", all);
+      session.tokenizer().encode(story.question + "\t" + story.answer + "\n", all);
+    }
+    labels[cell.task] = cell.labels;
+    first_prompts.push_back(prompt_hash(sample_text(cell, cell.stories.front(), static_cast<int64_t>(c) * o.samples)));
   }
   const std::string tag = fmt::format("{}-{}-{}{}-n{}-seed-{}", tasks, o.lengths.front(), o.lengths.back(),
                                       o.prompts.empty() ? "" : "-few-shot", o.samples, o.seed);
@@ -91,6 +121,8 @@ int run(const BabilongCommand& o) {
                                      {"facts_to", o.facts_to},
                                      {"seed", o.seed},
                                      {"questions", prompt_hash(all)},
+                                     {"labels", labels},
+                                     {"first_prompts", first_prompts},
                                      {"prompts", prompt_hash(encoded(session.tokenizer(), prompts.dump()))}},
                                     std::ssize(cells) * o.samples);
   const auto cell_of = [&](int64_t i) -> const Cell& { return cells[static_cast<std::size_t>(i / o.samples)]; };
@@ -98,11 +130,7 @@ int run(const BabilongCommand& o) {
   session.each_batch([&](const std::vector<int64_t>& batch) {
     std::vector<std::vector<int32_t>> read;
     for (const int64_t i : batch) {
-      const Cell& cell = cell_of(i);
-      const std::string text =
-          babilong_text(story_of(i), background, {.length = cell.length, .facts_from = o.facts_from, .facts_to = o.facts_to},
-                        session.tokenizer(), sample_key(static_cast<uint64_t>(o.seed), "babilong", static_cast<uint64_t>(i)));
-      read.push_back(encoded(session.tokenizer(), babilong_prompt(cell.around, text, story_of(i).question)));
+      read.push_back(sample_text(cell_of(i), story_of(i), i));
     }
     const auto answers = greedy_answers(session.model(), read, session.tokenizer(),
                                         {.max_tokens = kAnswerTokens, .chunk = session.chunk(), .progress = session.progress()});
@@ -148,7 +176,7 @@ void add_eval_babilong(CLI::App& eval, std::function<int()>& action) {
       ->delimiter(',')
       ->type_name("LIST")
       ->capture_default_str();
-  command->add_option("--samples", options->samples, "Questions of each task and length, from the beginning of the file")
+  command->add_option("--samples", options->samples, "Questions of each task and length, evenly from all over the file")
       ->type_name("N")
       ->check(at_least(1))
       ->capture_default_str();

@@ -87,9 +87,12 @@ int run(const ChoicesCommand& o) {
   const std::vector<Question> questions = read_questions(o, session.tokenizer());
   std::vector<int32_t> all;
   for (const Question& question : questions) {
-    for (const ScoredRow& row : question.rows) {
+    for (std::size_t c = 0; c < question.rows.size(); ++c) {
+      const ScoredRow& row = question.rows[c];
       all.insert(all.end(), row.context.begin(), row.context.end());
+      all.push_back(-2);  // where the choice begins; behind it, its characters
       all.insert(all.end(), row.target.begin(), row.target.end());
+      all.push_back(-3 - static_cast<int32_t>(question.characters[c]));
     }
     all.push_back(static_cast<int32_t>(question.label.value_or(-1)));
   }

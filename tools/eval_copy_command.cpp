@@ -36,21 +36,26 @@ int run(const CopyCommand& o) {
   for (int64_t length = o.min_length; length <= o.max_length; length += o.every) lengths.push_back(length);
   const std::string tag = fmt::format("{}-{}-{}-every-{}-a{}-g{}-n{}-seed-{}", o.variant, o.min_length, o.max_length, o.every,
                                       o.answer_length, o.ngram, o.samples, o.seed);
-  SampleLog& log = session.open_log(tag,
-                                    {{"variant", o.variant},
-                                     {"alphabet", copying.alphabet},
-                                     {"ngram", o.ngram},
-                                     {"answer_length", o.answer_length},
-                                     {"lengths", lengths},
-                                     {"samples_per_length", o.samples},
-                                     {"seed", o.seed}},
-                                    std::ssize(lengths) * o.samples);
+  const auto example_of = [&](int64_t i) {
+    return copy_example(copying, lengths[static_cast<std::size_t>(i / o.samples)],
+                        sample_key(static_cast<uint64_t>(o.seed), "copy evaluation", static_cast<uint64_t>(i)));
+  };
+  const int64_t last = std::ssize(lengths) - 1;
+  SampleLog& log =
+      session.open_log(tag,
+                       {{"variant", o.variant},
+                        {"alphabet", copying.alphabet},
+                        {"ngram", o.ngram},
+                        {"answer_length", o.answer_length},
+                        {"lengths", lengths},
+                        {"samples_per_length", o.samples},
+                        {"seed", o.seed},
+                        {"first_prompts", {prompt_hash(example_of(0).tokens), prompt_hash(example_of(last * o.samples).tokens)}}},
+                       std::ssize(lengths) * o.samples);
   session.each_batch([&](const std::vector<int64_t>& batch) {
     std::vector<ScoredRow> rows;
     for (const int64_t i : batch) {
-      const int64_t length = lengths[static_cast<std::size_t>(i / o.samples)];
-      const CopyExample e =
-          copy_example(copying, length, sample_key(static_cast<uint64_t>(o.seed), "copy evaluation", static_cast<uint64_t>(i)));
+      const CopyExample e = example_of(i);
       const auto cut = e.tokens.begin() + e.prompt;
       rows.push_back({{e.tokens.begin(), cut}, {cut, e.tokens.end() - 1}});  // the end token does not count
     }

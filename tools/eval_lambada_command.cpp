@@ -33,6 +33,7 @@ int run(const LambadaOptions& options) {
   std::vector<int32_t> all;
   for (const ScoredRow& row : rows) {
     all.insert(all.end(), row.context.begin(), row.context.end());
+    all.push_back(-1);  // where the target begins
     all.insert(all.end(), row.target.begin(), row.target.end());
   }
   SampleLog& log = session.open_log("", {{"data", prompt_hash(all)}}, std::ssize(rows));

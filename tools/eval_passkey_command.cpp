@@ -2,6 +2,7 @@
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 
 #include "core/error.h"
 #include "data/tasks/passkey.h"
@@ -15,7 +16,7 @@
 namespace longhand {
 namespace {
 
-constexpr int64_t kAnswerTokens = 10;
+constexpr int64_t kAnswerTokens = 10;  // as published; more where a key of so many digits may need them
 
 struct PasskeyCommand {
   TaskSessionOptions session;
@@ -28,8 +29,11 @@ struct PasskeyCommand {
 
 // In tokens k = 1024, as models' lengths are; in characters k = 1000.
 int64_t length_of(const std::string& text, bool tokens) {
-  if (tokens && text.ends_with('k')) return parse_length(text.substr(0, text.size() - 1)) * 1024;
-  return parse_length(text);
+  if (!tokens || !text.ends_with('k')) return parse_length(text);
+  const std::string number = text.substr(0, text.size() - 1);
+  if (number.find_first_not_of("0123456789") != std::string::npos)
+    throw ConfigError("eval: not a length", {{"given", text}, {"expected", "a number, or a number and k, such as 512, 16k"}});
+  return parse_length(number) * 1024;
 }
 
 int run(const PasskeyCommand& o) {
@@ -43,15 +47,23 @@ int run(const PasskeyCommand& o) {
                        .digits = o.digits,
                        .seed = static_cast<uint64_t>(o.seed)});
   TaskSession session(o.session, "passkey");
-  for (const PasskeyOptions& cell : cells) (void)passkey_sample(cell, session.tokenizer(), 0);  // says what cannot be made
-  nlohmann::ordered_json lengths = nlohmann::ordered_json::array(), depths = nlohmann::ordered_json::array();
+  nlohmann::ordered_json lengths = nlohmann::ordered_json::array(), depths = nlohmann::ordered_json::array(), first_prompts = lengths;
+  for (std::size_t c = 0; c < cells.size(); ++c)  // says what cannot be made, too
+    first_prompts.push_back(prompt_hash(passkey_sample(cells[c], session.tokenizer(), c * static_cast<uint64_t>(o.prompts)).prompt));
   for (const PasskeyOptions& cell : cells)
     lengths.push_back(cell.length), depths.push_back(cell.depth ? fmt::format("{}", *cell.depth) : "any");
   const std::string tag = fmt::format("{}-{}-{}{}-d{}-n{}-seed-{}", o.lengths.front(), o.lengths.back(), o.unit, o.any_depth ? "-any" : "",
                                       o.digits, o.prompts, o.seed);
-  SampleLog& log = session.open_log(
-      tag, {{"unit", o.unit}, {"lengths", lengths}, {"depths", depths}, {"digits", o.digits}, {"prompts", o.prompts}, {"seed", o.seed}},
-      std::ssize(cells) * o.prompts);
+  SampleLog& log = session.open_log(tag,
+                                    {{"unit", o.unit},
+                                     {"lengths", lengths},
+                                     {"depths", depths},
+                                     {"digits", o.digits},
+                                     {"prompts", o.prompts},
+                                     {"seed", o.seed},
+                                     {"first_prompts", first_prompts}},
+                                    std::ssize(cells) * o.prompts);
+  const int64_t answer_tokens = std::max(kAnswerTokens, o.digits + 2);  // a blank, a token a digit, and what ends the number
   session.each_batch([&](const std::vector<int64_t>& batch) {
     std::vector<PasskeySample> samples;
     std::vector<std::vector<int32_t>> prompts;
@@ -61,7 +73,7 @@ int run(const PasskeyCommand& o) {
       prompts.push_back(std::move(samples.back().prompt));
     }
     const auto answers = greedy_answers(session.model(), prompts, session.tokenizer(),
-                                        {.max_tokens = kAnswerTokens, .chunk = session.chunk(), .progress = session.progress()});
+                                        {.max_tokens = answer_tokens, .chunk = session.chunk(), .progress = session.progress()});
     for (std::size_t k = 0; k < batch.size(); ++k) {
       const PasskeyOptions& cell = cells[static_cast<std::size_t>(batch[k] / o.prompts)];
       nlohmann::ordered_json line{{"length", cell.length}};
