@@ -96,9 +96,18 @@ std::string samples_text(const std::vector<Member>& members, const char* of_each
                             : fmt::format("{} to {} samples {}", format_count(*counts.begin()), format_count(*counts.rbegin()), of_each);
 }
 
+// Lengths as the commands take them: 16k is 16,384 tokens of a passkey prompt, and 16,000 of everything else.
+std::string in_binary(int64_t length) {
+  return length % 1024 == 0 ? format_length(static_cast<double>(length)) : format_count(length);
+}
+std::string in_thousands(int64_t length) {
+  if (length > 0 && length % 1'000'000 == 0) return fmt::format("{}M", length / 1'000'000);
+  return length > 0 && length % 1000 == 0 ? fmt::format("{}k", length / 1000) : format_count(length);
+}
+
 // A row for each run and `row` of its lines, a column for each length.
 void add_heat_map(const std::vector<Member>& members, const std::string& title, const std::string& caption, const std::string& y_label,
-                  std::vector<Figure>& figures) {
+                  std::vector<Figure>& figures, std::string (*length_text)(int64_t)) {
   std::set<int64_t> lengths;
   for (const Member& m : members)
     for (const TaskLine& line : m.result->lines) lengths.insert(line.length);
@@ -113,7 +122,7 @@ void add_heat_map(const std::vector<Member>& members, const std::string& title, 
               .max = 1};
   Table table{{y_label}, {}};
   for (const int64_t length : lengths) {
-    map.columns.push_back(length % 1024 == 0 ? format_length(static_cast<double>(length)) : format_count(length));
+    map.columns.push_back(length_text(length));
     table.header.push_back(format_count(length));
   }
   for (const Member& m : members) {
@@ -163,7 +172,8 @@ void add_passkey_figures(const Runs& runs, std::vector<Figure>& figures) {
     add_heat_map(members, "Passkey retrieval" + (members.size() == 1 ? ": " + members.front().name : std::string()),
                  "Share of prompts whose number was said, by length of the text and depth of the number (0: at its beginning), " +
                      samples_text(members, "in each cell") + ".",
-                 "depth", figures);
+                 "depth", figures,
+                 members.front().result->settings.find("\"unit\":\"characters\"") != std::string::npos ? in_thousands : in_binary);
 }
 
 void add_babilong_figures(const Runs& runs, std::vector<Figure>& figures) {
@@ -171,7 +181,7 @@ void add_babilong_figures(const Runs& runs, std::vector<Figure>& figures) {
     add_heat_map(members, "BABILong" + (members.size() == 1 ? ": " + members.front().name : std::string()),
                  "Share of right answers, by length of the text that the facts are scattered over (0: the facts alone), " +
                      samples_text(members, "in each cell") + ".",
-                 "task", figures);
+                 "task", figures, in_thousands);
 }
 
 void add_copy_figures(const Runs& runs, std::vector<Figure>& figures) {

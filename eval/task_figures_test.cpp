@@ -63,5 +63,26 @@ TEST("task figures: copying and babilong, and several steps of a run") {
   CHECK(none.empty());
 }
 
+TEST("task figures: lengths are written as the task counts them") {
+  const ScratchFolder scratch;
+  std::vector<RunData> runs{
+      run_with(scratch, "a", "babilong-x", "task,length,samples,accuracy\nqa1,0,10,1\nqa1,64000,10,1\nqa1,128000,10,1\nqa1,1000000,10,1\n",
+               "{}"),
+      run_with(scratch, "b", "passkey-x", "length,depth,samples,accuracy\n128000,0.5,10,1\n131072,0.5,10,1\n", R"({"unit": "tokens"})"),
+      run_with(scratch, "c", "passkey-x", "length,depth,samples,accuracy\n128000,0.5,10,1\n", R"({"unit": "characters"})")};
+  for (RunData& run : runs) read_task_results(run);
+  std::vector<Figure> babilong, passkey;
+  add_babilong_figures(runs, babilong);
+  add_passkey_figures(runs, passkey);
+  REQUIRE(babilong.size() == 1);
+  REQUIRE(passkey.size() == 2);
+  for (const char* text : {">0<", ">64k<", ">128k<", ">1M<"}) CHECK_MESSAGE(babilong[0].svg.find(text) != std::string::npos, text);
+  const std::string both = passkey[0].svg + passkey[1].svg;
+  CHECK(both.find(">125k<") != std::string::npos);  // 128,000 tokens, k being 1,024
+  const auto first = both.find(">128k<");           // 131,072 tokens, and 128,000 characters
+  REQUIRE(first != std::string::npos);
+  CHECK(both.find(">128k<", first + 1) != std::string::npos);
+}
+
 }  // namespace
 }  // namespace longhand

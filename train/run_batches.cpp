@@ -40,7 +40,9 @@ std::function<BatchStream()> validation_source(const Recipe& recipe, const std::
                                    .length = recipe.train.length,
                                    .seed = philox_key(static_cast<uint64_t>(recipe.seed), hash_name("validation")),
                                    .threads = static_cast<int>(recipe.data.threads)};
-    const std::shared_ptr<const Task> task = make_task(recipe.data.task, context_of(recipe, tokenizer));
+    TaskContext context = context_of(recipe, tokenizer);
+    context.held_out = true;
+    const std::shared_ptr<const Task> task = make_task(recipe.data.task, context);
     return [=] { return task_batches(options, task); };
   }
   DataOptions options;

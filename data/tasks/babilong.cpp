@@ -31,7 +31,8 @@ Sentences draw_sentences(const Background& background, int64_t needed, const Tok
       sentences.push_back(std::move(ids));
       if (have == needed) break;
     }
-    if (have == before && ++fruitless == kMostFruitlessWindows)
+    if (have > before) fruitless = 0;
+    else if (++fruitless == kMostFruitlessWindows)
       throw ValueError("babilong: the background has no sentences that are long enough",
                        {{"windows tried", std::to_string(kMostFruitlessWindows)}, {"expected", "sentences of 10 tokens"}});
   }

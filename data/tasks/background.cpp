@@ -37,6 +37,14 @@ Background::Background(const BackgroundOptions& options) {
                      {"expected", "at least one of " + std::to_string(options.min_bytes) + " bytes"}});
 }
 
+std::string Background::fingerprint() const {
+  constexpr std::size_t kEnds = 256;
+  std::string ends;
+  for (const std::string& book : books_)
+    ends += std::to_string(book.size()) + book.substr(0, kEnds) + book.substr(book.size() - std::min(kEnds, book.size()));
+  return std::to_string(books_.size()) + "-" + std::to_string(hash_name(ends.c_str()));
+}
+
 std::vector<std::string> Background::window(Draws& draws, int64_t bytes) const {
   const std::string& book = books_[static_cast<std::size_t>(draws.below(std::ssize(books_)))];
   const std::size_t begin = character_at(book, static_cast<std::size_t>(draws.below(std::max<int64_t>(1, std::ssize(book)))));

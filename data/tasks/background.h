@@ -26,6 +26,9 @@ class Background {
   bool empty() const { return books_.empty(); }
   std::size_t books() const { return books_.size(); }
 
+  /// Tells books apart: their number, and a hash of their sizes and of how each begins and ends.
+  std::string fingerprint() const;
+
   /// The sentences of a window of `bytes` bytes, from a random place of a random book, its first and last (which may be cut) left out.
   std::vector<std::string> window(Draws& draws, int64_t bytes) const;
 

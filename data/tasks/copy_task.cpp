@@ -58,7 +58,7 @@ std::unique_ptr<Task> make_copy_task(const TaskContext& context) {
                       {{"row", std::to_string(context.row_tokens) + " tokens (train.length + 1)"},
                        {"longest", std::to_string(longest_copy_example(options, high)) + " tokens"},
                        {"try", "a larger train.length or a smaller max_length"}});
-  (void)copy_example(options, low, 0);  // says what is wrong with the options
+  for (const int64_t length : {low, high}) (void)copy_example(options, length, 0);  // says what is wrong with the options
   return std::make_unique<CopyTask>(options, low, high);
 }
 

@@ -58,6 +58,7 @@ TEST("copying: letters are uniform over the alphabet, and keys give different wo
   for (const auto& [letter, n] : seen) CHECK(std::abs(n - 2000) < 200);  // deviation 42
   CHECK(word != copy_example({.alphabet = 10}, 20000, 2).word);
   CHECK(word == copy_example({.alphabet = 10}, 20000, 1).word);
+  CHECK(copy_example({.alphabet = 26}, 12, 1).word == "wxslovwqdakz");  // in every version
 }
 
 TEST("copying: prefix and suffix n-grams stand once in w, and the answer is what follows") {

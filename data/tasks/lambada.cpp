@@ -8,7 +8,7 @@ namespace longhand {
 
 LambadaSample split_last_word(const std::string& text) {
   const auto blank = text.rfind(' ');
-  if (blank == std::string::npos || blank == 0 || blank + 1 == text.size())
+  if (blank == std::string::npos || text.find_first_not_of(" \t\n\r\v\f") >= blank || blank + 1 == text.size())
     throw ValueError("lambada: a text without a last word behind a blank", {{"text", text.substr(0, 80)}});
   return {text.substr(0, blank), text.substr(blank)};
 }
@@ -24,6 +24,7 @@ std::vector<LambadaSample> read_lambada(const std::string& path) {
                       {{"file", path}, {"line", std::to_string(document.line)}, {"byte", std::to_string(document.byte_offset)}});
     }
   }
+  if (samples.empty()) throw FileError("lambada: a file without a passage", {{"file", path}});
   return samples;
 }
 

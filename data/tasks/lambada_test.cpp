@@ -14,11 +14,13 @@ TEST("lambada: cut at the last blank") {
   const LambadaSample s = split_last_word("\"I know,\"\n\nsaid  Ann");
   CHECK(s.context == "\"I know,\"\n\nsaid ");
   CHECK(s.target == " Ann");
-  for (const char* text : {"", "word", " word", "ends "}) CHECK_THROWS_AS(split_last_word(text), ValueError);
+  for (const char* text : {"", "word", " word", "ends ", "  word", " \n word"}) CHECK_THROWS_AS(split_last_word(text), ValueError);
 }
 
-TEST("lambada: a line without a last word is named") {
+TEST("lambada: a line without a last word is named, and so is a file without any") {
   const test::ScratchFolder scratch;
+  std::ofstream(scratch.file("none.jsonl")) << "\n";
+  CHECK_THROWS_AS(read_lambada(scratch.file("none.jsonl")), FileError);
   std::ofstream(scratch.file("x.jsonl")) << "{\"text\": \"a b\"}\n{\"text\": \"ab\"}\n";
   try {
     read_lambada(scratch.file("x.jsonl"));

@@ -72,7 +72,8 @@ int64_t units_before(double depth, int64_t length) {
 }
 
 int64_t least_passkey_tokens(const Tokenizer& tokenizer, int64_t digits) {
-  return parts_of(tokenizer, digits == 0 ? std::to_string(kLargestKey) : std::string(static_cast<std::size_t>(digits), '9')).size();
+  const auto most_digits = digits == 0 ? std::ssize(std::to_string(kLargestKey)) : digits;
+  return parts_of(tokenizer, "").size() + 2 * most_digits;  // the line says the key twice
 }
 
 std::string passkey_key(const PasskeyOptions& options, uint64_t index) {

@@ -46,7 +46,7 @@ PasskeySample passkey_sample(const PasskeyOptions& options, const Tokenizer& tok
 /// The key of sample `index`.
 std::string passkey_key(const PasskeyOptions& options, uint64_t index);
 
-/// Tokens of a prompt without filler and with the longest key: the least length of the token unit.
+/// A length of the token unit that leaves room for every key: tokens of a prompt without filler, a token counted for each digit of the key.
 int64_t least_passkey_tokens(const Tokenizer& tokenizer, int64_t digits);
 
 /// What training adds behind a prompt: " 41522." (the point ends the run of digits).

@@ -40,7 +40,7 @@ class PasskeyTask : public Task {
 std::unique_ptr<Task> make_passkey_task(const TaskContext& context) {
   const TaskOptions& o = context.options;
   const int64_t high = o.max_length > 0 ? o.max_length : context.row_tokens, low = o.min_length > 0 ? o.min_length : high;
-  const int64_t answer = std::ssize(passkey_answer(*context.tokenizer, "50000")) + std::max<int64_t>(0, o.digits - 5);
+  const int64_t answer = (o.digits == 0 ? 5 : o.digits) + 2;  // at most: a blank, a token a digit, the point
   const int64_t least = least_passkey_tokens(*context.tokenizer, o.digits) + answer + 1;
   if (low > high || low < least || high > context.row_tokens)
     throw ConfigError("task passkey: samples of these lengths do not fit",

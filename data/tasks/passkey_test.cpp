@@ -65,6 +65,11 @@ TEST("passkey: tokens of a byte-pair tokenizer spell the same prompt") {
         std::string::npos);
   CHECK(text.ends_with("\nWhat is the pass key? The pass key is"));
   CHECK(bpe->decode(passkey_answer(*bpe, s.key)) == " " + s.key + ".");
+  for (const int64_t digits : {0, 5, 9}) {
+    const int64_t least = least_passkey_tokens(*bpe, digits);  // room for every key, whatever tokens its digits make
+    for (uint64_t i = 0; i < 400; ++i)
+      CHECK_NOTHROW(passkey_sample({.unit = PasskeyUnit::tokens, .length = least, .digits = digits}, *bpe, i));
+  }
 }
 
 TEST("passkey: keys have the digits asked for, and spread over their range; depths without a setting too") {
@@ -89,6 +94,7 @@ TEST("passkey: keys have the digits asked for, and spread over their range; dept
   CHECK(first_half > 160);
   CHECK(first_half < 240);
   CHECK(passkey_key({.seed = 1}, 0) != passkey_key({.seed = 2}, 0));
+  CHECK(passkey_key({.digits = 5}, 0) == "33669");  // in every version
 }
 
 TEST("passkey: what cannot be made is refused with the least length") {

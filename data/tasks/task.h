@@ -34,6 +34,7 @@ struct TaskContext {
   std::shared_ptr<const Tokenizer> tokenizer;
   std::vector<std::string> files;  // shards of the recipe: the background of babilong
   int64_t row_tokens = 0;          // a sample has at most so many
+  bool held_out = false;           // babilong: of the stories that training leaves out, instead of those that it takes
 };
 
 class Task {

@@ -1,6 +1,7 @@
 // Batches of tasks: worked by hand for copying, the same on any number of threads, resumed anywhere.
 #include "data/tasks/task_batches.h"
 
+#include <algorithm>
 #include <fstream>
 #include <set>
 
@@ -200,6 +201,47 @@ TEST("task batches: babilong mixes files and lengths, and no sample is longer th
   }
   CHECK(std::abs(short_ones - 50) < 25);
   CHECK(std::abs(second_file - 50) < 25);
+}
+
+TEST("task batches: babilong holds stories out, and keeps the mixture of files and lengths") {
+  const test::ScratchFolder scratch;
+  std::string stories, longer;
+  for (int i = 0; i < 40; ++i) {
+    const std::string name = "N" + std::to_string(i);
+    stories += "1 " + name + " ran.\n2 Where is " + name + "? \tbarn\t1\n3 " + name + " sat.\n4 Who is " + name + "? \thall\t3\n";
+    const int lines = i % 10 == 0 ? 30 : 200;  // at 1k a story has at most 87 lines
+    for (int k = 1; k <= lines; ++k) longer += std::to_string(k) + " L" + std::to_string(i) + ".\n";
+    longer += std::to_string(lines + 1) + " Long " + name + "? \tbarn\t1\n";
+  }
+  std::ofstream(scratch.file("qa1_a.txt")) << stories;
+  std::ofstream(scratch.file("qa3_b.txt")) << longer;
+  std::string book;
+  for (int i = 1000; i < 4000; ++i) book += "Sentence " + std::to_string(i) + " of the book. ";
+  std::ofstream(scratch.file("books.jsonl")) << "{\"text\": \"" + book + "\"}\n";
+  const auto questions = [&](const std::vector<std::string>& files, bool held_out, int samples) {
+    const auto task = make_task("babilong", {.options = {.babi = files, .lengths = {"1k"}},
+                                             .tokenizer = open_tokenizer("bytes"),
+                                             .files = {scratch.file("books.jsonl")},
+                                             .row_tokens = 1001,
+                                             .held_out = held_out});
+    std::multiset<std::string> asked;
+    for (int key = 0; key < samples; ++key) {
+      const std::string text = open_tokenizer("bytes")->decode(task->sample(static_cast<uint64_t>(key)).tokens);
+      const auto at = text.find("Question: ") + 10;
+      asked.insert(text.substr(at, text.find('?', at) - at));
+    }
+    return asked;
+  };
+  const auto trained = questions({scratch.file("qa1_a.txt")}, false, 800), held_out = questions({scratch.file("qa1_a.txt")}, true, 100);
+  CHECK(std::set<std::string>(held_out.begin(), held_out.end()) ==
+        std::set<std::string>{"Where is N19", "Who is N19", "Where is N39", "Who is N39"});
+  CHECK(std::set<std::string>(trained.begin(), trained.end()).size() == 76);
+  for (const std::string& question : held_out) CHECK_FALSE(trained.contains(question));
+  // Nine of ten stories of the second file do not fit at this length; it has its half of the samples all the same.
+  const auto mixed = questions({scratch.file("qa1_a.txt"), scratch.file("qa3_b.txt")}, false, 200);
+  CHECK(std::abs(std::count_if(mixed.begin(), mixed.end(), [](const std::string& q) { return q.starts_with("Long"); }) - 100) < 35);
+  std::ofstream(scratch.file("qa3_b.txt")) << longer.substr(longer.find("\n1 L1.") + 1, longer.find("\n1 L2.") - longer.find("\n1 L1."));
+  CHECK_THROWS_AS(questions({scratch.file("qa3_b.txt")}, false, 1), ConfigError);  // none fits
 }
 
 TEST("task batches: a babilong sample that is too long for a row loses background, and a story that is too long is passed over") {
