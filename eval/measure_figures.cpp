@@ -20,6 +20,8 @@
 namespace longhand {
 namespace {
 
+constexpr std::size_t kFewPoints = 16;  // a longer curve has only the powers of two in its table
+
 namespace fs = std::filesystem;
 using Json = nlohmann::json;
 using Runs = std::vector<RunData>;
@@ -266,8 +268,10 @@ void add_remembrance_figures(const Runs& runs, std::vector<Figure>& figures) {
       table.name(members[i].name);
       for (const RemembrancePoint& p : members[i].what->points) {
         series.points.emplace_back(static_cast<double>(p.lag), p.mean);
+        const bool power = (p.lag & (p.lag - 1)) == 0;
+        if (members[i].what->points.size() > kFewPoints && !power && p.start != 0) continue;
         table.set({p.start, 0}, fmt::format("{} ({})", format_count(p.start), format_count(p.lag)), i,
-                  format_aligned(p.mean) + (std::isfinite(p.standard_error) ? " ± " + format_number(p.standard_error) : ""));
+                  fmt::format("{:.3f}", p.mean) + (std::isfinite(p.standard_error) ? fmt::format(" ± {:.3f}", p.standard_error) : ""));
       }
       std::sort(series.points.begin(), series.points.end());
       plot.series.push_back(std::move(series));

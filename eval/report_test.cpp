@@ -319,7 +319,7 @@ TEST("the measures of several runs stand side by side, each with its table; laye
   CHECK(count(page, "training length 512") == 2);     // in remembrance and state
   CHECK(page.find("data-points=\"1,0.29996 2048,0.225 4096,0.15 8192,0\"") != std::string::npos);
   CHECK(page.find("total variation between") != std::string::npos);
-  CHECK(page.find("<th scope=\"row\">6,144 (2,048)</th><td>0.2250 ± 0.075</td>") != std::string::npos);
+  CHECK(page.find("<th scope=\"row\">6,144 (2,048)</th><td>0.225 ± 0.075</td>") != std::string::npos);
   CHECK(page.find("data-points=\"256,320 512,452.55 2048,905.1 8192,1810.2\"") != std::string::npos);
   CHECK(page.find("<title>1, 8k: 64</title>") != std::string::npos);  // layer 1: (8192 / 512)^1.5
   CHECK(page.find("<title>1, 1: ∞</title>") != std::string::npos);
