@@ -274,3 +274,40 @@ TEST("a trace that cannot be written does not end the program") {
   close(kept), close(full);
   CHECK(current_op_path().empty());
 }
+
+TEST("joined parameters are one matrix over the same values and gradients") {
+  ParameterSet set;
+  auto declare = [&](const char* name, int64_t rows, int64_t width) { return set.declare(name, {rows, width}, {.init = init_normal(1)}); };
+  Parameter *a = declare("a", 3, 64), *b = declare("b", 2, 64), *c = declare("c", 2, 48), *d = declare("d", 1, 48),
+            *e = declare("e", 1, 48);
+  const JoinedParameters *ab = set.join({a, b}), *cd = set.join({c, d}), *de = set.join({d, e});
+  CHECK_THROWS_WITH_AS(set.join({b, c}), doctest::Contains("[2, 48]"), ShapeError);
+  set.allocate(kCpu, Dtype::f64, Dtype::f64);
+  set.initialize(1);
+  REQUIRE(ab->variable.shape() == Shape{5, 64});
+  CHECK_FALSE(cd->variable.defined());  // c has 96 elements: a gap follows
+  CHECK_FALSE(de->variable.defined());
+  CHECK(ab->variable.value().slice(0, 3, 5).to_vector<double>() == b->master.to_vector<double>());
+
+  set.flat_grad();
+  fill(set.flat_grad(), 7);  // what was there before
+  const Tensor grad = random64({5, 64}, 12);
+  auto contribute = [](const Variable& to, const Tensor& value) {
+    const Variable y =
+        record("contributes", Tensor::zeros(kCpu, Dtype::f64, {}), {to}, [value](BackwardCall& call) { call.set(0, value); });
+    backward(y);
+  };
+  for (int step = 0; step < 2; ++step) {
+    set.clear_grads();
+    contribute(ab->variable, grad);
+    contribute(ab->variable, grad);
+    contribute(c->variable, random64({2, 48}, 13));
+    set.complete_grads();
+    CHECK(a->grad.to_vector<double>()[5] == 2 * grad.to_vector<double>()[5]);
+    CHECK(b->grad.to_vector<double>()[70] == 2 * grad.to_vector<double>()[3 * 64 + 70]);
+    CHECK(c->grad.to_vector<double>() == random64({2, 48}, 13).to_vector<double>());
+    CHECK(d->grad.to_vector<double>() == std::vector<double>(48, 0));
+  }
+  contribute(b->variable, random64({2, 64}, 14));
+  CHECK_THROWS_WITH_AS(set.complete_grads(), doctest::Contains("b"), ValueError);
+}

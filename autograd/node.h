@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "autograd/recompute.h"
 #include "autograd/tape.h"
 
 namespace longhand {
@@ -23,6 +24,7 @@ struct GradEdge {
   std::string name;
   Tensor grad;  // the sum so far; for a parameter, its place in the flat buffer
   bool is_parameter = false;
+  std::vector<std::string> parts;   // of joined parameters: their names
   bool started = false;             // grad holds a value
   std::function<Tensor()> sink;     // of a parameter whose place is made at its first gradient
   const Tensor& parameter_place();  // grad of a parameter, made where it was not yet
@@ -34,7 +36,11 @@ struct GradEdge {
 struct Variable::State {
   Tensor value;
   std::shared_ptr<GradEdge> edge;  // null for a constant
+  std::shared_ptr<Remade> remade;  // null for a value that is kept as it is
 };
+
+/// The op of nodes that run a part of the forward again; what they do counts for the ops inside.
+inline constexpr const char* kRecomputedOp = "recomputed";
 
 class Node {
  public:

@@ -1,6 +1,9 @@
 // See parameters.h.
 #include "autograd/parameters.h"
 
+#include <set>
+
+#include "autograd/node.h"
 #include "core/error.h"
 #include "core/philox.h"
 
@@ -25,6 +28,15 @@ Parameter* ParameterSet::declare(std::string name, Shape shape, ParameterOptions
   if (find(name) != nullptr) throw ValueError("parameters: a name declared twice", {{"name", name}});
   parameters_.push_back({std::move(name), shape, std::move(options), {}, {}, {}});
   return &parameters_.back();
+}
+
+JoinedParameters* ParameterSet::join(std::vector<Parameter*> parts) {
+  for (const Parameter* part : parts)
+    if (part->shape.rank() != 2 || part->shape[1] != parts[0]->shape[1])
+      throw ShapeError("parameters: only matrices of one width can be joined",
+                       {{parts[0]->name, parts[0]->shape.str()}, {part->name, part->shape.str()}});
+  joined_.push_back({std::move(parts), {}});
+  return &joined_.back();
 }
 
 const Parameter* ParameterSet::find(const std::string& name) const {
@@ -73,6 +85,27 @@ void ParameterSet::allocate(const Device& device, Dtype master_dtype, Dtype comp
       at += rounded(p.shape.numel());
     }
   }
+  for (JoinedParameters& joined : joined_) {
+    const int64_t begin = joined.parts[0]->master.offset();
+    int64_t end = begin, rows = 0;
+    bool neighbours = true;
+    std::string name;
+    for (const Parameter* p : joined.parts) {
+      neighbours = neighbours && p->master.offset() == end && p->options.full_precision == joined.parts[0]->options.full_precision;
+      end += p->shape.numel();
+      rows += p->shape[0];
+      name += (name.empty() ? "" : " | ") + p->name;
+    }
+    if (!neighbours) continue;
+    const Shape shape{rows, joined.parts[0]->shape[1]};
+    const Tensor& values = compute_.defined() && !joined.parts[0]->options.full_precision ? compute_ : master_;
+    const auto sink = [grad = grad_, begin, end, shape] {
+      grad->make();
+      return grad->flat.slice(0, begin, end).reshape(shape);
+    };
+    joined.variable = Variable::parameter(values.slice(0, begin, end).reshape(shape), sink, name);
+    for (const Parameter* p : joined.parts) joined.variable.state()->edge->parts.push_back(p->name);
+  }
 }
 
 void ParameterSet::FlatGrad::make() {
@@ -116,12 +149,23 @@ void ParameterSet::refresh_compute() {
 
 void ParameterSet::clear_grads() {
   for (Parameter& p : parameters_) p.variable.clear_grad();
+  for (const JoinedParameters& joined : joined_) joined.variable.clear_grad();
 }
 
 void ParameterSet::complete_grads() {
   allocate_grads();
-  for (Parameter& p : parameters_)
-    if (!p.variable.grad().defined()) fill(p.grad, 0);
+  std::set<const Parameter*> reached;
+  for (const JoinedParameters& joined : joined_) {
+    if (!joined.variable.grad().defined()) continue;
+    for (const Parameter* part : joined.parts) {
+      if (part->variable.grad().defined())
+        throw ValueError("parameters: a gradient came both for a parameter and for the matrix that it is joined to",
+                         {{"name", part->name}});
+      reached.insert(part);
+    }
+  }
+  for (const Parameter& p : parameters_)
+    if (!p.variable.grad().defined() && !reached.contains(&p)) fill(p.grad, 0);
 }
 
 }  // namespace longhand

@@ -38,6 +38,13 @@ struct Parameter {
   Variable variable;  // what ops take: the compute copy where there is one, else the master
 };
 
+/// Neighbouring matrices of one width as the one matrix that they are in the flat buffers: [R1 + R2 + .., width]. One product with it does
+/// what a product with each would do.
+struct JoinedParameters {
+  std::vector<Parameter*> parts;
+  Variable variable;  // after allocate(); undefined where the parts do not lie one behind the other
+};
+
 class ParameterSet {
  public:
   ParameterSet() = default;
@@ -47,6 +54,10 @@ class ParameterSet {
 
   /// Announces a parameter; the pointer stays valid. Names are unique.
   Parameter* declare(std::string name, Shape shape, ParameterOptions options);
+
+  /// Announces that parameters are also used together; the pointer stays valid. They lie one behind the other where they were declared one
+  /// after the other and each has a multiple of 64 elements. In one step either the parts or the whole take part, never both.
+  JoinedParameters* join(std::vector<Parameter*> parts);
 
   /// Lays out the flat buffers, all but the gradients: decayed parameters first, then the others; each begins at a multiple of 64 elements,
   /// gaps are zero. master_dtype  f32, or f64 for gradient checks compute_dtype bf16, or equal to master_dtype
@@ -89,6 +100,7 @@ class ParameterSet {
     void make();
   };
   std::deque<Parameter> parameters_;
+  std::deque<JoinedParameters> joined_;
   Tensor master_, compute_;
   std::shared_ptr<FlatGrad> grad_;
   int64_t decayed_ = 0;

@@ -3,17 +3,21 @@
 
 #include <algorithm>
 #include <map>
+#include <optional>
 #include <set>
 
 #include "autograd/gradient_arrival.h"
 #include "autograd/node.h"
 #include "core/error.h"
+#include "core/layer_path.h"
+#include "core/op_ledger.h"
 #include "core/op_scope.h"
 #include "core/switches.h"
 
 namespace longhand {
 namespace {
 
+constexpr const char *kSplitOp = "split", *kReshapeOp = "reshape";
 thread_local bool recording = true;
 std::atomic<uint64_t> next_order{1};
 
@@ -28,6 +32,18 @@ void require_finite(const Tensor& t, const std::string& op, const std::string& l
                       {"value", std::to_string(t.contiguous().reshape({t.numel()}).slice(0, index, index + 1).item())}});
 }
 
+double size_bytes(const Shape& shape, Dtype dtype) {
+  return static_cast<double>(shape.numel() * size_of(dtype));
+}
+double size_bytes(const Tensor& t) {
+  return t.defined() ? size_bytes(t.shape(), t.dtype()) : 0;
+}
+
+// For OpLedger: every input read once, every output written once; views move nothing.
+bool moves_nothing(const std::string& op) {
+  return op == kSplitOp || op == kReshapeOp || op == kRecomputedOp;
+}
+
 bool same_place(const Tensor& a, const Tensor& b) {
   return a.same_storage(b) && a.offset() == b.offset();
 }
@@ -38,12 +54,12 @@ bool same_place(const Tensor& a, const Tensor& b) {
 
 Variable Tape::make(Tensor value, std::shared_ptr<GradEdge> edge) {
   Variable v;
-  v.state_ = std::make_shared<Variable::State>(Variable::State{std::move(value), std::move(edge)});
+  v.state_ = std::make_shared<Variable::State>(Variable::State{std::move(value), std::move(edge), nullptr});
   return v;
 }
 
 Variable::Variable(Tensor value) {
-  if (value.defined()) state_ = std::make_shared<State>(State{std::move(value), nullptr});
+  if (value.defined()) state_ = std::make_shared<State>(State{std::move(value), nullptr, nullptr});
 }
 
 namespace {
@@ -116,6 +132,12 @@ NoGrad::NoGrad() : before_(recording) {
 NoGrad::~NoGrad() {
   recording = before_;
 }
+WithGrad::WithGrad() : before_(recording) {
+  recording = true;
+}
+WithGrad::~WithGrad() {
+  recording = before_;
+}
 bool grad_enabled() {
   return recording;
 }
@@ -124,6 +146,12 @@ std::vector<Variable> Tape::record(const char* op, std::vector<Tensor> outputs, 
                                    BackwardFunction function) {
   if (switches().check)
     for (std::size_t i = 0; i < outputs.size(); ++i) require_finite(outputs[i], op, current_layer(), "output " + std::to_string(i));
+  if (OpLedger::running() && !moves_nothing(op)) {
+    double bytes = 0;
+    for (const Variable& input : inputs) bytes += size_bytes(input.value());
+    for (const Tensor& output : outputs) bytes += size_bytes(output);
+    OpLedger::note(bytes, 0);
+  }
   const bool wanted = recording && std::any_of(inputs.begin(), inputs.end(), [](const Variable& v) { return v.requires_grad(); });
   std::vector<Variable> results;
   if (!wanted) {
@@ -239,11 +267,19 @@ void Node::run() {
   if (used) throw ValueError(op + ": backward over a graph that was already walked", {{"layer", layer}, {"try", "run the forward again"}});
   used = true;
   const std::string name = op + "_backward";
-  const LayerScope layer_scope(layer);
+  const LayerPath layer_path(layer);
   {
     const auto reached = std::find_if(outputs.begin(), outputs.end(), [](const Slot& slot) { return slot.grad.defined(); });
     const Tensor incoming = reached == outputs.end() ? Tensor() : reached->grad;
-    const OpScope scope(name.c_str(), {&incoming});
+    std::optional<OpScope> scope;
+    if (op != kRecomputedOp) scope.emplace(name.c_str(), std::initializer_list<const Tensor*>{&incoming});
+    if (OpLedger::running() && !moves_nothing(op)) {
+      double bytes = 0;
+      for (const auto& edge : inputs)
+        if (edge != nullptr) bytes += 2 * size_bytes(edge->shape, edge->dtype);  // the value in, its gradient out
+      for (const Slot& slot : outputs) bytes += size_bytes(slot.grad);
+      OpLedger::note(bytes, 0);
+    }
     BackwardCall call(*this);
     if (incoming.defined()) function(call);
     for (auto& [input, grad] : pending) deliver(input, grad, true);
@@ -260,6 +296,7 @@ namespace {
 // The parameters whose gradients a walk still changes: how many inputs of nodes to come each one is.
 class OpenParameters {
  public:
+  explicit OpenParameters(const GradientArrived& arrived) : arrived_(arrived) {}
   void add(const Node& node) {
     for (const auto& edge : node.inputs)
       if (edge && edge->is_parameter) ++inputs_[edge.get()];
@@ -271,14 +308,19 @@ class OpenParameters {
       if (edge && edge->is_parameter) out.push_back(edge);
     return out;
   }
-  void close(const std::vector<std::shared_ptr<GradEdge>>& edges, const GradientArrived& arrived) {
-    for (const auto& edge : edges)
-      if (--inputs_.at(edge.get()) == 0) arrived(edge->name);
+  void close(const std::vector<std::shared_ptr<GradEdge>>& edges) {
+    for (const auto& edge : edges) {
+      if (--inputs_.at(edge.get()) > 0) continue;
+      if (edge->parts.empty()) arrived_(edge->name);
+      for (const std::string& part : edge->parts) arrived_(part);
+    }
   }
 
  private:
+  const GradientArrived& arrived_;
   std::map<const GradEdge*, int64_t> inputs_;
 };
+thread_local OpenParameters* open_parameters = nullptr;  // of the walk that runs; a walk inside of a node (recompute.h) joins it
 
 void walk(const std::vector<Variable>& roots, const std::vector<Tensor>& grads, const GradientArrived& arrived) {
   if (roots.size() != grads.size()) throw ValueError("backward: as many gradients as roots are needed");
@@ -309,14 +351,21 @@ void walk(const std::vector<Variable>& roots, const std::vector<Tensor>& grads, 
     for (const auto& edge : node->inputs) visit_producer(edge.get());
   }
   std::sort(order.begin(), order.end(), [](const auto& a, const auto& b) { return a->order > b->order; });
-  OpenParameters open;
-  if (arrived)
-    for (const auto& node : order) open.add(*node);
+  struct Listening {
+    OpenParameters* const before = open_parameters;
+    ~Listening() { open_parameters = before; }
+  };
+  const Listening listening;
+  OpenParameters own(arrived);
+  if (arrived) open_parameters = &own;
+  OpenParameters* const open = open_parameters;
+  if (open != nullptr)
+    for (const auto& node : order) open->add(*node);
   for (auto& node : order) {
-    const auto parameters = arrived ? OpenParameters::of(*node) : std::vector<std::shared_ptr<GradEdge>>();
+    const auto parameters = open != nullptr ? OpenParameters::of(*node) : std::vector<std::shared_ptr<GradEdge>>();
     node->run();
     node.reset();
-    if (arrived) open.close(parameters, arrived);
+    if (open != nullptr) open->close(parameters);
   }
 }
 
@@ -368,7 +417,7 @@ std::vector<Variable> split(const Variable& x, std::initializer_list<int64_t> wi
     begin += width;
   }
   std::vector<int64_t> sizes(widths);
-  auto results = Tape::record("split", std::move(parts), {x}, [whole, begins, sizes](BackwardCall& call) {
+  auto results = Tape::record(kSplitOp, std::move(parts), {x}, [whole, begins, sizes](BackwardCall& call) {
     auto part_of = [&](const Tensor& all, std::size_t i) { return all.slice(-1, begins[i], begins[i] + sizes[i]); };
     // A part with several contributions has left its place. Whoever wrote there may have handed that tensor to another input as well, so
     // the place is not overwritten: the whole is built anew.
@@ -394,13 +443,16 @@ std::vector<Variable> split(const Variable& x, std::initializer_list<int64_t> wi
       whole->taken[i] = true;
       return whole->get().slice(-1, at, at + size);
     };
+    if (const auto all = x.state()->remade; all != nullptr)
+      results[i].state()->remade =
+          std::make_shared<Remade>(Remade{[all, at = begins[i], size = sizes[i]] { return all->get().slice(-1, at, at + size); }, {}});
   }
   return results;
 }
 
 Variable reshape(const Variable& x, Shape shape) {
   const Shape before = x.shape();
-  Variable result = record("reshape", x.value().reshape(shape), {x}, [before](BackwardCall& call) {
+  Variable result = record(kReshapeOp, x.value().reshape(shape), {x}, [before](BackwardCall& call) {
     const Tensor& grad = call.grad(0);
     call.set(0, grad.reshape(before));
   });
@@ -410,6 +462,8 @@ Variable reshape(const Variable& x, Shape shape) {
       return place.defined() ? place.reshape(shape) : place;
     };
   }
+  if (result.requires_grad() && x.state()->remade)
+    result.state()->remade = std::make_shared<Remade>(Remade{[all = x.state()->remade, shape] { return all->get().reshape(shape); }, {}});
   return result;
 }
 

@@ -4,24 +4,12 @@
 #include <fmt/core.h>
 
 #include <algorithm>
-#include <bit>
 
 #include "core/error.h"
 #include "core/op_scope.h"
 #include "core/switches.h"
 
 namespace longhand {
-namespace {
-
-// Rounds up to one of eight steps per power of two: at most 12.5% is wasted and few sizes exist, so that blocks are found again.
-std::size_t size_class(std::size_t bytes) {
-  if (bytes <= 512) return 512;
-  const std::size_t step = std::bit_floor(bytes - 1) / 8;
-  return (bytes + step - 1) / step * step;
-}
-
-}  // namespace
-
 std::string memory_report(const MemoryUse& use) {
   auto mib = [](int64_t bytes) { return fmt::format("{:10.1f} MiB", static_cast<double>(bytes) / (1 << 20)); };
   std::string text = fmt::format("memory  live {}  peak {}  reserved {}  taken from the system {} times\n", mib(use.live_bytes),
@@ -38,31 +26,34 @@ std::string memory_report(const MemoryUse& use) {
 void* CachingAllocator::allocate(std::size_t bytes) {
   const std::lock_guard lock(mutex_);
   const bool exact = switches().exact && !reserving_;  // a graph's memory outlives its tensors
-  const std::size_t size = exact ? std::max<std::size_t>(bytes, 1) : size_class(bytes);
-  void* block = nullptr;
-  if (auto found = free_.find(size); !exact && found != free_.end() && !found->second.empty()) {
-    block = found->second.back();
-    found->second.pop_back();
-  } else {
-    block = system_allocate(size);
-    if (block == nullptr && !reserving_) {  // else recorded work may use what is free now
-      release_cached_locked();
+  const std::size_t size = exact ? std::max<std::size_t>(bytes, 1) : free_->block_size(bytes);
+  void* block = exact ? nullptr : free_->take(size);
+  if (block == nullptr) {
+    auto from_system = [&]() -> std::size_t {
+      if (!exact) return free_->grow(size);
       block = system_allocate(size);
+      return block != nullptr ? size : 0;
+    };
+    std::size_t taken = from_system();
+    if (taken == 0 && !reserving_) {  // else recorded work may use what is free now
+      use_.reserved_bytes -= static_cast<int64_t>(free_->release());
+      taken = from_system();
     }
-    if (block == nullptr)
+    if (taken == 0)
       throw MemoryError("memory: no room for a new tensor", {{"device", description()},
                                                              {"asked", std::to_string(size) + " bytes"},
                                                              {"live", std::to_string(use_.live_bytes) + " bytes"},
                                                              {"op", current_op_path()},
                                                              {"try", "a smaller batch or a shorter chunk"}});
-    use_.reserved_bytes += static_cast<int64_t>(size);
+    use_.reserved_bytes += static_cast<int64_t>(taken);
     ++use_.system_allocations;
+    if (!exact) block = free_->take(size);
   }
   const auto signed_size = static_cast<int64_t>(size);
   Block& entry = live_[block];
   entry.bytes = size;
   entry.exact = exact;
-  if (reserving_) noted_[block] = size;
+  if (reserving_) note(block, size);
   use_.live_bytes += signed_size;
   if (switches().memory) {
     entry.op = current_op_path();
@@ -85,11 +76,13 @@ void CachingAllocator::release(void* block) noexcept {
   if (found->second.counted) use_.live_by_op[found->second.op] -= signed_size;
   if (!found->second.reserved) {
     use_.live_bytes -= signed_size;
-    if (found->second.exact && !reserving_) {
+    if (found->second.exact && reserving_) {
+      late_.emplace_back(block, found->second.bytes);  // work that is being recorded may have read it
+    } else if (found->second.exact) {
       system_release(block);
       use_.reserved_bytes -= signed_size;
     } else {
-      free_[found->second.bytes].push_back(block);
+      free_->give_back(block, found->second.bytes);
     }
   }
   live_.erase(found);
@@ -108,7 +101,12 @@ void CachingAllocator::reset_peak() {
 
 void CachingAllocator::release_cached() {
   const std::lock_guard lock(mutex_);
-  release_cached_locked();
+  use_.reserved_bytes -= static_cast<int64_t>(free_->release());
+  for (const auto& [block, size] : late_) {
+    system_release(block);
+    use_.reserved_bytes -= static_cast<int64_t>(size);
+  }
+  late_.clear();
 }
 
 void CachingAllocator::begin_reserving() {
@@ -117,41 +115,57 @@ void CachingAllocator::begin_reserving() {
   noted_.clear();
 }
 
+// Blocks may have lain in each other's places one after the other: they become one stretch.
+void CachingAllocator::note(void* block, std::size_t size) {
+  char* begin = static_cast<char*>(block);
+  char* end = begin + size;
+  auto stretch = noted_.upper_bound(begin);
+  if (stretch != noted_.begin() && std::prev(stretch)->first + std::prev(stretch)->second > begin) --stretch;
+  while (stretch != noted_.end() && stretch->first < end) {
+    begin = std::min(begin, stretch->first);
+    end = std::max(end, stretch->first + stretch->second);
+    stretch = noted_.erase(stretch);
+  }
+  noted_[begin] = static_cast<std::size_t>(end - begin);
+}
+
+template <class LiveBlock, class Rest>
+void CachingAllocator::visit(char* begin, std::size_t size, LiveBlock&& live_block, Rest&& rest) {
+  char* const end = begin + size;
+  for (auto held = live_.lower_bound(begin); held != live_.end() && static_cast<char*>(held->first) < end; ++held) {
+    char* const block = static_cast<char*>(held->first);
+    if (block > begin) rest(begin, static_cast<std::size_t>(block - begin));
+    live_block(held->second);
+    begin = block + held->second.bytes;
+  }
+  if (begin < end) rest(begin, static_cast<std::size_t>(end - begin));
+}
+
 ReservedBlocks CachingAllocator::end_reserving() {
   const std::lock_guard lock(mutex_);
   reserving_ = false;
-  for (auto& [size, blocks] : free_) std::erase_if(blocks, [&](void* block) { return noted_.contains(block); });
-  for (const auto& [block, size] : noted_) {
-    const auto held = live_.find(block);
-    if (held != live_.end()) held->second.reserved = true;
-    else use_.live_bytes += static_cast<int64_t>(size);
+  ReservedBlocks blocks;
+  for (const auto& [begin, size] : noted_) {
+    free_->withdraw(begin, size);
+    visit(
+        begin, size, [](Block& held) { held.reserved = true; },
+        [this](char*, std::size_t bytes) { use_.live_bytes += static_cast<int64_t>(bytes); });
+    blocks.emplace_back(begin, size);
   }
   use_.peak_bytes = std::max(use_.peak_bytes, use_.live_bytes);
-  ReservedBlocks blocks(noted_.begin(), noted_.end());
   noted_.clear();
   return blocks;
 }
 
 void CachingAllocator::give_back(const ReservedBlocks& blocks) {
   const std::lock_guard lock(mutex_);
-  for (const auto& [block, size] : blocks) {
-    if (const auto held = live_.find(block); held != live_.end()) {
-      held->second.reserved = false;
-      continue;
-    }
-    use_.live_bytes -= static_cast<int64_t>(size);
-    free_[size].push_back(block);
-  }
-}
-
-void CachingAllocator::release_cached_locked() {
-  for (auto& [size, blocks] : free_) {
-    for (void* block : blocks) {
-      system_release(block);
-      use_.reserved_bytes -= static_cast<int64_t>(size);
-    }
-    blocks.clear();
-  }
+  for (const auto& [begin, size] : blocks)
+    visit(
+        static_cast<char*>(begin), size, [](Block& held) { held.reserved = false; },
+        [this](char* part, std::size_t bytes) {
+          use_.live_bytes -= static_cast<int64_t>(bytes);
+          free_->give_back(part, bytes);
+        });
 }
 
 }  // namespace longhand

@@ -15,15 +15,18 @@
 namespace longhand {
 namespace {
 
+void* host_block(std::size_t bytes) {
+  void* block = nullptr;
+  return ::posix_memalign(&block, 256, bytes) == 0 ? block : nullptr;
+}
+
 class CpuAllocator final : public CachingAllocator {
  public:
+  CpuAllocator() : CachingAllocator(std::make_unique<SizeClasses>(host_block, [](void* block) { std::free(block); })) {}
   ~CpuAllocator() override { release_cached(); }
 
  protected:
-  void* system_allocate(std::size_t bytes) override {
-    void* block = nullptr;
-    return ::posix_memalign(&block, 256, bytes) == 0 ? block : nullptr;
-  }
+  void* system_allocate(std::size_t bytes) override { return host_block(bytes); }
   void system_release(void* block) noexcept override { std::free(block); }
   void fill_bytes(void* block, int value, std::size_t bytes) override { std::memset(block, value, bytes); }
   std::string description() const override { return "cpu"; }

@@ -11,6 +11,7 @@
 #include "core/cuda_context.h"
 #include "core/device.h"
 #include "core/device_factory.h"
+#include "core/device_memory_cuda.h"
 #include "core/error.h"
 #include "core/op_scope.h"
 
@@ -44,20 +45,10 @@ namespace {
 
 class CudaAllocator final : public CachingAllocator {
  public:
-  CudaAllocator(int index, cudaStream_t stream) : index_(index), stream_(stream) {}
+  CudaAllocator(int index, cudaStream_t stream) : CachingAllocator(make_device_memory(index, stream)), index_(index), stream_(stream) {}
 
  protected:
-  void* system_allocate(std::size_t bytes) override {
-    void* block = nullptr;
-    cuda_check(cudaSetDevice(index_), "cudaSetDevice");
-    const cudaError_t status = cudaMalloc(&block, bytes);
-    if (status == cudaErrorMemoryAllocation) {
-      (void)cudaGetLastError();
-      return nullptr;
-    }
-    cuda_check(status, "cudaMalloc");
-    return block;
-  }
+  void* system_allocate(std::size_t bytes) override { return device_block(index_, bytes); }
   void system_release(void* block) noexcept override { (void)cudaFree(block); }
   void fill_bytes(void* block, int value, std::size_t bytes) override {
     cuda_check(cudaMemsetAsync(block, value, bytes, stream_), "cudaMemsetAsync");

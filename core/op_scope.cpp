@@ -6,6 +6,8 @@
 #include <cstdio>
 
 #include "core/device.h"
+#include "core/layer_path.h"
+#include "core/op_ledger.h"
 #include "core/switches.h"
 #include "core/tensor.h"
 
@@ -14,6 +16,7 @@ namespace {
 thread_local std::string layer_path;
 thread_local const char* running_op = nullptr;
 OpTimes* times = nullptr;
+OpLedger* ledger = nullptr;
 }  // namespace
 
 LayerScope::LayerScope(std::string_view name, int index) : length_before_(layer_path.size()) {
@@ -25,8 +28,16 @@ LayerScope::~LayerScope() {
   layer_path.resize(length_before_);
 }
 
+LayerPath::LayerPath(std::string path) : before_(std::move(path)) {
+  before_.swap(layer_path);
+}
+LayerPath::~LayerPath() {
+  before_.swap(layer_path);
+}
+
 OpScope::OpScope(const char* op, std::initializer_list<const Tensor*> inputs) : outer_(running_op) {
   running_op = op;
+  if (ledger != nullptr) ledger->begin(op);
   if (times != nullptr && outer_ == nullptr) {
     times->device_.synchronize();
     begin_ = std::chrono::steady_clock::now();
@@ -43,6 +54,7 @@ OpScope::OpScope(const char* op, std::initializer_list<const Tensor*> inputs) : 
 
 OpScope::~OpScope() {
   try {
+    if (ledger != nullptr) ledger->end();
     if (times != nullptr && outer_ == nullptr) {
       times->device_.synchronize();
       const std::chrono::duration<double, std::milli> elapsed = std::chrono::steady_clock::now() - begin_;
@@ -67,6 +79,51 @@ OpTimes::~OpTimes() {
 }
 bool OpTimes::running() {
   return times != nullptr;
+}
+
+OpLedger::OpLedger(const Device& device) : device_(device), marks_(make_time_marks(device)) {
+  ledger = this;
+}
+OpLedger::~OpLedger() {
+  ledger = nullptr;
+}
+bool OpLedger::running() {
+  return ledger != nullptr;
+}
+void OpLedger::note(double bytes, double flops) {
+  if (ledger == nullptr || running_op == nullptr) return;
+  Row& row = ledger->rows_[running_op];
+  row.bytes += bytes;
+  row.flops += flops;
+}
+void OpLedger::end() {
+  if (open_ == 0) return;  // it began before anybody listened
+  events_.push_back({"", marks_->set()});
+  --open_;
+}
+const std::map<std::string, OpLedger::Row>& OpLedger::rows() {
+  device_.synchronize();
+  struct Open {
+    std::string op;
+    std::size_t mark;
+    double inside_ms = 0;
+  };
+  std::vector<Open> open;
+  for (const auto& [op, mark] : events_) {
+    if (!op.empty()) {
+      open.push_back({op, mark});
+      continue;
+    }
+    const Open ended = open.back();
+    open.pop_back();
+    const double ms = marks_->milliseconds(ended.mark, mark);
+    Row& row = rows_[ended.op];
+    row.ms += ms - ended.inside_ms;
+    ++row.count;
+    if (!open.empty()) open.back().inside_ms += ms;
+  }
+  events_.clear();
+  return rows_;
 }
 
 std::string current_op_path() {

@@ -3,15 +3,17 @@
 
 #include "autograd/tape.h"
 #include "core/error.h"
+#include "core/op_ledger.h"
 #include "core/op_scope.h"
 #include "core/switches.h"
 
 namespace longhand {
 
-Decoder::Decoder(const LanguageModel& model, const RecurrentState& state)
+Decoder::Decoder(const LanguageModel& model, const RecurrentState& state, const DecoderOptions& options)
     : model_(model),
       state_(state.clone()),
       tokens_(Tensor::empty(model.device(), Dtype::i32, {state.rows(), 1})),
+      joined_(model.has_step(state.rows()) && options.joined_kernels),
       graphs_(model.device().is_cuda()) {}
 
 const Tensor& Decoder::step(std::span<const int32_t> tokens) {
@@ -19,7 +21,7 @@ const Tensor& Decoder::step(std::span<const int32_t> tokens) {
     throw ShapeError("decoder: one token a row is needed",
                      {{"tokens", std::to_string(tokens.size())}, {"rows", std::to_string(tokens_.dim(0))}});
   copy(tokens_, Tensor::from(Device::cpu(), tokens_.shape(), std::vector<int32_t>(tokens.begin(), tokens.end())));
-  const bool watched = switches().check || switches().trace != 0 || OpTimes::running();
+  const bool watched = switches().check || switches().trace != 0 || OpLedger::running();
   if (graphs_ && warm_ && !watched && !graph_) {
     try {
       graph_ = record_graph(model_.device(), [this] { run(); });
@@ -38,6 +40,10 @@ const Tensor& Decoder::step(std::span<const int32_t> tokens) {
 
 void Decoder::run() {
   const NoGrad no_grad;
+  if (joined_) {
+    logits_ = model_.step(tokens_, state_);
+    return;
+  }
   auto out = model_.forward(tokens_, state_);
   const Tensor logits = model_.logits(out.hidden.value());
   logits_ = logits.reshape({logits.dim(0), logits.dim(-1)});

@@ -9,17 +9,24 @@
 
 namespace longhand {
 
+struct DecoderOptions {
+  bool joined_kernels = true;  // on a GPU, where the model offers them: LanguageModel::step() instead of forward()
+};
+
 class Decoder {
  public:
   /// state  of as many rows as are decoded together; copied
-  Decoder(const LanguageModel& model, const RecurrentState& state);
+  Decoder(const LanguageModel& model, const RecurrentState& state, const DecoderOptions& options = {});
 
   /// Reads one token of every row.
   /// tokens   [B]
   /// returns  [B, padded vocabulary] f32 (f64), on the model's device, until the next step
-  /// holds    the same bits as forward() and logits() of that token; with a graph and without
+  /// holds    the same bits as forward() and logits() of that token, or as step() where joined kernels are used; with a graph and without
   /// errors   ShapeError for another number of tokens
   const Tensor& step(std::span<const int32_t> tokens);
+
+  /// Whether a step is LanguageModel::step() rather than forward().
+  bool joined_kernels() const { return joined_; }
 
   /// After the last step. It changes with the next one: take a clone to keep it.
   const RecurrentState& state() const { return state_; }
@@ -31,7 +38,7 @@ class Decoder {
   RecurrentState state_;
   Tensor tokens_, logits_;
   std::unique_ptr<DeviceGraph> graph_;
-  bool graphs_, warm_ = false;
+  bool joined_, graphs_, warm_ = false;
 };
 
 }  // namespace longhand

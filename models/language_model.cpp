@@ -8,8 +8,36 @@
 #include "ops/cross_entropy/cross_entropy.h"
 #include "ops/embedding/embedding.h"
 #include "ops/rmsnorm/rmsnorm.h"
+#include "ops/token_step/token_step.h"
 
 namespace longhand {
+namespace {
+
+// mixer.forward(x, h0, h_T), of which only x and h0 are kept.
+Variable forward_to_be_run_again(const Mixer& mixer, const Variable& x, const LayerState& h0, LayerState& h_T) {
+  std::vector<Variable> inputs{x};
+  std::vector<std::string> given;
+  for (const auto& [name, variable] : h0) {
+    inputs.push_back(variable);
+    given.push_back(name);
+  }
+  const auto left = std::make_shared<std::vector<std::string>>();  // names of the states after the last token
+  const auto outputs = recomputed(inputs, [&mixer, given, left](const std::vector<Variable>& in) {
+    LayerState begin, end;
+    for (std::size_t i = 0; i < given.size(); ++i) begin[given[i]] = in[i + 1];
+    std::vector<Variable> out{mixer.forward(in[0], begin, end)};
+    left->clear();
+    for (const auto& [name, variable] : end) {
+      left->push_back(name);
+      out.push_back(variable);
+    }
+    return out;
+  });
+  for (std::size_t i = 0; i < left->size(); ++i) h_T[(*left)[i]] = outputs[i + 1];
+  return outputs[0];
+}
+
+}  // namespace
 
 LanguageModel::LanguageModel(ModelConfig config) : config_(std::move(config)), family_(&model_family(config_.family)) {
   config_.complete();
@@ -43,6 +71,7 @@ LanguageModel::Forward LanguageModel::forward(const Tensor& tokens, const Recurr
                      {{"state", std::to_string(h0.layers().size()) + " layers, " + std::to_string(h0.rows()) + " rows"},
                       {"tokens", tokens.describe()},
                       {"expected", std::to_string(layers_.size()) + " layers, one row per row of tokens"}});
+  const RecomputeScope recompute(recompute_);
   Variable residual = embedding(tokens, embedding_->variable, wide_dtype());  // [B, T, d]
   Variable branch;                                                            // what the last sublayer adds; absent before the first
   std::vector<LayerState> states(layers_.size());
@@ -52,7 +81,9 @@ LanguageModel::Forward LanguageModel::forward(const Tensor& tokens, const Recurr
       const LayerScope scope(sublayer.scope);
       auto normed = add_rmsnorm(branch, residual, sublayer.norm->variable, config_.norm_eps, compute_dtype());
       residual = normed.residual;
-      branch = sublayer.mixer->forward(normed.y, h0.absent() ? absent : h0.layers()[i], states[i]);
+      const LayerState& begin = h0.absent() ? absent : h0.layers()[i];
+      branch = recompute_ == Recompute::full ? forward_to_be_run_again(*sublayer.mixer, normed.y, begin, states[i])
+                                             : sublayer.mixer->forward(normed.y, begin, states[i]);
     }
     if (h0.absent()) continue;
     for (const auto& [name, variable] : h0.layers()[i])
@@ -62,6 +93,42 @@ LanguageModel::Forward LanguageModel::forward(const Tensor& tokens, const Recurr
   const LayerScope scope("norm_f");
   auto normed = add_rmsnorm(branch, residual, final_norm_->variable, config_.norm_eps, compute_dtype());
   return {normed.y, RecurrentState(std::move(states))};
+}
+
+bool LanguageModel::has_step(int64_t rows) const {
+  if (!device_.is_cuda()) return false;
+  for (const auto& sublayers : layers_)
+    for (const Sublayer& sublayer : sublayers)
+      if (!sublayer.mixer->has_step(rows, compute_dtype())) return false;
+  return true;
+}
+
+Tensor LanguageModel::step(const Tensor& tokens, const RecurrentState& state) const {
+  const NoGrad no_grad;
+  const int64_t B = tokens.dim(0), d = config_.d_model;
+  const Tensor first = embedding(tokens, embedding_->variable, Dtype::f32).value().reshape({B, d});
+  // Blocks of one kernel read the residual stream while another block writes the sum: it goes from one place to the other.
+  const Tensor places[] = {Tensor::empty(device_, Dtype::f32, {B, d}), Tensor::empty(device_, Dtype::f32, {B, d})};
+  Tensor residual = first, branch;
+  std::size_t turn = 0;
+  for (std::size_t i = 0; i < layers_.size(); ++i)
+    for (const Sublayer& sublayer : layers_[i]) {
+      const LayerScope scope(sublayer.scope);
+      const Tensor out = Tensor::empty(device_, compute_dtype(), {B, d}), sum = places[turn++ % 2];
+      sublayer.mixer->step({residual, branch, sublayer.norm->variable.value(), config_.norm_eps, sum, out}, state.layers()[i]);
+      residual = sum;
+      branch = out;
+    }
+  const LayerScope scope("lm_head");
+  const Tensor head = head_->variable.value(), norm = final_norm_->variable.value();
+  Tensor logits = Tensor::empty(device_, Dtype::f32, {B, head.dim(0)});
+  if (B <= kTokenStepRows) {
+    norm_projection({residual, branch, norm, config_.norm_eps, head, places[turn % 2], logits});
+    return logits;
+  }
+  const auto normed = add_rmsnorm(branch, residual, final_norm_->variable, config_.norm_eps, compute_dtype());
+  gemm(false, normed.y.value(), true, head, logits);
+  return logits;
 }
 
 Tensor LanguageModel::logits(const Tensor& hidden) const {

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "autograd/parameters.h"
+#include "autograd/recompute.h"
 #include "models/model_config.h"
 #include "models/model_family.h"
 #include "models/recurrent_state.h"
@@ -37,6 +38,9 @@ class LanguageModel {
   const ParameterSet& parameters() const { return parameters_; }
   void initialize(uint64_t seed) { parameters_.initialize(seed); }
 
+  /// How much of a forward is made again in the backward instead of being kept; the bits are the same. none at first.
+  void set_recompute(Recompute level) { recompute_ = level; }
+
   RecurrentState zero_state(int64_t rows) const;
 
   struct Forward {
@@ -47,6 +51,15 @@ class LanguageModel {
   /// h0       B rows, or absent for zeros
   /// holds    forward of [0, s), then of [s, T) from that state, equals forward of [0, T) for every s
   Forward forward(const Tensor& tokens, const RecurrentState& h0 = {}) const;
+
+  /// Whether step() is offered for as many rows on this model's device.
+  bool has_step(int64_t rows) const;
+  /// forward() and logits() of one token a row in few kernels, on a GPU without a tape.
+  /// tokens   [B, 1] i32
+  /// state    of B rows; changed in place
+  /// returns  [B, padded vocabulary] f32
+  /// holds    what forward() and logits() give, up to the roundings that ops/token_step/token_step.h names
+  Tensor step(const Tensor& tokens, const RecurrentState& state) const;
 
   /// logits = hidden head^T
   /// hidden   [.., d_model]             compute type
@@ -79,6 +92,7 @@ class LanguageModel {
   ModelConfig config_;
   const ModelFamily* family_;
   Device device_ = Device::cpu();
+  Recompute recompute_ = Recompute::none;
   ParameterSet parameters_;
   Parameter* embedding_ = nullptr;
   Parameter* head_ = nullptr;  // the embedding itself when tied

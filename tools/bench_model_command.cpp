@@ -5,18 +5,21 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
+#include <charconv>
 #include <chrono>
 #include <filesystem>
+#include <functional>
 
 #include "autograd/tape.h"
 #include "core/allocator.h"
 #include "core/error.h"
-#include "core/op_scope.h"
+#include "core/op_ledger.h"
 #include "core/philox.h"
 #include "models/decoder.h"
 #include "tools/ceilings.h"
 #include "tools/device_options.h"
 #include "tools/option_checks.h"
+#include "tools/peer_figures.h"
 #include "train/progress.h"
 #include "train/trainer.h"
 
@@ -26,7 +29,6 @@ namespace {
 using Clock = std::chrono::steady_clock;
 constexpr int kWarmSteps = 4;
 constexpr int64_t kPrefillTokens = 131072, kDecodeSteps = 256, kParts = 8;
-constexpr double kUpdateBytes = 30;  // of AdamW, a parameter; see train/adamw_cuda.cu
 
 double ms_since(Clock::time_point start) {
   return std::chrono::duration<double, std::milli>(Clock::now() - start).count();
@@ -66,12 +68,81 @@ std::string peak_text(const Device& device) {
 }
 
 void print_ceilings(const DeviceChoice& choice, const Ceilings& ceilings) {
-  fmt::print("device {}\nceilings measured now: copy {:.1f} GB/s, {} product {:.2f} TFLOP/s\n\n", choice.device.description(),
-             ceilings.copy_bytes_per_s / 1e9, name_of(choice.dtype), ceilings.product_flops_per_s / 1e12);
+  fmt::print("device {}\n{}\n\n", choice.device.description(), ceilings.text(choice.dtype));
+}
+
+constexpr const char* kAutoBatch = "auto";
+
+int64_t rows_of(const std::string& text) {
+  int64_t rows = 0;
+  const auto [end, status] = std::from_chars(text.data(), text.data() + text.size(), rows);
+  if (status != std::errc{} || end != text.data() + text.size() || rows < 1)
+    throw ConfigError("bench: not a number of rows", {{"--batch", text}, {"expected", "a number from 1; bench train: or auto"}});
+  return rows;
 }
 
 std::vector<int64_t> batches_or(const BenchModelOptions& options, int64_t fallback) {
-  return options.batches.empty() ? std::vector<int64_t>{fallback} : options.batches;
+  std::vector<int64_t> batches;
+  for (const std::string& text : options.batches) batches.push_back(rows_of(text));
+  return batches.empty() ? std::vector<int64_t>{fallback} : batches;
+}
+
+bool fits(Recipe recipe, const DeviceChoice& choice, int64_t rows) {
+  recipe.train.batch_size = rows;
+  recipe.train.grad_accumulation = 1;
+  recipe.train.graph = false;
+  bool enough = true;
+  try {
+    LanguageModel model = fresh_model(recipe.model, choice);
+    Trainer trainer(recipe, model);
+    trainer.step(random_batch(recipe, 0));
+    choice.device.synchronize();
+  } catch (const MemoryError&) {
+    enough = false;
+  }
+  choice.device.allocator().release_cached();
+  return enough;
+}
+
+// The most rows whose step fits the device's memory: doubled until it does not, then halved down to an eighth of that.
+int64_t largest_batch(const Recipe& recipe, const DeviceChoice& choice) {
+  if (!choice.device.is_cuda())
+    throw ConfigError("bench: only a GPU's memory is tried out", {{"--batch", kAutoBatch}, {"device", choice.device.name()}});
+  constexpr int64_t kMostRows = 4096;
+  if (!fits(recipe, choice, 1)) throw MemoryError("bench: not even one row fits", {{"device", choice.device.description()}});
+  int64_t good = 1;
+  while (good < kMostRows && fits(recipe, choice, 2 * good)) good *= 2;
+  for (int64_t step = good / 2; step >= std::max<int64_t>(1, good / 8); step /= 2)
+    if (fits(recipe, choice, good + step)) good += step;
+  return good;
+}
+
+// What each op of one more step took and cannot avoid; printed only on demand.
+// returns  the sum of the ops' floors in ms: for each the larger of bytes / copy rate and flops of matrix products / their rate
+double ops_of_step(const Device& device, const Ceilings& ceilings, bool print, const std::function<void()>& step) {
+  OpLedger ledger(device);
+  step();
+  struct Line {
+    double ms, floor_ms;
+    std::string op;
+    int64_t count;
+  };
+  std::vector<Line> lines;
+  double sum = 0, floor_sum = 0;
+  for (const auto& [op, row] : ledger.rows()) {
+    const double floor_ms = 1e3 * std::max(row.bytes / ceilings.copy_bytes_per_s, row.flops / ceilings.product_flops_per_s);
+    lines.push_back({row.ms, floor_ms, op, row.count});
+    sum += row.ms;
+    floor_sum += floor_ms;
+  }
+  if (!print) return floor_sum;
+  std::sort(lines.begin(), lines.end(), [](const Line& a, const Line& b) { return a.ms > b.ms; });
+  fmt::print("    {:<32}{:>7}{:>11}{:>8}{:>11}{:>8}\n", "op", "times", "ms", "part", "floor ms", "share");
+  for (const Line& line : lines)
+    fmt::print("    {:<32}{:>7}{:>11.3f}{:>7.1f}%{:>11.3f}{:>7.0f}%\n", line.op, line.count, line.ms, 100 * line.ms / sum, line.floor_ms,
+               100 * line.floor_ms / line.ms);
+  fmt::print("    {:<39}{:>11.3f}{:>19.3f}  launch by launch\n", "sum", sum, floor_sum);
+  return floor_sum;
 }
 
 void train_case(const Recipe& recipe, const std::string& name, const DeviceChoice& choice, const Ceilings& ceilings,
@@ -92,28 +163,22 @@ void train_case(const Recipe& recipe, const std::string& name, const DeviceChoic
   const double ms = ms_since(begin) / static_cast<double>(options.steps),
                tokens = static_cast<double>(recipe.train.batch_size * recipe.train.length);
   const double flops = model.training_flops_per_token() * tokens, peak = device.is_cuda() ? trainer.link().bf16_peak_flops() : 0;
-  const double floor_ms = 1e3 * (flops / ceilings.product_flops_per_s +
-                                 kUpdateBytes * static_cast<double>(model.parameter_count()) / ceilings.copy_bytes_per_s);
-  fmt::print("{:<16}{:>7}{:>8}{:>11.2f}{:>12.0f}{:>8}{:>9.2f}{:>7.0f}%  {:<12}{}\n", name, recipe.train.batch_size, recipe.train.length, ms,
-             tokens / ms * 1e3, peak > 0 ? fmt::format("{:.1f}%", 100 * flops / (ms / 1e3) / peak) : "-", floor_ms, 100 * floor_ms / ms,
-             peak_text(device), trainer.queued());
-  if (options.by_op) {
-    const OpTimes times(device);
-    step();
-    std::vector<std::pair<double, std::string>> rows;
-    double sum = 0;
-    for (const auto& [op, op_ms] : times.milliseconds()) {
-      rows.emplace_back(op_ms, op);
-      sum += op_ms;
-    }
-    std::sort(rows.rbegin(), rows.rend());
-    for (const auto& [op_ms, op] : rows) fmt::print("    {:<40}{:>10.3f} ms{:>7.1f}%\n", op, op_ms, 100 * op_ms / sum);
-    fmt::print("    {:<40}{:>10.3f} ms, launch by launch, each waited for\n", "sum", sum);
-  }
+  const std::string peak_memory = peak_text(device);
+  const double peak_gib = static_cast<double>(device.allocator().use().peak_bytes) / (int64_t{1} << 30), tokens_per_s = tokens / ms * 1e3;
+  const double floor_ms = ops_of_step(device, ceilings, false, step);
+  const ModelFigures known =
+      choice.dtype == Dtype::bf16 ? training_figures(name, recipe.train.batch_size, recipe.train.length) : ModelFigures{};
+  fmt::print("{:<16}{:>6}{:>7}  {:<7}{:>9.2f}{:>11.0f}{:>7}{:>10.2f}{:>6.0f}%  {:<10}{:>10}{:>8}  {:<14}{:<14}{}\n", name,
+             recipe.train.batch_size, recipe.train.length, recipe.train.recompute, ms, tokens_per_s,
+             peak > 0 ? fmt::format("{:.1f}%", 100 * flops / (ms / 1e3) / peak) : "-", floor_ms, 100 * floor_ms / ms, peak_memory,
+             known.peer_tokens_per_s > 0 ? fmt::format("{:.0f}", known.peer_tokens_per_s) : "",
+             known.peer_tokens_per_s > 0 ? fmt::format("{:.2f}x", tokens_per_s / known.peer_tokens_per_s) : "",
+             verdict(tokens_per_s, known.target_tokens_per_s, false), verdict(peak_gib, known.target_peak_gib, true), trainer.queued());
+  if (options.by_op) (void)ops_of_step(device, ceilings, true, step);
   std::fflush(stdout);
 }
 
-void prefill_case(const ModelConfig& config, const std::string& name, int64_t batch, const DeviceChoice& choice,
+void prefill_case(const ModelConfig& config, const std::string& name, int64_t batch, const DeviceChoice& choice, const Ceilings& ceilings,
                   const BenchModelOptions& options) {
   const Device& device = choice.device;
   const LanguageModel model = fresh_model(config, choice);
@@ -122,7 +187,9 @@ void prefill_case(const ModelConfig& config, const std::string& name, int64_t ba
   std::vector<Tensor> chunks;
   for (uint64_t i = 0; i < 4; ++i)
     chunks.push_back(Tensor::from(device, {batch, chunk}, random_tokens(batch * chunk, config.vocab_size, i)));
+  const Tensor one_token = chunks[0].slice(1, 0, 1).contiguous();
   (void)model.forward(chunks[0], model.zero_state(batch));  // whatever is made once
+  (void)model.logits(model.forward(one_token, model.zero_state(batch)).hidden.value());
   RecurrentState state = model.zero_state(batch);
   const int64_t count = std::max<int64_t>(1, total / chunk), part = std::max<int64_t>(1, count / kParts);
   std::string first_peak;
@@ -143,12 +210,14 @@ void prefill_case(const ModelConfig& config, const std::string& name, int64_t ba
       first_ms = ms_since(begin);
     }
   }
-  (void)model.logits(model.forward(chunks[0].slice(1, 0, 1).contiguous(), state).hidden.value());
+  (void)model.logits(model.forward(one_token, state).hidden.value());
   device.synchronize();
   const double ms = ms_since(begin), part_tokens = static_cast<double>(batch * part * chunk),
                tokens = static_cast<double>(batch * count * chunk);
+  const double last_ms = ms_since(last_part);
   fmt::print("{:<16}{:>7}{:>10}{:>8}{:>12.1f}{:>12.0f}{:>14.0f}{:>14.0f}  {} / {}\n", name, batch, count * chunk, chunk, ms,
-             tokens / ms * 1e3, part_tokens / first_ms * 1e3, part_tokens / ms_since(last_part) * 1e3, first_peak, peak_text(device));
+             tokens / ms * 1e3, part_tokens / first_ms * 1e3, part_tokens / last_ms * 1e3, first_peak, peak_text(device));
+  if (options.by_op) (void)ops_of_step(device, ceilings, true, [&] { (void)model.forward(chunks[0], state); });
   std::fflush(stdout);
 }
 
@@ -173,8 +242,11 @@ void decode_case(const ModelConfig& config, const std::string& name, int64_t bat
   const double ms = ms_since(begin) / static_cast<double>(steps);
   const double bytes = static_cast<double>(model.parameter_count() * size_of(choice.dtype)) + 2 * static_cast<double>(zero.size_bytes());
   const double floor_ms = 1e3 * bytes / ceilings.copy_bytes_per_s;
-  fmt::print("{:<16}{:>7}{:>8}{:>12.3f}{:>14.0f}{:>10.3f}{:>7.0f}%  {}\n", name, batch, steps, ms, static_cast<double>(batch) / ms * 1e3,
-             floor_ms, 100 * floor_ms / ms, peak_text(device));
+  const double tokens_per_s = static_cast<double>(batch) / ms * 1e3;
+  fmt::print("{:<16}{:>7}{:>8}{:>12.3f}{:>14.0f}{:>10.3f}{:>7.0f}%  {:<12}{:<14}{}\n", name, batch, steps, ms, tokens_per_s, floor_ms,
+             100 * floor_ms / ms, peak_text(device), verdict(tokens_per_s, decode_target(name, static_cast<long>(batch)), false),
+             decoder.joined_kernels() ? "joined kernels" : "op by op");
+  if (options.by_op) (void)ops_of_step(device, ceilings, true, [&] { step(0); });
   std::fflush(stdout);
 }
 
@@ -190,10 +262,11 @@ void add_bench_model_options(CLI::App& train, CLI::App& prefill, CLI::App& decod
         ->type_name("DEVICE")
         ->capture_default_str();
     command->add_option("--dtype", o.dtype, "f32, bf16, or auto: bf16 on a GPU, f32 on a CPU")->type_name("TYPE")->capture_default_str();
-    command->add_option("--batch", o.batches, "Rows at once; several are measured one after the other")->type_name("N")->check(at_least(1));
+    command->add_option("--batch", o.batches, "Rows at once; several are measured one after the other. train: auto is as many as fit")
+        ->type_name("N");
   }
   train.add_option("--steps", o.steps, "Timed steps")->type_name("N")->check(at_least(1))->capture_default_str();
-  train.add_flag("--by-op", o.by_op, "Also the milliseconds of each op");
+  for (CLI::App* command : {&train, &prefill, &decode}) command->add_flag("--by-op", o.by_op, "Also the milliseconds of each op");
   prefill.add_option("--tokens", o.tokens, "Of a row; 0: 131,072")->type_name("N")->check(at_least(0))->capture_default_str();
   prefill.add_option("--chunk", o.chunk, "Tokens of a row at once")->type_name("N")->check(at_least(1))->capture_default_str();
   decode.add_option("--tokens", o.tokens, "Timed steps; 0: 256")->type_name("N")->check(at_least(0))->capture_default_str();
@@ -203,15 +276,18 @@ int run_bench_train(const BenchModelOptions& options) {
   const DeviceChoice choice = choose_device(options.device, options.dtype);
   const Ceilings ceilings = measure_ceilings(choice.device, choice.dtype);
   print_ceilings(choice, ceilings);
-  fmt::print("{:<16}{:>7}{:>8}{:>11}{:>12}{:>8}{:>9}{:>8}  {:<12}{}\n", "model", "batch", "length", "ms/step", "tokens/s", "MFU",
-             "floor ms", "share", "peak memory", "queued as");
+  fmt::print("{:<16}{:>6}{:>7}  {:<7}{:>9}{:>11}{:>7}{:>10}{:>7}  {:<10}{:>10}{:>8}  {:<14}{:<14}{}\n", "model", "batch", "length", "again",
+             "ms/step", "tokens/s", "MFU", "floor ms", "share", "memory", "peer tok/s", "faster", "speed/target", "memory/target",
+             "queued as");
   for (const std::string& path : options.recipes) {
     Recipe recipe = read_recipe(path, options.settings);
     recipe.model = recipe_model_config(path, options.settings);
     recipe.model.complete();
-    for (const int64_t batch : batches_or(options, recipe.train.batch_size)) {
+    const bool automatic = options.batches.size() == 1 && options.batches[0] == kAutoBatch;
+    const auto batches = automatic ? std::vector<int64_t>{largest_batch(recipe, choice)} : batches_or(options, recipe.train.batch_size);
+    for (const int64_t batch : batches) {
       recipe.train.batch_size = batch;
-      if (batch % recipe.train.grad_accumulation != 0) recipe.train.grad_accumulation = 1;
+      if (!options.batches.empty()) recipe.train.grad_accumulation = 1;  // --batch means rows at once
       train_case(recipe, name_of_recipe(path), choice, ceilings, options);
       choice.device.allocator().release_cached();
     }
@@ -221,11 +297,13 @@ int run_bench_train(const BenchModelOptions& options) {
 
 int run_bench_prefill(const BenchModelOptions& options) {
   const DeviceChoice choice = choose_device(options.device, options.dtype);
-  fmt::print("device {}\n\n{:<16}{:>7}{:>10}{:>8}{:>12}{:>12}{:>14}{:>14}  {}\n", choice.device.description(), "model", "batch", "tokens",
-             "chunk", "ms", "tokens/s", "first eighth", "last eighth", "peak memory: first eighth / all");
+  const Ceilings ceilings = measure_ceilings(choice.device, choice.dtype);
+  print_ceilings(choice, ceilings);
+  fmt::print("{:<16}{:>7}{:>10}{:>8}{:>12}{:>12}{:>14}{:>14}  {}\n", "model", "batch", "tokens", "chunk", "ms", "tokens/s", "first eighth",
+             "last eighth", "peak memory: first eighth / all");
   for (const std::string& path : options.recipes)
     for (const int64_t batch : batches_or(options, 1)) {
-      prefill_case(recipe_model_config(path, options.settings), name_of_recipe(path), batch, choice, options);
+      prefill_case(recipe_model_config(path, options.settings), name_of_recipe(path), batch, choice, ceilings, options);
       choice.device.allocator().release_cached();
     }
   return 0;
@@ -235,8 +313,8 @@ int run_bench_decode(const BenchModelOptions& options) {
   const DeviceChoice choice = choose_device(options.device, options.dtype);
   const Ceilings ceilings = measure_ceilings(choice.device, choice.dtype);
   print_ceilings(choice, ceilings);
-  fmt::print("{:<16}{:>7}{:>8}{:>12}{:>14}{:>10}{:>8}  {}\n", "model", "batch", "steps", "ms/step", "tokens/s", "floor ms", "share",
-             "peak memory");
+  fmt::print("{:<16}{:>7}{:>8}{:>12}{:>14}{:>10}{:>8}  {:<12}{:<14}{}\n", "model", "batch", "steps", "ms/step", "tokens/s", "floor ms",
+             "share", "peak memory", "speed/target", "kernels");
   for (const std::string& path : options.recipes)
     for (const int64_t batch : batches_or(options, 1)) {
       decode_case(recipe_model_config(path, options.settings), name_of_recipe(path), batch, choice, ceilings, options);

@@ -1,6 +1,8 @@
 // See ceilings.h.
 #include "tools/ceilings.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <chrono>
 #include <vector>
@@ -10,6 +12,9 @@
 #include "ops/common/gemm.h"
 
 namespace longhand {
+
+double queue_exponentials_cuda(const Device& device);  // ceilings_cuda.cu; returns how many
+
 namespace {
 using Clock = std::chrono::steady_clock;
 }
@@ -45,7 +50,21 @@ Ceilings measure_ceilings(const Device& device, Dtype dtype, int repeats) {
                c = Tensor::empty(device, dtype, {n, n});
   const double product_ms = median_ms(device, repeats, [&](int) { gemm(false, a, true, b, c); });
   const double side = static_cast<double>(n);
-  return {static_cast<double>(elements) * 8 / copy_ms * 1e3, 2 * side * side * side / product_ms * 1e3};
+  double exps = 0;
+  if (device.is_cuda()) {
+    const auto compute = on_device<double(const Device&)>(device, nullptr, LONGHAND_CUDA_IMPL(queue_exponentials_cuda));
+    double count = 0;
+    const double exp_ms = median_ms(device, repeats, [&](int) { count = compute(device); });
+    exps = count / exp_ms * 1e3;
+  }
+  return {static_cast<double>(elements) * 8 / copy_ms * 1e3, 2 * side * side * side / product_ms * 1e3, exps};
+}
+
+std::string Ceilings::text(Dtype dtype) const {
+  std::string line = fmt::format("ceilings measured now: copy {:.1f} GB/s, {} product {:.2f} TFLOP/s", copy_bytes_per_s / 1e9,
+                                 name_of(dtype), product_flops_per_s / 1e12);
+  if (exps_per_s > 0) line += fmt::format(", {:.2f} T exponentials/s", exps_per_s / 1e12);
+  return line;
 }
 
 }  // namespace longhand

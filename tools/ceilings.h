@@ -1,6 +1,7 @@
 // What the machine can do, measured now: every benchmark's floor comes from here.
 #pragma once
 #include <functional>
+#include <string>
 
 #include "core/device.h"
 #include "core/dtype.h"
@@ -14,6 +15,8 @@ double median_ms(const Device& device, int repeats, const std::function<void(int
 struct Ceilings {
   double copy_bytes_per_s;     // read and written bytes of a device-to-device copy
   double product_flops_per_s;  // of a large matrix product in `dtype`
+  double exps_per_s;           // of ex2.approx in f32, all SMs together; 0 on a CPU, where it is not measured
+  std::string text(Dtype dtype) const;
 };
 Ceilings measure_ceilings(const Device& device, Dtype dtype, int repeats = 20);
 

@@ -178,6 +178,7 @@ void add_bench(CLI::App& app, Action& action) {
   ops->add_option("--device", timed->device, "cpu, cuda or cuda:N")->type_name("DEVICE")->capture_default_str();
   ops->add_option("--dtype", timed->dtype, "auto (bf16 on a GPU, f32 on a CPU), f32 or bf16")->type_name("TYPE")->capture_default_str();
   ops->add_option("--op", timed->op, "Only this op")->type_name("OP");
+  ops->add_option("--shape", timed->shape, "One shape of that op, in the names that its table shows: B=4,T=4096")->type_name("SIZES");
   ops->add_option("--repeats", timed->repeats, "Measurements per figure; the median is shown")
       ->type_name("N")
       ->check(at_least(1))

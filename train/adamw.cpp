@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "core/error.h"
+#include "core/op_ledger.h"
 #include "core/op_scope.h"
 #include "train/adamw_kernels.h"
 
@@ -60,6 +61,8 @@ void AdamW::step(const Tensor& loss, const std::function<void(const Tensor&)>& s
   const OpScope op("adamw");
   const Tensor& master = parameters_.flat_master();
   const Device& device = master.device();
+  const double copied = parameters_.flat_compute() ? 2 : 0;  // the bf16 copy; before it the gradient twice, three buffers in and out
+  OpLedger::note((8 + 24 + copied) * static_cast<double>(master.numel()), 0);
   if (loss.numel() != 1 || loss.dtype() != master.dtype() || !(loss.device() == device))
     throw ShapeError("adamw: the loss is one number in the masters' dtype, on their device",
                      {{"loss", loss.describe()}, {"master", master.describe()}});

@@ -24,12 +24,14 @@ BenchCase bench_case(const Device& device, Dtype compute, int64_t parameters) {
   const bool copied = compute != Dtype::f32;
   BenchCase result;
   result.shape = std::to_string(parameters / 1'000'000) + "M parameters";
+  result.backward_is_all = true;
   result.run = [sample](int, bool) { sample->optimizer->step(sample->loss); };
   result.forward_bytes = static_cast<double>(parameters) * (4 + 28 + (copied ? 2 : 0));
   return result;
 }
 
-std::vector<BenchCase> cases(const Device& device, Dtype activations) {
+std::vector<BenchCase> cases(const Device& device, Dtype activations, const BenchSizes& asked) {
+  if (asked.given()) return {bench_case(device, device.is_cuda() ? activations : Dtype::f32, asked.get("parameters", 134'000'000))};
   if (!device.is_cuda()) return {bench_case(device, Dtype::f32, 16'000'000)};
   return {bench_case(device, activations, 46'000'000), bench_case(device, activations, 134'000'000)};
 }

@@ -101,6 +101,10 @@ constexpr Key kKeys[] = {
     {"train.overlap", FIELD(train.overlap),
      "several processes sum their gradients while backward still runs; false: after it, to see what that hides", -kAny, kAny, nullptr,
      true},
+    {"train.recompute", FIELD(train.recompute),
+     "what a backward makes again instead of keeping it, to save memory, with the same bits: light: norms, convolutions, gates; full: "
+     "layers",
+     -kAny, kAny, "none|light|full", true},
     {"train.log_every", FIELD(train.log_every), "steps between lines of metrics.jsonl", 1, kAny, nullptr, true},
     {"train.checkpoint_every", FIELD(train.checkpoint_every), "steps between checkpoints; 0: only at the end", 0, kAny, nullptr, true},
     {"train.keep_last", FIELD(train.keep_last), "newest checkpoints that are kept; 0: all", 0, kAny, nullptr, true},

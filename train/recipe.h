@@ -45,6 +45,7 @@ struct Recipe {
     bool graph = true;
     bool shard_optimizer = true;
     bool overlap = true;
+    std::string recompute = "none";
     int64_t log_every = 10;
     int64_t checkpoint_every = 1000;
     int64_t keep_last = 2;

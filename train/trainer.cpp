@@ -8,6 +8,7 @@
 #include "autograd/gradient_arrival.h"
 #include "autograd/tape.h"
 #include "core/error.h"
+#include "core/op_ledger.h"
 #include "core/op_scope.h"
 #include "core/safetensors.h"
 #include "core/safetensors_parts.h"
@@ -56,6 +57,7 @@ Trainer::Trainer(const Recipe& recipe, LanguageModel& model, Communicator* proce
       lr_{recipe.train.steps, recipe.optimizer.lr, recipe.optimizer.min_lr, recipe.optimizer.warmup_fraction},
       decay_(decay_schedule_from(recipe.optimizer.weight_decay_schedule)),
       graphs_(recipe.train.graph && model.device().is_cuda()) {
+  model_.set_recompute(parse_recompute(recipe.train.recompute));
   const int64_t rows = recipe.train.batch_size / recipe.train.grad_accumulation;
   if (processes_ != nullptr && rows < processes_->size())
     throw ConfigError("train: a micro-batch has fewer rows than there are processes",
@@ -146,7 +148,7 @@ void Trainer::step(const Batch& batch) {
 void Trainer::queue_step() {
   Form form;
   for (const MicroBatch& micro : micro_batches_) form.emplace_back(micro.share, micro.tokens.mask.defined());
-  const bool watched = switches().check || switches().trace != 0 || OpTimes::running();
+  const bool watched = switches().check || switches().trace != 0 || OpLedger::running();
   if (graphs_ && !watched) {
     if (graph_ && form == recorded_) return graph_->replay();
     if (form == launched_) {  // whatever such a step makes once is there, and another like it is likely

@@ -108,15 +108,17 @@ class Attention final : public Mixer {
     q_proj_ = matrix("q_proj.weight", s.keys(), s.d_model);
     k_proj_ = matrix("k_proj.weight", s.keys(), s.d_model);
     v_proj_ = matrix("v_proj.weight", s.values(), s.d_model);
+    gate_down_ = matrix("gk_proj.0.weight", s.rank, s.d_model);
+    std::vector<Parameter*> of_input{q_proj_, k_proj_, v_proj_, gate_down_};
+    if (config.flag("use_output_gate")) of_input.push_back(g_proj_ = matrix("g_proj.weight", s.values(), s.d_model));
+    of_input_ = parameters.join(of_input);
     if (config.flag("use_short_conv")) {
       q_conv_ = convolution("q_conv1d.weight", s.keys());
       k_conv_ = convolution("k_conv1d.weight", s.keys());
       v_conv_ = convolution("v_conv1d.weight", s.values());
     }
-    gate_down_ = matrix("gk_proj.0.weight", s.rank, s.d_model);
     gate_up_ = matrix("gk_proj.1.weight", s.keys(), s.rank);
     gate_bias_ = parameters.declare(prefix + "gk_proj.1.bias", {s.keys()}, small_parameter(init_constant(config.option("gate_bias_init"))));
-    if (config.flag("use_output_gate")) g_proj_ = matrix("g_proj.weight", s.values(), s.d_model);
     norm_weight_ = parameters.declare(prefix + (g_proj_ != nullptr ? "g_norm_swish_gate.weight" : "g_norm.weight"), {s.Dv},
                                       small_parameter(init_constant(1)));
     o_proj_ = matrix("o_proj.weight", s.d_model, s.values());
@@ -126,24 +128,24 @@ class Attention final : public Mixer {
     const Sizes& s = sizes_;
     const int64_t B = x.value().dim(0), T = x.value().dim(1);
     const Shape key_heads{B, T, s.heads, s.Dk}, value_heads{B, T, s.heads, s.Dv};
-    auto projected = [&](const Parameter* weight, const Parameter* convolution, const char* window) {
-      const Variable y = linear(x, weight->variable);
+    const std::vector<Variable> parts = project(x);  // q, k, v, input of the gates, and of the output gate where there is one
+    auto convolved = [&](const Variable& y, const Parameter* convolution, const char* window) {
       if (convolution == nullptr) return y;
       const auto conv = causal_conv1d_silu(y, convolution->variable, {}, state_tensor(h0, window));
       h_T[window] = conv.window;
       return conv.y;
     };
-    const Variable q = reshape(projected(q_proj_, q_conv_, "conv_q"), key_heads);
-    const Variable k = reshape(projected(k_proj_, k_conv_, "conv_k"), key_heads);
-    const Variable v = reshape(projected(v_proj_, v_conv_, "conv_v"), value_heads);
-    const Variable gate = linear(linear(x, gate_down_->variable), gate_up_->variable, gate_bias_->variable);  // logits [B, T, H * Dk]
+    const Variable q = reshape(convolved(parts[0], q_conv_, "conv_q"), key_heads);
+    const Variable k = reshape(convolved(parts[1], k_conv_, "conv_k"), key_heads);
+    const Variable v = reshape(convolved(parts[2], v_conv_, "conv_v"), value_heads);
+    const Variable gate = linear(parts[3], gate_up_->variable, gate_bias_->variable);  // logits [B, T, H * Dk]
     const auto mixed = longhand::gla(q, k, v, reshape(gate, key_heads), state_tensor(h0, "ssm"), gla_);
     DecayScope::observe([&] { return decay_of_gates(gate.value(), s.heads, gla_.gate_normalizer, gla_.gate_min); });
     h_T["ssm"] = mixed.h_T;
-    const Variable heads = g_proj_ == nullptr ? rmsnorm(mixed.o, norm_weight_->variable, norm_.eps)
-                                              : gated_rmsnorm(mixed.o, reshape(linear(x, g_proj_->variable), value_heads),
-                                                              norm_weight_->variable, norm_);  // [B, T, H, Dv]
-    return linear(reshape(heads, {B, T, s.values()}), o_proj_->variable);                      // [B, T, d_model]
+    const Variable heads = g_proj_ == nullptr
+                               ? rmsnorm(mixed.o, norm_weight_->variable, norm_.eps)
+                               : gated_rmsnorm(mixed.o, reshape(parts[4], value_heads), norm_weight_->variable, norm_);  // [B, T, H, Dv]
+    return linear(reshape(heads, {B, T, s.values()}), o_proj_->variable);                                                // [B, T, d_model]
   }
 
   LayerState zero_state(int64_t rows, const Device& device, Dtype compute) const override {
@@ -170,11 +172,25 @@ class Attention final : public Mixer {
  private:
   static constexpr double kFlopsChunk = 64;  // counted for the published chunk, whatever chunk a device uses
 
+  // Everything that is a product with x: one product where the weights lie one behind the other.
+  std::vector<Variable> project(const Variable& x) const {
+    const Sizes& s = sizes_;
+    if (!of_input_->variable) {
+      std::vector<Variable> parts;
+      for (const Parameter* weight : of_input_->parts) parts.push_back(linear(x, weight->variable));
+      return parts;
+    }
+    const Variable all = linear(x, of_input_->variable);
+    return g_proj_ != nullptr ? split(all, {s.keys(), s.keys(), s.values(), s.rank, s.values()})
+                              : split(all, {s.keys(), s.keys(), s.values(), s.rank});
+  }
+
   Sizes sizes_;
   GlaOptions gla_;
   GatedRmsnormOptions norm_;
   Parameter *q_proj_, *k_proj_, *v_proj_, *gate_down_, *gate_up_, *gate_bias_, *g_proj_ = nullptr, *norm_weight_, *o_proj_;
   Parameter *q_conv_ = nullptr, *k_conv_ = nullptr, *v_conv_ = nullptr;
+  JoinedParameters* of_input_;
 };
 
 class Mlp final : public Mixer {
@@ -183,11 +199,14 @@ class Mlp final : public Mixer {
       : d_model_(config.d_model), width_(config.count("intermediate_size")) {
     gate_proj_ = parameters.declare(prefix + "gate_proj.weight", {width_, d_model_}, {.init = init_matrix(config)});
     up_proj_ = parameters.declare(prefix + "up_proj.weight", {width_, d_model_}, {.init = init_matrix(config)});
+    gate_up_ = parameters.join({gate_proj_, up_proj_});
     down_proj_ = parameters.declare(prefix + "down_proj.weight", {d_model_, width_}, {.init = init_matrix(config)});
   }
 
   Variable forward(const Variable& x, const LayerState&, LayerState&) const override {
-    return linear(swiglu(linear(x, gate_proj_->variable), linear(x, up_proj_->variable)), down_proj_->variable);
+    if (!gate_up_->variable) return linear(swiglu(linear(x, gate_proj_->variable), linear(x, up_proj_->variable)), down_proj_->variable);
+    const auto parts = split(linear(x, gate_up_->variable), {width_, width_});
+    return linear(swiglu(parts[0], parts[1]), down_proj_->variable);
   }
   LayerState zero_state(int64_t, const Device&, Dtype) const override { return {}; }
   double forward_flops_per_token() const override { return 6 * static_cast<double>(width_ * d_model_); }
@@ -195,6 +214,7 @@ class Mlp final : public Mixer {
  private:
   int64_t d_model_, width_;
   Parameter *gate_proj_, *up_proj_, *down_proj_;
+  JoinedParameters* gate_up_;
 };
 
 std::vector<Sublayer> make_layer(const ModelConfig& config, int64_t layer, ParameterSet& parameters) {

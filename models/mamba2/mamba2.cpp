@@ -15,9 +15,12 @@
 #include "models/mamba2/mamba2_layouts.h"
 #include "models/mamba_backbone.h"
 #include "ops/causal_conv1d/causal_conv1d.h"
+#include "ops/common/gemm.h"
 #include "ops/gated_rmsnorm/gated_rmsnorm.h"
 #include "ops/linear/linear.h"
+#include "ops/rmsnorm/rmsnorm.h"
 #include "ops/ssd/ssd.h"
+#include "ops/token_step/token_step.h"
 
 namespace longhand::models::mamba2 {
 namespace {
@@ -134,6 +137,45 @@ class Mamba2Mixer final : public Mixer {
     return linear(gated, out_proj_->variable, optional_variable(out_bias_));  // [B, T, d_model]
   }
 
+  bool has_step(int64_t /*rows*/, Dtype compute) const override {
+    const int64_t pack = 16 / size_of(compute);
+    return in_bias_ == nullptr && mamba2_token_fits(sizes_.headdim, sizes_.d_state) && sizes_.d_model % pack == 0;
+  }
+
+  void step(const Step& step, const LayerState& state) const override {
+    const Sizes& s = sizes_;
+    const int64_t B = step.residual.dim(0), C = s.conv_channels();
+    const Tensor in_weight = in_proj_->variable.value(), out_weight = out_proj_->variable.value();
+    const Tensor norm = norm_weight_ != nullptr ? norm_weight_->variable.value() : Tensor();
+    const Tensor window = state_tensor(state, "conv").value();
+    const bool few = B <= kTokenStepRows;
+    Tensor projected = Tensor::empty(in_weight.device(), in_weight.dtype(), {B, s.projection()});
+    if (few) norm_projection({step.residual, step.branch, step.norm, step.eps, in_weight, step.sum, projected});
+    else add_norm_and_multiply(step, in_weight, projected);
+    const Tensor z = projected.slice(1, 0, s.d_inner), now = projected.slice(1, s.d_inner, s.d_inner + C);
+    const Tensor y = Tensor::empty(in_weight.device(), in_weight.dtype(), {B, s.d_inner});
+    const Tensor D = D_->variable.value();
+    mamba2_token({.projected = projected,
+                  .conv_weight = conv_weight_->variable.value(),
+                  .conv_bias = optional_variable(conv_bias_).value(),
+                  .window = window,
+                  .A_log = A_log_->variable.value(),
+                  .D_skip = D.dim(0) == s.heads ? D : D.reshape({s.heads, s.headdim}),
+                  .dt_bias = dt_bias_->variable.value(),
+                  .dt_min = ssd_.dt_min,
+                  .dt_max = ssd_.dt_max,
+                  .groups = s.groups,
+                  .state = state_tensor(state, "ssm").value(),
+                  .y = y});
+    if (few) {
+      gated_projection({y, z, norm, norm_.eps, norm_.groups, norm_.norm_before_gate, out_weight, step.out, window, now});
+      return;
+    }
+    shift_window(window, now);
+    const Variable gated = gated_rmsnorm(y, z, norm, norm_);
+    gemm(false, gated.value(), true, out_weight, step.out);
+  }
+
   LayerState zero_state(int64_t rows, const Device& device, Dtype compute) const override {
     const Sizes& s = sizes_;
     const Dtype state_dtype = compute == Dtype::f64 ? Dtype::f64 : Dtype::f32;
@@ -152,6 +194,13 @@ class Mamba2Mixer final : public Mixer {
  private:
   static constexpr int64_t kComputeChunk = 64;
   static constexpr double kFlopsChunk = 256;
+
+  // The first part of step() for many rows.
+  static void add_norm_and_multiply(const Step& step, const Tensor& weight, const Tensor& out) {
+    const auto normed = add_rmsnorm(step.branch ? Variable(step.branch) : Variable(), step.residual, step.norm, step.eps, weight.dtype());
+    copy(step.sum, normed.residual.value());
+    gemm(false, normed.y.value(), true, weight, out);
+  }
 
   static Initializer init_A_log(const ModelConfig& c) {
     return [low = c.option("A_init_min"), high = c.option("A_init_max")](uint64_t key, uint64_t i) {

@@ -1,4 +1,5 @@
 // Argument checks and the tape node of causal_conv1d_silu.
+#include "autograd/recompute.h"
 #include "core/error.h"
 #include "core/op_scope.h"
 #include "ops/causal_conv1d/causal_conv1d.h"
@@ -72,7 +73,14 @@ CausalConv1dOutput causal_conv1d_silu(const Variable& x, const Variable& weight,
     call.set(0, g.grad_x);
     call.set(3, g.grad_window0);
   });
-  return {outputs[0], outputs[1]};
+  const auto again = [in, w, b, start, window_shape = window.shape()] {
+    const OpScope scope("causal_conv1d_silu", {&in, &w, &b, &start});
+    Tensor y_again = Tensor::empty(in.device(), in.dtype(), in.shape());
+    const Tensor window_again = Tensor::empty(in.device(), in.dtype(), window_shape);
+    on_device(in.device(), &causal_conv1d_fwd_cpu, LONGHAND_CUDA_IMPL(causal_conv1d_fwd_cuda))({in, w, b, start, y_again, window_again});
+    return y_again;
+  };
+  return {remade(outputs[0], again), outputs[1]};
 }
 
 }  // namespace longhand

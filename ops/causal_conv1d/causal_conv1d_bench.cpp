@@ -8,12 +8,13 @@ namespace {
 
 constexpr int64_t kWidth = 4;
 
-std::vector<BenchCase> cases(const Device& device, Dtype activations) {
+std::vector<BenchCase> cases(const Device& device, Dtype activations, const BenchSizes& asked) {
   struct Size {
     int64_t B, T, C;
   };
-  const std::vector<Size> sizes =
-      device.is_cuda() ? std::vector<Size>{{32, 2048, 1536}, {8, 2048, 1792}, {1, 65536, 1536}} : std::vector<Size>{{1, 2048, 512}};
+  const std::vector<Size> sizes = asked.given()      ? std::vector<Size>{{asked.get("B", 32), asked.get("T", 2048), asked.get("C", 1536)}}
+                                  : device.is_cuda() ? std::vector<Size>{{32, 2048, 1536}, {8, 2048, 1792}, {1, 65536, 1536}}
+                                                     : std::vector<Size>{{1, 2048, 512}};
   std::vector<BenchCase> result;
   for (const auto [B, T, C] : sizes) {
     struct Set {

@@ -1,6 +1,8 @@
-// What an op's benchmark file tells `longhand bench ops`: cases to time, with the bytes and flops that they cannot avoid.
+// What an op's benchmark file tells `longhand bench ops`: cases to time, with the bytes and the work that they cannot avoid.
 #pragma once
 #include <functional>
+#include <map>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -17,10 +19,29 @@ struct BenchCase {
   std::function<void(int input_set, bool backward)> run;
   double forward_bytes = 0, backward_bytes = 0;  // each input read once, each output written once
   double forward_flops = 0, backward_flops = 0;
+  double forward_exps = 0, backward_exps = 0;  // exponentials, where an op is bound by them
+  bool products = false;                       // the flops are those of matrix products, and count for the floor
+  bool backward_is_all = false;                // there is no backward to tell apart: run() does everything
 };
 
-/// Makes the cases for a device; sizes there may differ between CPU and GPU.
-using BenchFactory = std::function<std::vector<BenchCase>(const Device& device, Dtype activations)>;
+/// Sizes that a user asks for instead of the cases of the models: "B=4,T=4096".
+class BenchSizes {
+ public:
+  BenchSizes() = default;
+  /// errors  ConfigError for a text of another form
+  explicit BenchSizes(const std::string& text);
+  bool given() const { return !sizes_.empty(); }
+  int64_t get(const std::string& name, int64_t otherwise) const;
+  /// errors  ConfigError naming the sizes that were asked for, when one was given that nobody asked for
+  void require_all_known(const std::string& op) const;
+
+ private:
+  std::map<std::string, int64_t> sizes_;
+  mutable std::set<std::string> known_;
+};
+
+/// Makes the cases for a device; sizes there may differ between CPU and GPU. With sizes given: one case, of these sizes.
+using BenchFactory = std::function<std::vector<BenchCase>(const Device& device, Dtype activations, const BenchSizes& sizes)>;
 
 struct BenchEntry {
   std::string op;
@@ -32,5 +53,8 @@ std::vector<BenchEntry>& bench_table();
 struct BenchRegistration {
   BenchRegistration(std::string op, BenchFactory cases) { bench_table().push_back({std::move(op), std::move(cases)}); }
 };
+
+/// "B32 T2048": names and numbers of a shape.
+std::string shape_text(const std::vector<std::pair<const char*, int64_t>>& sizes);
 
 }  // namespace longhand

@@ -2,6 +2,8 @@
 #include "ops/common/gemm.h"
 
 #include "core/error.h"
+#include "core/op_ledger.h"
+#include "core/op_scope.h"
 
 namespace longhand {
 namespace {
@@ -33,6 +35,7 @@ void gemm(bool transpose_a, const Tensor& a, bool transpose_b, const Tensor& b, 
   require_gemm_dtypes(a, b, c);
   const GemmShape shape{c.dim(0), c.dim(1), a.dim(1 - row)};
   if (shape.m == 0 || shape.n == 0) return;
+  OpLedger::note(0, 2.0 * static_cast<double>(shape.m) * static_cast<double>(shape.n) * static_cast<double>(shape.k));
   if (shape.k == 0) return beta == 0 ? fill(c, 0) : multiply(c, beta);
   on_device(a.device(), &gemm_cpu, LONGHAND_CUDA_IMPL(gemm_cuda))(shape, transpose_a, a, transpose_b, b, c, alpha, beta);
 }

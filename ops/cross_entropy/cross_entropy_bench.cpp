@@ -10,7 +10,6 @@ namespace longhand {
 namespace {
 
 struct Case {
-  std::string shape;
   int64_t rows, d, V;
   std::vector<int64_t> chunks;
 };
@@ -28,7 +27,9 @@ std::vector<BenchCase> make_cases(const Device& device, Dtype dtype, const Case&
   std::vector<BenchCase> result;
   for (const int64_t chunk : c.chunks) {  // the logits of one chunk are larger than the caches: one set of inputs will do
     BenchCase bench;
-    bench.shape = c.shape + (chunk > 0 ? " chunk " + std::to_string(chunk) : "");
+    bench.products = true;
+    bench.shape = std::to_string(c.rows) + " x " + std::to_string(c.d) + " -> " + std::to_string(c.V) +
+                  (chunk > 0 ? " chunk " + std::to_string(chunk) : "");
     bench.run = [=](int, bool with_backward) {
       const CrossEntropyOptions options{chunk, 0, 1.0};
       if (!with_backward) {
@@ -49,9 +50,11 @@ std::vector<BenchCase> make_cases(const Device& device, Dtype dtype, const Case&
   return result;
 }
 
-std::vector<BenchCase> cases(const Device& device, Dtype dtype) {
-  if (device.is_cuda()) return make_cases(device, dtype, {"32768 x 768 -> 50280", 32768, 768, 50280, {0, 2048, 8192}});
-  return make_cases(device, dtype, {"512 x 256 -> 8192", 512, 256, 8192, {0}});
+std::vector<BenchCase> cases(const Device& device, Dtype dtype, const BenchSizes& asked) {
+  if (asked.given())
+    return make_cases(device, dtype, {asked.get("rows", 32768), asked.get("d", 768), asked.get("V", 50280), {asked.get("chunk", 0)}});
+  if (device.is_cuda()) return make_cases(device, dtype, {32768, 768, 50280, {0, 2048, 8192}});
+  return make_cases(device, dtype, {512, 256, 8192, {0}});
 }
 
 const BenchRegistration registration("cross_entropy", cases);

@@ -14,7 +14,6 @@ namespace longhand {
 namespace {
 
 struct Case {
-  std::string shape;
   int64_t B, T, V, d;
 };
 
@@ -28,7 +27,7 @@ BenchCase make_case(const Device& device, Dtype dtype, const Case& c) {
   const Variable weight =
       Variable::parameter(random_tensor(device, dtype, {c.V, c.d}, 3), Tensor::zeros(device, Dtype::f32, {c.V, c.d}), "weight");
   BenchCase bench;
-  bench.shape = c.shape;
+  bench.shape = shape_text({{"B", c.B}, {"T", c.T}, {"V", c.V}, {"d", c.d}});
   bench.run = [=](int, bool with_backward) {  // the gradient is added to what is there, as with a tied head
     if (with_backward) {
       backward({embedding(tokens, weight, Dtype::f32)}, {grad});
@@ -44,9 +43,9 @@ BenchCase make_case(const Device& device, Dtype dtype, const Case& c) {
   return bench;
 }
 
-std::vector<BenchCase> cases(const Device& device, Dtype dtype) {
-  if (device.is_cuda()) return {make_case(device, dtype, {"B16 T2048 V50280 d768", 16, 2048, 50280, 768})};
-  return {make_case(device, dtype, {"B4 T256 V4096 d256", 4, 256, 4096, 256})};
+std::vector<BenchCase> cases(const Device& device, Dtype dtype, const BenchSizes& asked) {
+  const Case c = device.is_cuda() ? Case{16, 2048, 50280, 768} : Case{4, 256, 4096, 256};
+  return {make_case(device, dtype, {asked.get("B", c.B), asked.get("T", c.T), asked.get("V", c.V), asked.get("d", c.d)})};
 }
 
 const BenchRegistration registration("embedding", cases);

@@ -6,17 +6,20 @@
 namespace longhand {
 namespace {
 
-std::vector<BenchCase> cases(const Device& device, Dtype activations) {
+std::vector<BenchCase> cases(const Device& device, Dtype activations, const BenchSizes& asked) {
   struct Size {
     int64_t rows, width;
     GatedRmsnormOptions options;
     const char* name;
   };
   const GatedRmsnormOptions mamba2{1e-5, 1, false}, grouped{1e-5, 8, false}, gla{1e-6, 1, true};
-  const std::vector<Size> sizes = device.is_cuda() ? std::vector<Size>{{65536, 1536, mamba2, "gate first"},
-                                                                       {65536, 1536, grouped, "gate first, 8 groups"},
-                                                                       {262144, 256, gla, "norm first"}}
-                                                   : std::vector<Size>{{2048, 1024, mamba2, "gate first"}};
+  const GatedRmsnormOptions with_groups{1e-5, asked.get("groups", 1), false};
+  const std::vector<Size> sizes = asked.given()
+                                      ? std::vector<Size>{{asked.get("rows", 65536), asked.get("E", 1536), with_groups, "gate first"}}
+                                  : device.is_cuda() ? std::vector<Size>{{65536, 1536, mamba2, "gate first"},
+                                                                         {65536, 1536, grouped, "gate first, 8 groups"},
+                                                                         {262144, 256, gla, "norm first"}}
+                                                     : std::vector<Size>{{2048, 1024, mamba2, "gate first"}};
   std::vector<BenchCase> result;
   for (const Size& size : sizes) {
     struct Set {

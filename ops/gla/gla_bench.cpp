@@ -9,7 +9,6 @@ namespace longhand {
 namespace {
 
 struct Case {
-  std::string shape;
   int64_t B, T, H, Dk, Dv;
 };
 
@@ -29,7 +28,8 @@ BenchCase make_case(const Device& device, Dtype activations, const Case& c) {
     grads.push_back(repeated_random_tensor(device, activations, values, seed + 6));
   }
   BenchCase bench;
-  bench.shape = c.shape;
+  bench.shape = shape_text({{"B", c.B}, {"T", c.T}, {"H", c.H}, {"Dk", c.Dk}, {"Dv", c.Dv}});
+  bench.products = true;
   bench.input_sets = sets;
   bench.run = [inputs, grads](int set, bool with_backward) {
     const auto& v = inputs[static_cast<std::size_t>(set)];
@@ -52,13 +52,11 @@ BenchCase make_case(const Device& device, Dtype activations, const Case& c) {
   return bench;
 }
 
-std::vector<BenchCase> cases(const Device& device, Dtype activations) {
+std::vector<BenchCase> cases(const Device& device, Dtype activations, const BenchSizes& asked) {
   std::vector<Case> shapes;
-  if (device.is_cuda())
-    shapes = {{"B8 T2048 H4 Dk128 Dv256", 8, 2048, 4, 128, 256},
-              {"B32 T2048 H4 Dk128 Dv256", 32, 2048, 4, 128, 256},
-              {"B1 T65536 H4 Dk128 Dv256", 1, 65536, 4, 128, 256}};
-  else shapes = {{"B2 T512 H4 Dk64 Dv128", 2, 512, 4, 64, 128}};
+  if (asked.given()) shapes = {{asked.get("B", 8), asked.get("T", 2048), asked.get("H", 4), asked.get("Dk", 128), asked.get("Dv", 256)}};
+  else if (device.is_cuda()) shapes = {{8, 2048, 4, 128, 256}, {32, 2048, 4, 128, 256}, {1, 65536, 4, 128, 256}};
+  else shapes = {{2, 512, 4, 64, 128}};
   std::vector<BenchCase> result;
   for (const Case& c : shapes) result.push_back(make_case(device, activations, c));
   return result;

@@ -2,6 +2,7 @@
 // every device; see linear.h for the formulas and ops/common/gemm.h for the products.
 #include "ops/linear/linear.h"
 
+#include "autograd/recompute.h"
 #include "autograd/tape.h"
 #include "core/error.h"
 #include "core/op_scope.h"
@@ -28,6 +29,9 @@ void require_linear_args(const Variable& x, const Variable& weight, const Variab
     throw DtypeError("linear: bias must have weight's dtype, or f32 beside bf16", {{"bias", b.describe()}, {"weight", w.describe()}});
 }
 
+// Up to this many inputs a product costs about what writing its outputs costs.
+constexpr int64_t kNarrow = 128;
+
 Tensor row_vector(const Tensor& t) {
   return t.reshape({1, t.numel()});
 }
@@ -36,19 +40,27 @@ Tensor ones_row(const Tensor& like, int64_t count) {
   return Tensor::full(like.device(), like.dtype(), {1, count}, 1.0);
 }
 
+// y = x W^T + b
+Tensor product(const Tensor& x, const Tensor& w, const Tensor& bias) {
+  const Tensor rows = as_matrix(x);  // [R, in]
+  Shape shape = x.shape();
+  shape[-1] = w.dim(0);
+  Tensor y = Tensor::empty(rows.device(), rows.dtype(), shape);
+  const Tensor y_rows = y.reshape({rows.dim(0), w.dim(0)});
+  if (bias) gemm(true, ones_row(rows, rows.dim(0)), false, row_vector(bias.to(rows.dtype())), y_rows);
+  gemm(false, rows, true, w, y_rows, 1.0, bias ? 1.0 : 0.0);
+  return y;
+}
+
 }  // namespace
 
 Variable linear(const Variable& x, const Variable& weight, const Variable& bias) {
   const OpScope op("linear", {&x.value(), &weight.value()});
   require_linear_args(x, weight, bias);
-  const Tensor rows = as_matrix(x.value()), w = weight.value();  // rows [R, in]   w [out, in]
-  Shape shape = x.shape();
-  shape[-1] = w.dim(0);
-  const Tensor y = Tensor::empty(rows.device(), rows.dtype(), shape);
-  const Tensor y_rows = y.reshape({rows.dim(0), w.dim(0)});
-  if (bias) gemm(true, ones_row(rows, rows.dim(0)), false, row_vector(bias.value().to(rows.dtype())), y_rows);
-  gemm(false, rows, true, w, y_rows, 1.0, bias ? 1.0 : 0.0);
-  return record("linear", y, {x, weight, bias}, [rows, w](BackwardCall& call) {
+  const Tensor w = weight.value(), b = bias.value();  // [out, in], [out]
+  const Kept kept_x(x);
+  const Variable y = record("linear", product(x.value(), w, b), {x, weight, bias}, [kept_x, w](BackwardCall& call) {
+    const Tensor rows = as_matrix(kept_x.get());    // [R, in]
     const Tensor grad_y = as_matrix(call.grad(0));  // [R, out]
     if (call.needs(0)) {
       const Tensor grad_x = call.buffer(0);
@@ -63,6 +75,11 @@ Variable linear(const Variable& x, const Variable& weight, const Variable& bias)
       const auto [grad_bias, beta] = call.accumulate(2);
       gemm(false, ones_row(grad_y, grad_y.dim(0)), false, grad_y, row_vector(grad_bias), 1.0, beta);
     }
+  });
+  if (w.dim(1) > kNarrow) return y;
+  return remade(y, [kept_x, w, b] {
+    const OpScope again("linear", {&kept_x.get(), &w});
+    return product(kept_x.get(), w, b);
   });
 }
 

@@ -9,7 +9,6 @@ namespace longhand {
 namespace {
 
 struct Case {
-  std::string shape;
   int64_t rows, in, out;
 };
 
@@ -25,7 +24,8 @@ BenchCase make_case(const Device& device, Dtype dtype, const Case& c) {
   const Variable weight =
       Variable::parameter(random_tensor(device, dtype, {c.out, c.in}, 3, 0.05), Tensor::zeros(device, Dtype::f32, {c.out, c.in}), "weight");
   BenchCase bench;
-  bench.shape = c.shape;
+  bench.shape = std::to_string(c.rows) + " x " + std::to_string(c.in) + " -> " + std::to_string(c.out);
+  bench.products = true;
   bench.input_sets = sets;
   bench.run = [=](int set, bool with_backward) {
     const Variable& x = xs[static_cast<std::size_t>(set)];
@@ -47,12 +47,11 @@ BenchCase make_case(const Device& device, Dtype dtype, const Case& c) {
   return bench;
 }
 
-std::vector<BenchCase> cases(const Device& device, Dtype dtype) {
+std::vector<BenchCase> cases(const Device& device, Dtype dtype, const BenchSizes& asked) {
   std::vector<Case> shapes;
-  if (device.is_cuda())
-    shapes = {
-        {"65536 x 768 -> 3352", 65536, 768, 3352}, {"65536 x 1536 -> 768", 65536, 1536, 768}, {"4096 x 512 -> 2200", 4096, 512, 2200}};
-  else shapes = {{"1024 x 256 -> 1160", 1024, 256, 1160}, {"1 x 1024 -> 4352", 1, 1024, 4352}};
+  if (asked.given()) shapes = {{asked.get("rows", 65536), asked.get("in", 768), asked.get("out", 3352)}};
+  else if (device.is_cuda()) shapes = {{65536, 768, 3352}, {65536, 1536, 768}, {4096, 512, 2200}};
+  else shapes = {{1024, 256, 1160}, {1, 1024, 4352}};
   std::vector<BenchCase> result;
   for (const Case& c : shapes) result.push_back(make_case(device, dtype, c));
   return result;

@@ -1,4 +1,5 @@
 // Argument checks and tape nodes of rmsnorm and add_rmsnorm.
+#include "autograd/recompute.h"
 #include "core/error.h"
 #include "core/op_scope.h"
 #include "ops/common/strided_rows.h"
@@ -42,6 +43,15 @@ Tensor new_rstd(const Tensor& normed, Dtype sums) {
   return Tensor::empty(normed.device(), sums, {normed.numel() / std::max<int64_t>(normed.dim(-1), 1)});
 }
 
+// The norm of what a backward keeps, once more; its rstd is there already.
+Tensor normed_again(const char* op, const Tensor& base, const Tensor& weight, double eps, Dtype y_dtype) {
+  const OpScope scope(op, {&base, &weight});
+  Tensor y = Tensor::empty(base.device(), y_dtype, base.shape());
+  on_device(base.device(), &rmsnorm_fwd_cpu,
+            LONGHAND_CUDA_IMPL(rmsnorm_fwd_cuda))({base, {}, weight, eps, {}, y, new_rstd(base, weight.dtype())});
+  return y;
+}
+
 }  // namespace
 
 Variable rmsnorm(const Variable& x, const Variable& weight, double eps) {
@@ -56,12 +66,18 @@ Variable rmsnorm(const Variable& x, const Variable& weight, double eps) {
   const Tensor rstd = new_rstd(rows, sums);                                   // [rows]
   on_device(rows.device(), &rmsnorm_fwd_cpu, LONGHAND_CUDA_IMPL(rmsnorm_fwd_cuda))({rows, {}, w, eps, {}, y, rstd});
 
-  return record("rmsnorm", y, {x, weight}, [rows, w, rstd](BackwardCall& call) {
-    RmsnormBackward b{with_strided_rows(call.grad(0)), {}, rows, w, rstd, {}, {}, {}};
+  const Kept kept_x(x);
+  const Variable out = record("rmsnorm", y, {x, weight}, [kept_x, w, rstd](BackwardCall& call) {
+    const Tensor again = with_strided_rows(kept_x.get());
+    RmsnormBackward b{with_strided_rows(call.grad(0)), {}, again, w, rstd, {}, {}, {}};
     if (call.needs(0)) b.grad_base = writable_strided_rows(call.buffer(0));
     if (call.needs(1)) b.grad_weight = call.accumulate(1);
-    on_device(rows.device(), &rmsnorm_bwd_cpu, LONGHAND_CUDA_IMPL(rmsnorm_bwd_cuda))(b);
+    on_device(again.device(), &rmsnorm_bwd_cpu, LONGHAND_CUDA_IMPL(rmsnorm_bwd_cuda))(b);
     call.set(0, b.grad_base);
+  });
+  return remade(out, [kept_x, w, eps] {
+    const Tensor again = with_strided_rows(kept_x.get());
+    return normed_again("rmsnorm", again, w, eps, again.dtype());
   });
 }
 
@@ -105,7 +121,7 @@ AddRmsnormOutput add_rmsnorm(const Variable& x, const Variable& residual, const 
     call.set(0, shared ? b.grad_base : b.grad_addend);
     call.set(1, b.grad_base);
   });
-  return {outputs[0], outputs[1]};
+  return {remade(outputs[0], [sum, w, eps, y_dtype] { return normed_again("add_rmsnorm", sum, w, eps, y_dtype); }), outputs[1]};
 }
 
 }  // namespace longhand

@@ -6,13 +6,14 @@
 namespace longhand {
 namespace {
 
-std::vector<BenchCase> cases(const Device& device, Dtype activations) {
+std::vector<BenchCase> cases(const Device& device, Dtype activations, const BenchSizes& asked) {
   struct Size {
     int64_t rows, width;
     bool residual_grad;  // in training a gradient also arrives through the residual stream
   };
   const std::vector<Size> sizes =
-      device.is_cuda()
+      asked.given() ? std::vector<Size>{{asked.get("rows", 65536), asked.get("D", 768), true}}
+      : device.is_cuda()
           ? std::vector<Size>{{65536, 768, false}, {65536, 768, true}, {65536, 2048, false}, {65536, 2048, true}, {32768, 512, true}}
           : std::vector<Size>{{2048, 512, true}};
   std::vector<BenchCase> result;

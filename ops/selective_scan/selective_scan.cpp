@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "autograd/recompute.h"
 #include "autograd/tape.h"
 #include "core/error.h"
 #include "core/op_scope.h"
@@ -94,9 +95,13 @@ SelectiveScanOutput selective_scan(const Variable& x, const Variable& dt, const 
       grad_enabled() && std::any_of(inputs.begin(), inputs.end(), [](const Variable& v) { return v.defined() && v.requires_grad(); });
   auto [y, h_T, borders] =
       on_device(in.x.device(), &selective_scan_fwd_cpu, LONGHAND_CUDA_IMPL(selective_scan_fwd_cuda))(in, differentiated);
-  auto outputs = record("selective_scan", {y, h_T}, inputs, [in, borders = borders](BackwardCall& call) {
+  SelectiveScanInputs small = in;  // without x and dt, which may be cheaper to make again
+  small.x = small.dt = Tensor();
+  const auto backward_scan = [small, kept_x = Kept(x), kept_dt = Kept(dt), borders = borders](BackwardCall& call) {
     SelectiveScanBackward g;
-    g.in = in;
+    g.in = small;
+    g.in.x = kept_x.get();
+    g.in.dt = kept_dt.get();
     g.borders = borders;
     g.grad_y = call.grad(0);
     g.grad_h_T = whole(call.grad(1));
@@ -106,11 +111,12 @@ SelectiveScanOutput selective_scan(const Variable& x, const Variable& dt, const 
     if (call.needs(2)) g.grad_A_log = call.accumulate(2);
     if (call.needs(5)) g.grad_D_skip = call.accumulate(5);
     if (call.needs(7)) g.grad_dt_bias = call.accumulate(7);
-    if (call.needs(8)) g.grad_h0 = Tensor::empty(in.h0.device(), in.h0.dtype(), in.h0.shape());
-    on_device(in.x.device(), &selective_scan_bwd_cpu, LONGHAND_CUDA_IMPL(selective_scan_bwd_cuda))(g);
+    if (call.needs(8)) g.grad_h0 = Tensor::empty(g.in.h0.device(), g.in.h0.dtype(), g.in.h0.shape());
+    on_device(g.in.x.device(), &selective_scan_bwd_cpu, LONGHAND_CUDA_IMPL(selective_scan_bwd_cuda))(g);
     for (auto [input, place] : activations) call.set(input, *place);
     call.set(8, g.grad_h0);
-  });
+  };
+  auto outputs = record("selective_scan", {y, h_T}, inputs, backward_scan);
   return {outputs[0], outputs[1]};
 }
 

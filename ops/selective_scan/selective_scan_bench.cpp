@@ -45,16 +45,19 @@ BenchCase make_case(const Device& device, Dtype activations, const Case& c) {
                n = static_cast<double>(c.N), states = 4.0 * static_cast<double>(c.B) * d * n;
   bench.forward_bytes = tokens * s * (4 * d + 2 * n) + 2 * states;   // x, dt, z, B_t, C_t, h0 in; y, h_T out
   bench.backward_bytes = tokens * s * (7 * d + 4 * n) + 2 * states;  // x, dt, z, grad_y, B_t, C_t, h0 in; their gradients out
-  // An exponential counts as one, but is the slowest: N of them forward, N more in each walk of the backward, at 16 per clock and SM.
-  bench.forward_flops = tokens * d * (7 * n + 12);
-  bench.backward_flops = tokens * d * (21 * n + 30);
+  bench.forward_flops = tokens * d * (6 * n + 11);
+  bench.backward_flops = tokens * d * (19 * n + 28);
+  bench.forward_exps = tokens * d * (n + 2);   // the decays, softplus and the gate
+  bench.backward_exps = tokens * d * (n + 2);  // the same again: only the states at borders are kept
   return bench;
 }
 
-std::vector<BenchCase> cases(const Device& device, Dtype activations) {
+std::vector<BenchCase> cases(const Device& device, Dtype activations, const BenchSizes& asked) {
   std::vector<BenchCase> result;
-  const std::vector<Case> shapes = device.is_cuda() ? std::vector<Case>{{8, 2048, 1536, 16}, {32, 2048, 1536, 16}, {1, 65536, 1536, 16}}
-                                                    : std::vector<Case>{{2, 512, 512, 16}};
+  const std::vector<Case> shapes =
+      asked.given()      ? std::vector<Case>{{asked.get("B", 8), asked.get("T", 2048), asked.get("D", 1536), asked.get("N", 16)}}
+      : device.is_cuda() ? std::vector<Case>{{8, 2048, 1536, 16}, {32, 2048, 1536, 16}, {1, 65536, 1536, 16}}
+                         : std::vector<Case>{{2, 512, 512, 16}};
   for (const Case& c : shapes) result.push_back(make_case(device, activations, c));
   return result;
 }

@@ -1,6 +1,7 @@
 // The public op: argument checks, choice of device, the node on the tape.
 #include "ops/ssd/ssd.h"
 
+#include "autograd/recompute.h"
 #include "autograd/tape.h"
 #include "core/error.h"
 #include "core/op_scope.h"
@@ -88,21 +89,29 @@ SsdOutput ssd(const Variable& x, const Variable& dt, const Variable& A_log, cons
   const SsdInputs in{with_packed_tokens(given.x),   with_packed_tokens(given.dt), whole(given.A_log),   with_packed_tokens(given.B_t),
                      with_packed_tokens(given.C_t), whole(given.D_skip),          whole(given.dt_bias), whole(given.h0)};
   auto [y, h_T] = on_device(in.x.device(), &ssd_fwd_cpu, LONGHAND_CUDA_IMPL(ssd_fwd_cuda))(in, options);
-  auto outputs = record("ssd", {y, h_T}, {x, dt, A_log, B_t, C_t, D_skip, dt_bias, h0}, [in, options](BackwardCall& call) {
+  SsdInputs small = in;  // without x, B_t and C_t, which may be cheaper to make again
+  small.x = small.B_t = small.C_t = Tensor();
+  const Kept kept_x(x), kept_B(B_t), kept_C(C_t);
+  const auto backward_ssd = [small, kept_x, kept_B, kept_C, options](BackwardCall& call) {
+    SsdInputs all = small;
+    all.x = with_packed_tokens(kept_x.get());
+    all.B_t = with_packed_tokens(kept_B.get());
+    all.C_t = with_packed_tokens(kept_C.get());
     const Tensor grad_y = with_packed_tokens(call.grad(0));
     const Tensor grad_h_T = whole(call.grad(1));
     const SsdGradients out{place_for(call, 0),
                            place_for(call, 1),
-                           fresh_like(call, 2, in.A_log),
+                           fresh_like(call, 2, all.A_log),
                            place_for(call, 3),
                            place_for(call, 4),
-                           fresh_like(call, 5, in.D_skip),
-                           fresh_like(call, 6, in.dt_bias),
-                           fresh_like(call, 7, in.h0)};
-    on_device(in.x.device(), &ssd_bwd_cpu, LONGHAND_CUDA_IMPL(ssd_bwd_cuda))(in, options, grad_y, grad_h_T, out);
+                           fresh_like(call, 5, all.D_skip),
+                           fresh_like(call, 6, all.dt_bias),
+                           fresh_like(call, 7, all.h0)};
+    on_device(all.x.device(), &ssd_bwd_cpu, LONGHAND_CUDA_IMPL(ssd_bwd_cuda))(all, options, grad_y, grad_h_T, out);
     const Tensor* grads[] = {&out.x, &out.dt, &out.A_log, &out.B_t, &out.C_t, &out.D_skip, &out.dt_bias, &out.h0};
     for (int i = 0; i < 8; ++i) call.set(i, *grads[i]);
-  });
+  };
+  auto outputs = record("ssd", {y, h_T}, {x, dt, A_log, B_t, C_t, D_skip, dt_bias, h0}, backward_ssd);
   return {outputs[0], outputs[1]};
 }
 

@@ -8,7 +8,6 @@ namespace longhand {
 namespace {
 
 struct Case {
-  std::string shape;
   int64_t B, T, H, P, G, N;
 };
 
@@ -28,7 +27,8 @@ BenchCase make_case(const Device& device, Dtype activations, const Case& c) {
     grads.push_back({random_tensor(device, activations, {c.B, c.T, c.H, c.P}, seed + 9)});
   }
   BenchCase bench;
-  bench.shape = c.shape;
+  bench.shape = shape_text({{"B", c.B}, {"T", c.T}, {"H", c.H}, {"P", c.P}, {"N", c.N}}) + (c.G > 1 ? " G" + std::to_string(c.G) : "");
+  bench.products = true;
   bench.input_sets = sets;
   bench.run = [inputs, grads](int set, bool with_backward) {
     const auto& v = inputs[static_cast<std::size_t>(set)];
@@ -53,13 +53,12 @@ BenchCase make_case(const Device& device, Dtype activations, const Case& c) {
   return bench;
 }
 
-std::vector<BenchCase> cases(const Device& device, Dtype activations) {
+std::vector<BenchCase> cases(const Device& device, Dtype activations, const BenchSizes& asked) {
   std::vector<Case> shapes;
-  if (device.is_cuda())
-    shapes = {{"B8 T2048 H24 P64 N128", 8, 2048, 24, 64, 1, 128},
-              {"B32 T2048 H24 P64 N128", 32, 2048, 24, 64, 1, 128},
-              {"B1 T65536 H24 P64 N128", 1, 65536, 24, 64, 1, 128}};
-  else shapes = {{"B4 T512 H8 P64 N64", 4, 512, 8, 64, 1, 64}, {"B2 T512 H8 P64 N128", 2, 512, 8, 64, 1, 128}};
+  if (asked.given())
+    shapes = {{asked.get("B", 8), asked.get("T", 2048), asked.get("H", 24), asked.get("P", 64), asked.get("G", 1), asked.get("N", 128)}};
+  else if (device.is_cuda()) shapes = {{8, 2048, 24, 64, 1, 128}, {32, 2048, 24, 64, 1, 128}, {1, 65536, 24, 64, 1, 128}};
+  else shapes = {{4, 512, 8, 64, 1, 64}, {2, 512, 8, 64, 1, 128}};
   std::vector<BenchCase> result;
   for (const Case& c : shapes) result.push_back(make_case(device, activations, c));
   return result;

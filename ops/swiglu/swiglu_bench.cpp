@@ -8,11 +8,13 @@
 namespace longhand {
 namespace {
 
-std::vector<BenchCase> cases(const Device& device, Dtype activations) {
+std::vector<BenchCase> cases(const Device& device, Dtype activations, const BenchSizes& asked) {
   struct Size {
     int64_t rows, width;
   };
-  const std::vector<Size> sizes = device.is_cuda() ? std::vector<Size>{{32768, 2816}, {16384, 5632}} : std::vector<Size>{{2048, 1024}};
+  const std::vector<Size> sizes = asked.given()      ? std::vector<Size>{{asked.get("rows", 32768), asked.get("width", 2816)}}
+                                  : device.is_cuda() ? std::vector<Size>{{32768, 2816}, {16384, 5632}}
+                                                     : std::vector<Size>{{2048, 1024}};
   std::vector<BenchCase> result;
   for (const auto& [rows, width] : sizes) {
     struct Set {

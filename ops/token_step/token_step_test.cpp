@@ -1,0 +1,172 @@
+// The kernels of a token against the ops that they join.
+#include "ops/token_step/token_step.h"
+
+#include "autograd/gradcheck.h"
+#include "autograd/tape.h"
+#include "core/error.h"
+#include "ops/causal_conv1d/causal_conv1d.h"
+#include "ops/gated_rmsnorm/gated_rmsnorm.h"
+#include "ops/linear/linear.h"
+#include "ops/rmsnorm/rmsnorm.h"
+#include "ops/ssd/ssd.h"
+#include "tests/support/check.h"
+
+namespace longhand {
+namespace {
+
+using namespace test;
+constexpr Dtype kDtypes[] = {Dtype::f32, Dtype::bf16};
+
+double tolerance(Dtype dtype) {
+  return dtype == Dtype::f32 ? kTokenStepToleranceF32 : kTokenStepToleranceBf16;
+}
+
+// Every element within tolerance of the largest one.
+void expect_near(const Tensor& found, const Tensor& expected, Dtype dtype, const std::string& what) {
+  const auto values = expected.to_vector<double>();
+  double largest = 0;
+  for (const double v : values) largest = std::max(largest, std::abs(v));
+  const auto got = found.to_vector<double>();
+  REQUIRE(got.size() == values.size());
+  double worst = 0;
+  for (std::size_t i = 0; i < got.size(); ++i) worst = std::max(worst, std::isfinite(got[i]) ? std::abs(got[i] - values[i]) : INFINITY);
+  CAPTURE(what);
+  CAPTURE(name_of(dtype));
+  CHECK(worst <= tolerance(dtype) * largest);
+}
+
+TEST("token step: norm and projection agree with the ops, for every number of rows and widths off the grid") {
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  const Device gpu = Device::cuda();
+  const NoGrad no_grad;
+  for (const Dtype dtype : kDtypes)
+    for (const int64_t B : {1, 2, 3, 5, 8})
+      for (const auto& [D, R] : {std::pair<int64_t, int64_t>{16, 5}, {264, 33}, {1024, 4384}, {2048, 7}, {4096, 100}})
+        for (const bool with_branch : {false, true}) {
+          const Tensor residual = random_tensor(gpu, Dtype::f32, {B, D}, 1), branch = random_tensor(gpu, dtype, {B, D}, 2);
+          const Tensor norm = random_tensor(gpu, Dtype::f32, {D}, 3), weight = random_tensor(gpu, dtype, {R, D}, 4, 0.05);
+          const Tensor sum = Tensor::empty(gpu, Dtype::f32, {B, D}), out = Tensor::empty(gpu, dtype, {B, R}),
+                       wide = Tensor::empty(gpu, Dtype::f32, {B, R});
+          norm_projection({residual, with_branch ? branch : Tensor(), norm, 1e-5, weight, sum, out});
+          norm_projection({residual, with_branch ? branch : Tensor(), norm, 1e-5, weight, sum, wide});
+          const auto normed = add_rmsnorm(with_branch ? Variable(branch) : Variable(), residual, norm, 1e-5, dtype);
+          CHECK(sum.to_vector<float>() == normed.residual.value().to_vector<float>());
+          const Tensor expected = linear(normed.y, weight).value();
+          expect_near(out, expected, dtype, "out " + out.describe());
+          expect_near(wide, expected, dtype, "wide out " + wide.describe());
+        }
+}
+
+TEST("token step: a row's bits do not depend on the other rows") {
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  const Device gpu = Device::cuda();
+  const Tensor residual = random_tensor(gpu, Dtype::f32, {7, 512}, 1), norm = random_tensor(gpu, Dtype::f32, {512}, 2),
+               weight = random_tensor(gpu, Dtype::bf16, {300, 512}, 3), sum = Tensor::empty(gpu, Dtype::f32, {7, 512}),
+               all = Tensor::empty(gpu, Dtype::f32, {7, 300}), one = Tensor::empty(gpu, Dtype::f32, {1, 300});
+  norm_projection({residual, {}, norm, 1e-5, weight, sum, all});
+  for (int64_t b = 0; b < 7; ++b) {
+    norm_projection({residual.slice(0, b, b + 1), {}, norm, 1e-5, weight, sum.slice(0, b, b + 1), one});
+    CHECK(all.slice(0, b, b + 1).to_vector<float>() == one.to_vector<float>());
+  }
+}
+
+TEST("token step: the gate and its projection agree with the ops, in every form, and the window moves on") {
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  const Device gpu = Device::cuda();
+  const NoGrad no_grad;
+  struct Form {
+    bool norm, before;
+    int64_t groups;
+  };
+  for (const Dtype dtype : kDtypes)
+    for (const int64_t B : {1, 3, 8})
+      for (const auto& [E, R] : {std::pair<int64_t, int64_t>{64, 9}, {2048, 1024}, {1536, 768}})
+        for (const Form& form : {Form{true, false, 1}, {true, true, 1}, {true, false, 4}, {false, false, 1}})
+          for (const int64_t taps : {0, 1, 3}) {
+            constexpr int64_t C = 40;
+            const Tensor y = random_tensor(gpu, dtype, {B, E}, 1), both = random_tensor(gpu, dtype, {B, E + C}, 2);
+            const Tensor z = both.slice(1, 0, E), now = both.slice(1, E, E + C), weight = random_tensor(gpu, dtype, {R, E}, 3, 0.05);
+            const Tensor norm = form.norm ? random_tensor(gpu, Dtype::f32, {E}, 4) : Tensor(), out = Tensor::empty(gpu, dtype, {B, R});
+            const Tensor window = random_tensor(gpu, dtype, {B, taps, C}, 5), shifted = window.clone();
+            gated_projection({y, z, norm, 1e-5, form.groups, form.before, weight, out, window, now});
+            const Variable gated = gated_rmsnorm(y, z, norm, {.eps = 1e-5, .groups = form.groups, .norm_before_gate = form.before});
+            expect_near(out, linear(gated, weight).value(), dtype, "out " + out.describe());
+            shift_window(shifted, now);
+            CHECK(window.to_vector<float>() == shifted.to_vector<float>());
+            if (taps == 0) continue;
+            CHECK(window.slice(1, taps - 1, taps).reshape({B, C}).to_vector<float>() == now.to_vector<float>());
+          }
+}
+
+TEST("token step: the middle of a Mamba-2 layer agrees with convolution and ssd, token after token") {
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  const Device gpu = Device::cuda();
+  const NoGrad no_grad;
+  struct Case {
+    int64_t B, H, P, N, G, W;
+    bool bias, wide_skip;
+  };
+  for (const Dtype dtype : kDtypes)
+    for (const Case& c : {Case{1, 2, 16, 8, 1, 4, true, false},
+                          {3, 4, 64, 128, 2, 4, true, true},
+                          {2, 4, 32, 132, 4, 2, false, false},
+                          {1, 32, 64, 128, 1, 4, true, false},
+                          {9, 2, 64, 64, 1, 1, false, false}}) {
+      if (dtype == Dtype::f32 && c.N > 128) continue;  // beyond what ssd takes
+      const int64_t inner = c.H * c.P, C = inner + 2 * c.G * c.N;
+      const Tensor conv_weight = random_tensor(gpu, Dtype::f32, {C, 1, c.W}, 1, 0.5),
+                   conv_bias = c.bias ? random_tensor(gpu, Dtype::f32, {C}, 2, 0.5) : Tensor(),
+                   A_log = random_tensor(gpu, Dtype::f32, {c.H}, 3), dt_bias = random_tensor(gpu, Dtype::f32, {c.H}, 4),
+                   D_skip = random_tensor(gpu, Dtype::f32, c.wide_skip ? Shape{c.H, c.P} : Shape{c.H}, 5);
+      const Tensor state = random_tensor(gpu, Dtype::f32, {c.B, c.H, c.P, c.N}, 6),
+                   window = random_tensor(gpu, dtype, {c.B, c.W - 1, C}, 7);
+      Tensor expected_state = state.clone(), expected_window = window.clone();
+      for (uint64_t token = 0; token < 5; ++token) {
+        const Tensor projected = random_tensor(gpu, dtype, {c.B, inner + C + c.H}, 20 + token);
+        const Tensor now = projected.slice(1, inner, inner + C), y = Tensor::empty(gpu, dtype, {c.B, inner});
+        mamba2_token({.projected = projected,
+                      .conv_weight = conv_weight,
+                      .conv_bias = conv_bias,
+                      .window = window,
+                      .A_log = A_log,
+                      .D_skip = D_skip,
+                      .dt_bias = dt_bias,
+                      .dt_min = 0.01,
+                      .dt_max = 2,
+                      .groups = c.G,
+                      .state = state,
+                      .y = y});
+        shift_window(window, now);
+        const auto conv = causal_conv1d_silu(now.contiguous().reshape({c.B, 1, C}), conv_weight, conv_bias, expected_window);
+        const Tensor mixed = conv.y.value();
+        const auto ssd_out = ssd(mixed.slice(2, 0, inner).reshape({c.B, 1, c.H, c.P}),
+                                 projected.slice(1, inner + C, inner + C + c.H).contiguous().reshape({c.B, 1, c.H}), A_log,
+                                 mixed.slice(2, inner, inner + c.G * c.N).reshape({c.B, 1, c.G, c.N}),
+                                 mixed.slice(2, inner + c.G * c.N, C).reshape({c.B, 1, c.G, c.N}), D_skip, dt_bias, expected_state,
+                                 {.dt_min = 0.01, .dt_max = 2});
+        expected_window = conv.window.value();
+        expected_state = ssd_out.h_T.value();
+        expect_near(y, ssd_out.y.value(), dtype, "y " + y.describe());
+        expect_near(state, expected_state, dtype, "state " + state.describe());
+        CHECK(window.to_vector<float>() == expected_window.to_vector<float>());
+      }
+    }
+}
+
+TEST("token step: what does not fit is named, and a CPU has none") {
+  const Device cpu = Device::cpu();
+  const Tensor x = Tensor::zeros(cpu, Dtype::f32, {1, 16}), w = Tensor::zeros(cpu, Dtype::f32, {4, 16}),
+               norm = Tensor::zeros(cpu, Dtype::f32, {16}), out = Tensor::zeros(cpu, Dtype::f32, {1, 4}),
+               sum = Tensor::zeros(cpu, Dtype::f32, {1, 16});
+  CHECK_THROWS_AS(norm_projection({x, {}, norm, 1e-5, w, sum, out}), DeviceError);
+  CHECK_THROWS_AS(norm_projection({x, {}, norm, 1e-5, w, x, out}), ValueError);
+  CHECK_THROWS_WITH_AS(norm_projection({x, {}, norm, 1e-5, w, sum, sum}), doctest::Contains("[1, 4]"), ShapeError);
+  const Tensor many = Tensor::zeros(cpu, Dtype::f32, {kTokenStepRows + 1, 16});
+  CHECK_THROWS_AS(norm_projection({many, {}, norm, 1e-5, w, many, out}), ValueError);
+  CHECK_FALSE(mamba2_token_fits(24, 128));
+  CHECK_FALSE(mamba2_token_fits(64, 260));
+  CHECK(mamba2_token_fits(64, 128));
+}
+
+}  // namespace
+}  // namespace longhand
