@@ -1,6 +1,10 @@
 // The kernels of a token against the ops that they join.
 #include "ops/token_step/token_step.h"
 
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
 #include "autograd/gradcheck.h"
 #include "autograd/tape.h"
 #include "core/error.h"
@@ -29,7 +33,8 @@ void expect_near(const Tensor& found, const Tensor& expected, Dtype dtype, const
   const auto got = found.to_vector<double>();
   REQUIRE(got.size() == values.size());
   double worst = 0;
-  for (std::size_t i = 0; i < got.size(); ++i) worst = std::max(worst, std::isfinite(got[i]) ? std::abs(got[i] - values[i]) : INFINITY);
+  for (std::size_t i = 0; i < got.size(); ++i)
+    worst = std::max(worst, std::isfinite(got[i]) ? std::abs(got[i] - values[i]) : std::numeric_limits<double>::infinity());
   CAPTURE(what);
   CAPTURE(name_of(dtype));
   CHECK(worst <= tolerance(dtype) * largest);
