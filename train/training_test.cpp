@@ -58,6 +58,29 @@ TEST("training: micro-batches give the step of the whole batch, also when their 
   expect_close(weights_after("4"), whole, 2e-5);
 }
 
+TEST("training: every level of train.recompute gives the same weights, in micro-batches that carry states, on a GPU as graphs too") {
+  std::vector<Device> devices{Device::cpu()};
+  if (cuda_device_count() > 0) devices.push_back(Device::cuda());
+  for (const Device& device : devices)
+    for (const char* family : {"mamba1", "mamba2", "gla"}) {
+      CAPTURE(family);
+      CAPTURE(device.name());
+      auto weights_after = [&](const char* level) {
+        const Recipe recipe = tiny_recipe(
+            {std::string("train.recompute=") + level, "train.grad_accumulation=2", "initial_state=tbtt", "data.arrangement=streams"},
+            family);
+        const auto model = tiny_model(recipe, device);
+        Trainer trainer(recipe, *model);
+        for (uint64_t step = 0; step < 5; ++step) (void)step_and_report(trainer, made_up_batch(recipe, step));
+        if (device.is_cuda()) CHECK_MESSAGE(trainer.queued().starts_with("a graph of "), trainer.queued());
+        return model->parameters().flat_master().to_vector<float>();
+      };
+      const auto none = weights_after("none");
+      CHECK(weights_after("light") == none);
+      CHECK(weights_after("full") == none);
+    }
+}
+
 // --- runs -------------------------------------------------------------------------------------------------------
 
 TEST("training: interrupted and resumed equals uninterrupted, bit for bit: zero states") {
