@@ -44,7 +44,8 @@ __device__ void wait_for_kernel_in_front() {
 template <class Args>
 void launch_overlapping(void (*kernel)(Args), const char* name, dim3 grid, dim3 block, size_t shared, const CudaContext& cuda,
                         const Args& args) {
-  if (shared > 48 * 1024)
+  constexpr size_t kWithoutAsking = 40 * 1024;  // beside what the kernels declare themselves
+  if (shared > kWithoutAsking)
     cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), "cudaFuncSetAttribute");
   cudaLaunchAttribute overlap{};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
