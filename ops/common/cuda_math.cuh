@@ -79,6 +79,12 @@ __device__ inline float exp2_approx(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+/// log2(x) by lg2.approx.ftz: 2^-22 absolute between 1/2 and 2, 2^-22 relative elsewhere.
+__device__ inline float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 /// 1 / x by rcp.approx.ftz: 1 ulp, 0 for infinity.
 __device__ inline float reciprocal_approx(float x) {
   float y;

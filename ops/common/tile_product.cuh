@@ -40,8 +40,11 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
   return *reinterpret_cast<const uint32_t*>(&both);
 }
+__device__ __forceinline__ float2 unpack(uint32_t pair) {
+  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+}
 __device__ __forceinline__ uint32_t scale_pair(uint32_t pair, float low, float high) {
-  const float2 v = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&pair));
+  const float2 v = unpack(pair);
   return pack(v.x * low, v.y * high);
 }
 
@@ -94,7 +97,7 @@ struct Left<Bf16> {
   __device__ __forceinline__ void add_to(float (&first)[4], float (&second)[4], float low, float high) const {
 #pragma unroll
     for (int x = 0; x < 4; ++x) {
-      const float2 v = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&r[x]));
+      const float2 v = unpack(r[x]);
       float* to = (x & 2 ? second : first) + (x & 1) * 2;
       to[0] += (x & 1 ? high : low) * v.x;
       to[1] += (x & 1 ? high : low) * v.y;
@@ -287,7 +290,7 @@ __device__ __forceinline__ float2 load_two(const float* from) {
   return *reinterpret_cast<const float2*>(from);
 }
 __device__ __forceinline__ float2 load_two(const Bf16* from) {
-  return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(from));
+  return unpack(*reinterpret_cast<const uint32_t*>(from));
 }
 
 /// An accumulator tile [16, 8] with rows and columns exchanged: element (m, n) to tile[n * stride + m].
@@ -340,6 +343,30 @@ __device__ __forceinline__ void load_tile(T* tile, int tile_rows, const T* from,
       copy_16_or_zero_async(to, from, row < rows_here);
   } else {
     for (int i = thread; i < tile_rows * tile_width; i += threads) {
+      const int row = i / tile_width, column = i % tile_width;
+      tile[row * stride + column] = row < rows && column < width ? from[row * row_stride + column] : narrow<T>(0.0f);
+    }
+  }
+}
+
+/// A tile of 64 rows by `threads` threads, their number known to the compiler too.
+template <int tile_width, int threads, class T>
+__device__ __forceinline__ void load_chunk_tile(T* tile, const T* from, int64_t row_stride, int rows, int width, bool vectors,
+                                                unsigned thread) {
+  constexpr int stride = tile_stride<T>(tile_width), unit = 16 / static_cast<int>(sizeof(T)), units = tile_width / unit;
+  constexpr int step = threads / units;
+  static_assert(threads % units == 0 && kChunk % step == 0);
+  if (vectors) {
+    const int first = static_cast<int>(thread / units), column = static_cast<int>(thread % units * unit);
+    const int rows_here = (column < width ? rows : 0) - first;
+    T* const to = tile + first * stride + column;
+    from += first * row_stride + column;
+    const int64_t next = step * row_stride;
+#pragma unroll
+    for (int row = 0; row < kChunk; row += step, from += next) copy_16_or_zero_async(to + row * stride, from, row < rows_here);
+  } else {
+#pragma unroll 1
+    for (int i = static_cast<int>(thread); i < kChunk * tile_width; i += threads) {
       const int row = i / tile_width, column = i % tile_width;
       tile[row * stride + column] = row < rows && column < width ? from[row * row_stride + column] : narrow<T>(0.0f);
     }

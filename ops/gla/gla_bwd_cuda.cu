@@ -8,8 +8,8 @@
 //         chunk (4 * 28 * 64 Dk) and its leaves of 8 tokens, pair by pair in f32
 // floor   B 8, T 2048, H 4, Dk 128, Dv 256, bf16: 320 MB / 3.0 TB/s = 0.11 ms on an H100 SXM, two fifths of it states
 // split   one block of 8 warps per (row, chunk, head, 64 columns of Dk). In products, warp w has token rows 16 * (w % 4) and half w / 4 of
-//         the columns; by columns, a thread has one column and 16 tokens
-// needs   what gla_cuda.cu needs; up to 192 KB of shared memory in f32 (one stage fewer where there is less)
+//         the columns; otherwise a warp has a leaf of 8 tokens and a lane two columns of it, in registers
+// needs   what gla_cuda.cu needs; 91 KB of shared memory a block in bf16, 165 KB in f32 (98 KB with one stage, where there is less)
 // agrees  with the CPU reference to kGlaToleranceF32, kGlaToleranceBf16 (gla_kernels.h); bf16 rounds the states, grad o v' and each decayed
 //         operand. The gate's gradient adds differences q grad_q - k grad_k of pairs inside the chunk, without the pairs i = j, which have
 //         no decay in them: what cancels there is of the size of the gradients of the pairs themselves
@@ -34,249 +34,251 @@ struct ChunkBwdArgs {
   int Dk, Dv, D, slices, stages;
 };
 
+constexpr float kLog2OfNothing = -126.0f;  // below, exp2_approx gives 0
+constexpr int kSumStride = kSlice + 8;     // floats: accumulator fragments, written two columns at a time, meet all banks evenly
+
 template <class T>
-struct ChunkBwdLayout {  // shared memory; the stages and, later, what is summed over the chunk share one place
-  static constexpr int stride = tile_stride<T>(kSlice), tile = kChunk * stride;
-  static constexpr int stage_bytes = 4 * tile * static_cast<int>(sizeof(T)), sums_bytes = 4 * kDecayFloats * 4;
-  static constexpr int columns = 3 * 4 * kSlice;  // three partial sums per column of each of four threads
+struct ChunkBwdLayout {  // shared memory in bytes; the stages and, later, what the products left share one place
+  static constexpr int stride = tile_stride<T>(kSlice), tile = kChunk * stride, tile_bytes = tile * static_cast<int>(sizeof(T));
+  static constexpr int sums = kChunk * kSumStride;  // floats of a tile in f32
+  static constexpr int stage_bytes = 4 * tile_bytes, left_bytes = 3 * sums * 4 + tile_bytes;
+  static constexpr int columns = kLeaves * kSlice;  // floats: a value of every column and leaf
   __host__ __device__ static constexpr int shared_place(int stages) {
-    return stages * stage_bytes > sums_bytes ? stages * stage_bytes : sums_bytes;
+    return stages * stage_bytes > left_bytes ? stages * stage_bytes : left_bytes;
   }
-  __host__ __device__ static constexpr int total_bytes(int stages) {
-    return shared_place(stages) + 3 * tile * static_cast<int>(sizeof(T)) + (kLeafSumFloats + columns) * 4;
-  }
+  __host__ __device__ static constexpr int total_bytes(int stages) { return shared_place(stages) + tile_bytes + 4 * columns * 4; }
 };
 
 template <class T>
 __global__ void __launch_bounds__(kSliceThreads, sizeof(T) == 2 ? 2 : 1) gla_chunk_bwd_kernel(const ChunkBwdArgs<T> a) {
   using Layout = ChunkBwdLayout<T>;
   constexpr int stride = Layout::stride;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, quad = lane % 4, row_tile = warp % 4, half = warp / 4;
-  const int column = own_column(), rows = own_rows(), tile_row = 16 * row_tile, first_column = 32 * half;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, quad = lane % 4;
+  const int tile_row = 16 * (warp % 4), first_column = 32 * (warp / 4);  // in products
+  const int leaf = warp, row = kLeafTokens * leaf, column = 2 * lane;    // by columns
   const int slice = static_cast<int>(blockIdx.x % a.slices);
   const int64_t unit = blockIdx.x / a.slices, h = unit % a.H, chunk = unit / a.H % a.chunks, b = unit / a.H / a.chunks, t0 = chunk * kChunk;
   const int valid = static_cast<int>(a.tokens - t0 < kChunk ? a.tokens - t0 : kChunk);
   const int width = a.Dk - kSlice * slice < kSlice ? a.Dk - kSlice * slice : kSlice;
 
   unsigned char* stages = shared_memory();
-  float* sums = reinterpret_cast<float*>(stages);  // after the stages: decays, then the gradients of pairs
-  T* q_tile = reinterpret_cast<T*>(stages + Layout::shared_place(a.stages));
-  T* k_tile = q_tile + Layout::tile;
-  T* grad_scores = k_tile + Layout::tile;  // scale * grad_o_i v_j, up to the tiles on the diagonal
+  float* through_S = reinterpret_cast<float*>(stages);  // after the stages: [64][kSumStride] grad_o S', v R' and products of a square
+  float* through_R = through_S + Layout::sums;
+  float* square_sums = through_R + Layout::sums;
+  T* decayed = reinterpret_cast<T*>(square_sums + Layout::sums);                   // queries of odd blocks, keys of even ones
+  T* grad_scores = reinterpret_cast<T*>(stages + Layout::shared_place(a.stages));  // scale * grad_o_i v_j, up to the tiles on the diagonal
   float* leaf_sums = reinterpret_cast<float*>(grad_scores + Layout::tile);
-  float* state_dots = leaf_sums + kLeafSumFloats;  // [4][64] <R, S> of the column, by the four threads that share it
-  float* behind_sums = state_dots + 4 * kSlice;    // [4][64]
-  float* before_sums = behind_sums + 4 * kSlice;   // [4][64]
-  const SliceDecays decays{sums, sums + kDecayFloats, leaf_sums};
-  float* pair_q = sums + 2 * kDecayFloats;  // [64][kDecayStride] grad q from pairs j < i of the chunk
-  float* pair_k = pair_q + kDecayFloats;
+  float* state_dots = leaf_sums + Layout::columns;  // <R, S> of a column, by the warps that share it
+  float* behind_sums = state_dots + Layout::columns;
+  float* before_sums = behind_sums + Layout::columns;
 
-  const auto at_slice = [&](const auto& of) { return of.data + b * of.batch + t0 * of.token + h * a.Dk + kSlice * slice; };
+  const auto at_leaf = [&](const auto& of) { return of.data + b * of.batch + (t0 + row) * of.token + h * a.Dk + kSlice * slice + column; };
+  const auto stage_of = [&](int p) { return reinterpret_cast<T*>(stages + (p & (a.stages - 1)) * Layout::stage_bytes); };
   const auto fetch = [&](int p) {  // 64 columns of Dv
-    T* grad_o = reinterpret_cast<T*>(stages + p % a.stages * Layout::stage_bytes);
-    const int part = kSlice * p, columns = a.Dv - part < kSlice ? a.Dv - part : kSlice;
-    load_tile(grad_o, kChunk, kSlice, a.grad_o.data + b * a.grad_o.batch + t0 * a.grad_o.token + h * a.Dv + part, a.grad_o.token, valid,
-              columns, a.grad_o.vectors);
-    load_tile(grad_o + Layout::tile, kChunk, kSlice, a.v.data + b * a.v.batch + t0 * a.v.token + h * a.Dv + part, a.v.token, valid, columns,
-              a.v.vectors);
+    T* grad_o = stage_of(p);
+    const int part = kSlice * p, columns = a.Dv - part < kSlice ? a.Dv - part : kSlice, thread = static_cast<int>(threadIdx.x);
+    const auto load = [&](int tile, const T* from, int64_t row_stride, int rows, int existing, bool vectors) {
+      load_chunk_tile<kSlice, kSliceThreads>(grad_o + tile * Layout::tile, from, row_stride, rows, existing, vectors, thread);
+    };
     const int64_t state = (unit * a.Dv + part) * a.D + kSlice * slice;
-    load_tile(grad_o + 2 * Layout::tile, kSlice, kSlice, a.states + state, a.D, columns, kSlice, true);
-    load_tile(grad_o + 3 * Layout::tile, kSlice, kSlice, a.state_grads + state, a.D, columns, kSlice, true);
+    load(0, a.grad_o.data + b * a.grad_o.batch + t0 * a.grad_o.token + h * a.Dv + part, a.grad_o.token, valid, columns, a.grad_o.vectors);
+    load(1, a.v.data + b * a.v.batch + t0 * a.v.token + h * a.Dv + part, a.v.token, valid, columns, a.v.vectors);
+    load(2, a.states + state, a.D, columns, kSlice, true);
+    load(3, a.state_grads + state, a.D, columns, kSlice, true);
   };
-  load_tile(q_tile, kChunk, kSlice, at_slice(a.q), a.q.token, valid, width, a.q.vectors);
-  load_tile(k_tile, kChunk, kSlice, at_slice(a.k), a.k.token, valid, width, a.k.vectors);
-
-  // grad_o S', v R' (rows: tokens; columns: this slice of Dk) and grad_o v' (columns: tokens j)
-  float through_S[4][4], through_R[4][4], product[4][4];
-  clear(through_S);
-  clear(through_R);
-  clear(product);
-  float state_dot = 0;
-  const int tiles_below = row_tile + 1 - 2 * half;  // 16-column tiles of grad_o v' up to the diagonal, of this half
   const int turns = (a.Dv + kSlice - 1) / kSlice;
   if (a.stages == 2) fetch(0);
-  for (int p = 0; p < turns; ++p) {
-    if (a.stages == 2) {
-      copies_arrived();
-      __syncthreads();  // part p is here, and nobody reads the other stage any more
-      if (p + 1 < turns) fetch(p + 1);
-    } else {
-      __syncthreads();
-      fetch(p);
-      copies_arrived();
-      __syncthreads();
-    }
-    const T* grad_o = reinterpret_cast<const T*>(stages + p % a.stages * Layout::stage_bytes);
-    const T *v = grad_o + Layout::tile, *S = v + Layout::tile, *R = S + Layout::tile;
-#pragma unroll
-    for (int k16 = 0; k16 < kSlice; k16 += 16) {
-      const Left<T> left_o = Left<T>::template load<Stored::as_is>(grad_o + tile_row * stride + k16, stride);
-      multiply<Stored::as_is, 2>(through_S, left_o, S + k16 * stride + first_column, stride);
-      multiply<Stored::transposed, 2>(product, left_o, v + first_column * stride + k16, stride, 0, tiles_below);
-      const Left<T> left_v = Left<T>::template load<Stored::as_is>(v + tile_row * stride + k16, stride);
-      multiply<Stored::as_is, 2>(through_R, left_v, R + k16 * stride + first_column, stride);
-    }
-#pragma unroll
-    for (int i = 0; i < 16; ++i) state_dot += widen(S[(rows + i) * stride + column]) * widen(R[(rows + i) * stride + column]);
-  }
-  copies_arrived();  // q and k, where there was no part at all
-  __syncthreads();   // the stages have been read
+  Two<T> q[kLeafTokens], k[kLeafTokens], gate[kLeafTokens];
+  load_leaf(gate, at_leaf(a.gate), a.gate.token, valid - row, width - column, a.gate.vectors);
+  load_leaf(q, at_leaf(a.q), a.q.token, valid - row, width - column, a.q.vectors);
+  load_leaf(k, at_leaf(a.k), a.k.token, valid - row, width - column, a.k.vectors);
 
+  // grad_o S', v R' (rows: tokens; columns: this slice of Dk) and grad_o v' (columns: tokens j)
+  {
+    float product_S[4][4], product_R[4][4], product[4][4];
+    clear(product_S);
+    clear(product_R);
+    clear(product);
+    float2 state_dot = make_float2(0, 0);
+    const int tiles_below = (tile_row - first_column) / 16 + 1;  // 16-column tiles of grad_o v' up to the diagonal, of this half
+    for (int p = 0; p < turns; ++p) {
+      if (a.stages == 2) {
+        copies_arrived();
+        __syncthreads();  // part p is here, and nobody reads the other stage any more
+        if (p + 1 < turns) fetch(p + 1);
+      } else {
+        __syncthreads();
+        fetch(p);
+        copies_arrived();
+        __syncthreads();
+      }
+      const T* grad_o = stage_of(p);
+      const T *v = grad_o + Layout::tile, *S = v + Layout::tile, *R = S + Layout::tile;
 #pragma unroll
-  for (int j8 = 0; j8 < 4; ++j8)
+      for (int k16 = 0; k16 < kSlice; k16 += 16) {
+        const Left<T> left_o = Left<T>::template load<Stored::as_is>(grad_o + tile_row * stride + k16, stride);
+        multiply<Stored::as_is, 2>(product_S, left_o, S + k16 * stride + first_column, stride);
+        multiply<Stored::transposed, 2>(product, left_o, v + first_column * stride + k16, stride, 0, tiles_below);
+        const Left<T> left_v = Left<T>::template load<Stored::as_is>(v + tile_row * stride + k16, stride);
+        multiply<Stored::as_is, 2>(product_R, left_v, R + k16 * stride + first_column, stride);
+      }
 #pragma unroll
-    for (int e = 0; e < 4; e += 2)
-      if (j8 / 2 < tiles_below)
-        store_two(grad_scores + (tile_row + g + e / 2 * 8) * stride + first_column + 8 * j8 + 2 * quad, a.scale * product[j8][e],
-                  a.scale * product[j8][e + 1], true, true);
-  state_dots[rows / 16 * kSlice + column] = state_dot;
-  const auto given_gate = [&](int row) { return widen(at_slice(a.gate)[row * a.gate.token + column]); };
-  float log2_gates[2][kLeafTokens];
+      for (int i = 0; i < kLeafTokens; ++i)
+        state_dot = state_dot + load_two(S + (row + i) * stride + column) * load_two(R + (row + i) * stride + column);
+    }
+    __syncthreads();  // the stages have been read
 #pragma unroll
-  for (int k = 0; k < 2; ++k) {
+    for (int j8 = 0; j8 < 4; ++j8)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int i = tile_row + g + 8 * half, j = first_column + 8 * j8 + 2 * quad;
+        if (j8 / 2 < tiles_below)
+          store_two(grad_scores + i * stride + j, a.scale * product[j8][2 * half], a.scale * product[j8][2 * half + 1], true, true);
+        store_two(through_S + i * kSumStride + j, product_S[j8][2 * half], product_S[j8][2 * half + 1], true, true);
+        store_two(through_R + i * kSumStride + j, product_R[j8][2 * half], product_R[j8][2 * half + 1], true, true);
+      }
+    store_two(state_dots + leaf * kSlice + column, state_dot.x, state_dot.y, true, true);
+  }
+
+  float2 alpha[kLeafTokens];
+  const auto log2_gates = [&](int i) {
+    const float2 given = gate[i].wide();
+    const bool exists = row + i < valid;
+    return make_float2(exists && column < width ? log2_gate<T>(given.x, a.gates) : 0.0f,
+                       exists && column + 1 < width ? log2_gate<T>(given.y, a.gates) : 0.0f);
+  };
+  {
+    float2 sum = make_float2(0, 0);
 #pragma unroll
     for (int i = 0; i < kLeafTokens; ++i) {
-      const int row = rows + k * kLeafTokens + i;
-      log2_gates[k][i] = row < valid && column < width ? log2_gate(given_gate(row), a.gates) : 0.0f;
+      const float2 log2 = log2_gates(i);
+      sum = sum + log2;
+      alpha[i] = exp2_of(log2);
     }
-    leaf_decays(decays, rows / kLeafTokens + k, column, log2_gates[k]);
+    store_two(leaf_sums + leaf * kSlice + column, sum.x, sum.y, true, true);
   }
   __syncthreads();
 
-  // Pairs j < i of a leaf, one column per thread.
+  // Pairs j < i of a leaf.
+  float2 grad_q[kLeafTokens], grad_k[kLeafTokens];
 #pragma unroll
-  for (int k = 0; k < 2; ++k) {
-    const int first = rows + k * kLeafTokens;
-    float query[kLeafTokens], key[kLeafTokens], decay[kLeafTokens] /* from behind j through i */, to_q[kLeafTokens] = {},
-                                                                                                  to_k[kLeafTokens] = {};
-#pragma unroll
-    for (int i = 0; i < kLeafTokens; ++i) {
-      query[i] = widen(q_tile[(first + i) * stride + column]);
-      key[i] = widen(k_tile[(first + i) * stride + column]);
-    }
+  for (int i = 0; i < kLeafTokens; ++i) grad_q[i] = grad_k[i] = make_float2(0, 0);
+  {
+    float2 decay[kLeafTokens];  // from behind j through i
 #pragma unroll
     for (int i = 1; i < kLeafTokens; ++i) {
-      const float alpha = exp2_approx(log2_gates[k][i]);
-      const Pack<T, kLeafTokens> grads = load_pack<kLeafTokens>(grad_scores + (first + i) * stride + first);
+      const Pack<T, kLeafTokens> grads = load_pack<kLeafTokens>(grad_scores + (row + i) * stride + row);
+      const float2 query = q[i].wide();
 #pragma unroll
       for (int j = 0; j < i; ++j) {
-        decay[j] = j == i - 1 ? alpha : decay[j] * alpha;
-        const float grad = widen(grads.at[j]) * decay[j];
-        to_q[i] += grad * key[j];
-        to_k[j] += grad * query[i];
+        decay[j] = j == i - 1 ? alpha[i] : decay[j] * alpha[i];
+        const float2 grad = widen(grads.at[j]) * decay[j];
+        grad_q[i] = grad_q[i] + grad * k[j].wide();
+        grad_k[j] = grad_k[j] + grad * query;
       }
     }
-#pragma unroll
-    for (int i = 0; i < kLeafTokens; ++i) {
-      pair_q[(first + i) * kDecayStride + column] = to_q[i];
-      pair_k[(first + i) * kDecayStride + column] = to_k[i];
-    }
   }
-  __syncthreads();
 
   // Squares of 8, 16, 32 tokens: queries of odd blocks against keys of the block before, and the other way round.
-  const auto add_scaled_product = [&](float* to, const float* scale, const float(&added)[4][4]) {
+  LeafDecays decays;
+  decays.start(alpha);
+#pragma unroll 1
+  for (int square = kLeafTokens; square < kChunk; square *= 2) {
+    const bool odd_leaf = leaf / (square / kLeafTokens) % 2 == 1;
+#pragma unroll
+    for (int i = 0; i < kLeafTokens; ++i) {
+      const float2 two = odd_leaf ? q[i].wide() * decays.from_begin[i] : k[i].wide() * decays.to_end[i];
+      store_two(decayed + (row + i) * stride + column, two.x, two.y, true, true);
+    }
+    __syncthreads();
+    float added[4][4];
+    clear(added);
+    const auto add_queries = [&](int j, bool halves) {  // rows i of this tile take keys j ..
+      Left<T> left = Left<T>::template load<Stored::as_is>(grad_scores + tile_row * stride + j, stride);
+      if (halves) left.keep_rows(1), left.keep_sum_index(0);
+      multiply<Stored::as_is, 2>(added, left, decayed + j * stride + first_column, stride);
+    };
+    const auto add_keys = [&](int i, bool halves) {  // rows j of this tile take queries i ..
+      Left<T> left = Left<T>::template load<Stored::transposed>(grad_scores + i * stride + tile_row, stride);
+      if (halves) left.keep_rows(0), left.keep_sum_index(1);
+      multiply<Stored::as_is, 2>(added, left, decayed + i * stride + first_column, stride);
+    };
+    if (square == kLeafTokens) {
+      add_queries(tile_row, true);
+      add_keys(tile_row, true);
+    } else {
+      const int block = tile_row / square;
+      for (int other = 0; other < square; other += 16)
+        if (block % 2 == 1) add_queries((block - 1) * square + other, false);
+        else add_keys((block + 1) * square + other, false);
+    }
 #pragma unroll
     for (int n8 = 0; n8 < 4; ++n8)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int at = (tile_row + g + e / 2 * 8) * kDecayStride + first_column + 8 * n8 + 2 * quad + e % 2;
-        to[at] += added[n8][e] * scale[at];
-      }
-  };
-#pragma unroll 1
-  for (int square = kLeafTokens; square < kChunk; square *= 2) {
-    const bool leaves = square == kLeafTokens;
-    const int block = tile_row / square;
-    if (leaves || block % 2 == 1) {
-      float added[4][4];
-      clear(added);
-      const int begin = leaves ? tile_row : (block - 1) * square, end = leaves ? tile_row + 16 : block * square;
-      for (int j = begin; j < end; j += 16) {
-        Left<T> left = Left<T>::template load<Stored::as_is>(grad_scores + tile_row * stride + j, stride);
-        if (leaves) left.keep_rows(1), left.keep_sum_index(0);
-        multiply_weighted<Stored::as_is, 2>(added, left, k_tile + j * stride + first_column, stride,
-                                            decays.to_end + j * kDecayStride + first_column, kDecayStride);
-      }
-      add_scaled_product(pair_q, decays.from_begin, added);
-    }
-    if (leaves || block % 2 == 0) {
-      float added[4][4];
-      clear(added);
-      const int begin = leaves ? tile_row : (block + 1) * square, end = leaves ? tile_row + 16 : (block + 2) * square;
-      for (int i = begin; i < end; i += 16) {
-        Left<T> left = Left<T>::template load<Stored::transposed>(grad_scores + i * stride + tile_row, stride);
-        if (leaves) left.keep_rows(0), left.keep_sum_index(1);
-        multiply_weighted<Stored::as_is, 2>(added, left, q_tile + i * stride + first_column, stride,
-                                            decays.from_begin + i * kDecayStride + first_column, kDecayStride);
-      }
-      add_scaled_product(pair_k, decays.to_end, added);
-    }
+      for (int half = 0; half < 2; ++half)
+        store_two(square_sums + (tile_row + g + 8 * half) * kSumStride + first_column + 8 * n8 + 2 * quad, added[n8][2 * half],
+                  added[n8][2 * half + 1], true, true);
     __syncthreads();
-    widen_decays(decays, square);
-    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kLeafTokens; ++i) {
+      const float2 sum = load_two(square_sums + (row + i) * kSumStride + column);
+      if (odd_leaf) grad_q[i] = grad_q[i] + decays.from_begin[i] * sum;
+      else grad_k[i] = grad_k[i] + decays.to_end[i] * sum;
+    }
+    decays.widen(square, leaf, leaf_sums);
   }
 
-  // With the states, and the pairs i = j: grad q and grad k, into the tiles of q and k; what the gate's gradient sums, into pair_q, pair_k.
+  // With the states, and the pairs i = j. What the gate's gradient sums: what lies behind t in grad_q's place, before t in grad_k's.
+  float2 behind = make_float2(0, 0), before = make_float2(0, 0);
 #pragma unroll
-  for (int n8 = 0; n8 < 4; ++n8)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int i = tile_row + g + e / 2 * 8, m = first_column + 8 * n8 + 2 * quad + e % 2, at = i * kDecayStride + m;
-      const float query = widen(q_tile[i * stride + m]), key = widen(k_tile[i * stride + m]), same = widen(grad_scores[i * stride + i]);
-      const float before = a.scale * decays.from_begin[at] * through_S[n8][e], behind = decays.to_end[at] * through_R[n8][e];
-      const float inside_q = pair_q[at], inside_k = pair_k[at];
-      q_tile[i * stride + m] = narrow<T>(inside_q + before + same * key);
-      k_tile[i * stride + m] = narrow<T>(inside_k + behind + same * query);
-      pair_q[at] = query * (inside_q + before) - key * inside_k;
-      pair_k[at] = key * behind;
-    }
-  __syncthreads();
-  const auto store = [&](const TokenRows<T>& to, const T* tile) {
-    if (to.data != nullptr) store_tile(at_slice(to), to.token, tile, kSlice, valid, width, to.vectors);
+  for (int i = 0; i < kLeafTokens; ++i) {
+    const int at = (row + i) * kSumStride + column;
+    const float2 query = q[i].wide(), key = k[i].wide();
+    const float2 from_S = a.scale * (decays.from_begin[i] * load_two(through_S + at)), from_R = decays.to_end[i] * load_two(through_R + at);
+    const float same = widen(grad_scores[(row + i) * stride + row + i]);
+    // The decays have done: the gradients of q and k take their place.
+    decays.from_begin[i] = grad_q[i] + from_S + same * key;
+    decays.to_end[i] = grad_k[i] + from_R + same * query;
+    grad_q[i] = query * (grad_q[i] + from_S) + -1.0f * (key * grad_k[i]);
+    grad_k[i] = key * from_R;
+    behind = behind + grad_q[i];
+    before = before + grad_k[i];
+  }
+  const auto store = [&](const TokenRows<T>& to, const float2(&values)[kLeafTokens]) {
+    if (to.data != nullptr) store_leaf(at_leaf(to), to.token, values, valid - row, width - column, to.vectors);
   };
-  store(a.grad_q, q_tile);
-  store(a.grad_k, k_tile);
+  store(a.grad_q, decays.from_begin);
+  store(a.grad_k, decays.to_end);
   if (a.grad_gate.data == nullptr) return;
 
-  // dg_t = sum_{u >= t} pair_q_u + sum_{u < t} pair_k_u + decay of the chunk * <R, S>
-  float behind = 0, before = 0;
-#pragma unroll
-  for (int i = 0; i < 16; ++i) {
-    behind += pair_q[(rows + i) * kDecayStride + column];
-    before += pair_k[(rows + i) * kDecayStride + column];
-  }
-  behind_sums[rows / 16 * kSlice + column] = behind;
-  before_sums[rows / 16 * kSlice + column] = before;
+  // dg_t = sum over u >= t of the first + sum over u < t of the second + decay of the chunk * <R, S>
+  store_two(behind_sums + leaf * kSlice + column, behind.x, behind.y, true, true);
+  store_two(before_sums + leaf * kSlice + column, before.x, before.y, true, true);
   __syncthreads();
-  behind = before = 0;
-  float whole = 0;
+  behind = before = make_float2(0, 0);
+  float2 whole = make_float2(0, 0);
 #pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    if (k > rows / 16) behind += behind_sums[k * kSlice + column];
-    if (k < rows / 16) before += before_sums[k * kSlice + column];
-    whole += state_dots[k * kSlice + column];
+  for (int other = 0; other < kLeaves; ++other) {
+    if (other > leaf) behind = behind + load_two(behind_sums + other * kSlice + column);
+    if (other < leaf) before = before + load_two(before_sums + other * kSlice + column);
+    whole = whole + load_two(state_dots + other * kSlice + column);
   }
-  whole *= chunk_decay(decays, column);
-  float grad[16];
+  before = before + whole * chunk_decay(leaf_sums);
 #pragma unroll
-  for (int i = 15; i >= 0; --i) {
-    behind += pair_q[(rows + i) * kDecayStride + column];
-    grad[i] = behind + whole;
+  for (int i = kLeafTokens - 1; i >= 0; --i) {
+    behind = behind + grad_q[i];
+    grad_q[i] = behind;
   }
 #pragma unroll
-  for (int i = 0; i < 16; ++i) {
-    grad[i] += before;
-    before += pair_k[(rows + i) * kDecayStride + column];
-    float result = 0.0f;
-    if (rows + i < valid && column < width) {
-      const float given = given_gate(rows + i);  // a decay of 0 passes nothing on: there dg is exp(g) times something
-      if (exp2_approx(log2_gate(given, a.gates)) != 0.0f) result = grad[i] * gate_slope(given, a.gates);
-    }
-    grad_scores[(rows + i) * stride + column] = narrow<T>(result);
+  for (int i = 0; i < kLeafTokens; ++i) {
+    const float2 grad = grad_q[i] + before, given = gate[i].wide();
+    before = before + grad_k[i];
+    const GateAndSlope x = gate_and_slope<T>(given.x, a.gates), y = gate_and_slope<T>(given.y, a.gates);
+    // a decay of 0 passes nothing on: there dg is exp(g) times something
+    const float2 result = make_float2(x.log2 < kLog2OfNothing ? 0.0f : grad.x * x.slope, y.log2 < kLog2OfNothing ? 0.0f : grad.y * y.slope);
+    grad_q[i] = result;
   }
-  __syncthreads();
-  store(a.grad_gate, grad_scores);
+  store(a.grad_gate, grad_q);
 }
 
 // --- launchers ------------------------------------------------------------------------------------------------

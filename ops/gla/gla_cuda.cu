@@ -5,11 +5,11 @@
 // flops   per chunk and head 3 exponentials per gate; the scores by squares of 8, 16 and 32 tokens (28 x 64 x Dk products on tensor cores)
 //         and the triangles of 8 tokens left on the diagonal (8 x 36 x Dk products, running decays in f32)
 // floor   B 32, T 2048, H 4, Dk 128, bf16: 370 MB / 3.0 TB/s = 0.12 ms on an H100 SXM
-// split   one block of 8 warps per (row, chunk, head), 64 columns of Dk at a time; warp w has score rows 16 * (w % 4), half w / 4 of the
-//         columns summed over, and leaf w
+// split   one block of 8 warps per (row, chunk, head), 64 columns of Dk at a time; a warp has a leaf of 8 tokens, a lane two columns of it
+//         in registers. Products of a scale, 16 x 16 each, are spread over the warps
 // needs   Dk <= 256, padded to 64, 128 or 256
 // agrees  bf16 rounds each decayed operand once, and the scores
-// order   fixed: the two halves of the columns are added in order
+// order   fixed: columns of a lane, lanes by a tree, slices in order
 //
 // gla_walk_kernel<outputs>: o and h_T (forward), grad v and grad h0 (backward, from the last chunk)
 // moves   prepared q and k, scores, v in, o out: 2 Dk + 64 + 2 Dv elements per token and head; the parts of Dv read q, k and scores
@@ -18,13 +18,14 @@
 // floor   B 32, T 2048, H 4, Dk 128, Dv 256, bf16: 440 MB / 3.0 TB/s = 0.15 ms; with the preparation 0.27 ms
 // split   one block per (row, head, 64 columns of Dv, segment), one warp per 16 of the columns; the turned state [Dv, Dk] stays in f32
 //         registers and feeds its product from there. With too few rows and heads for the GPU the sequence is cut into segments: their end
-//         states from a zero state first, a scan over segments, then the outputs of all segments at once
+//         states from a zero state first, a scan over segments, then the outputs of all segments at once. On sm_90a, in bf16 and for
+//         Dk <= 128, gla_walk_warpgroups_cuda.cu takes the walks
 // needs   16-byte copies of v where base, strides and widths are multiples of 16 bytes, single elements otherwise
 // agrees  with the CPU reference to kGlaToleranceF32, kGlaToleranceBf16 (gla_kernels.h); bf16 rounds o, and the state in its product
 // order   fixed, no atomics. How many segments there are depends on the GPU's size
 // Exponentials are ex2.approx, reciprocals rcp.approx (cuda_math.cuh).
 #include "core/error.h"
-#include "ops/gla/gla_cuda.cuh"
+#include "ops/gla/gla_walk_cuda.cuh"
 
 namespace longhand {
 namespace {
@@ -45,177 +46,158 @@ struct PrepareArgs {
 template <class T>
 constexpr int kSliceTile = kChunk* tile_stride<T>(kSlice);  // elements of a tile of 64 tokens and 64 columns
 
+// Decayed queries and keys of one scale, twice; logarithms of the leaves' decays, twice. The scores take the place of the tiles at the end.
+constexpr int kScoreStride = kChunk + 4;
 template <class T>
-constexpr int kPrepareBytes = (2 * kDecayFloats + kLeafSumFloats) * 4 + 3 * kSliceTile<T>* static_cast<int>(sizeof(T));
+constexpr int kPrepareBytes = 4 * kSliceTile<T>* static_cast<int>(sizeof(T)) + 2 * kLeaves* kSlice * 4;
+static_assert(kPrepareBytes<Bf16> >= kChunk * kScoreStride * 4);
 
-/// Four neighbouring elements of shared memory in f32.
-template <class T>
-__device__ __forceinline__ void read_four(const T* from, float (&to)[4]) {
-  const Pack<T, 4> four = load_pack<4>(from);
+/// The sums over a warp of 32 values: lane l gets that of values[l].
+__device__ __forceinline__ float transposed_sums(float (&values)[32]) {
+  const int lane = threadIdx.x % 32;
 #pragma unroll
-  for (int e = 0; e < 4; ++e) to[e] = widen(four.at[e]);
-}
-
-/// The 64 x 64 part of a tile to global memory, each element times its weight and a factor; weights lie kDecayStride apart.
-template <class T>
-__device__ __forceinline__ void store_weighted(T* to, int64_t row_stride, const T* tile, const float* weight, float factor) {
-  constexpr int unit = 16 / static_cast<int>(sizeof(T)), units = kSlice / unit;
-  for (int i = static_cast<int>(threadIdx.x); i < kChunk * units; i += kSliceThreads) {
-    const int row = i / units, column = i % units * unit;
-    const Pack<T, unit> given = load_pack<unit>(tile + row * tile_stride<T>(kSlice) + column);
-    const Pack<float, unit> w = load_pack<unit>(weight + row * kDecayStride + column);
-    float product[unit];
+  for (int kept = 16; kept >= 1; kept /= 2) {
+    const bool upper = lane & kept;
 #pragma unroll
-    for (int e = 0; e < unit; ++e) product[e] = factor * widen(given.at[e]) * w.at[e];
-    store_pack(to + row * row_stride + column, round_to<T>(product));
+    for (int k = 0; k < 16; ++k)
+      if (k < kept) {
+        const float given = upper ? values[k] : values[k + kept], own = upper ? values[k + kept] : values[k];
+        values[k] = own + __shfl_xor_sync(0xffffffffu, given, kept);
+      }
   }
+  return values[0];
 }
 
 template <class T>
-__global__ void __launch_bounds__(kSliceThreads, sizeof(T) == 2 ? 3 : 2) gla_prepare_kernel(const PrepareArgs<T> a) {
-  constexpr int stride = tile_stride<T>(kSlice);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, quad = lane % 4, row_tile = warp % 4, half = warp / 4;
-  const int column = own_column(), rows = own_rows();
+__global__ void __launch_bounds__(kSliceThreads, 2) gla_prepare_kernel(const PrepareArgs<T> a) {
+  constexpr int stride = tile_stride<T>(kSlice), pairs = kLeafTokens * (kLeafTokens + 1) / 2;
+  const int leaf = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, quad = lane % 4, row = kLeafTokens * leaf;
   const int64_t unit = blockIdx.x, h = unit % a.H, chunk = unit / a.H % a.chunks, b = unit / a.H / a.chunks, t0 = chunk * kChunk;
   const int valid = static_cast<int>(a.tokens - t0 < kChunk ? a.tokens - t0 : kChunk);
 
-  float* floats = reinterpret_cast<float*>(shared_memory());
-  const SliceDecays decays{floats, floats + kDecayFloats, floats + 2 * kDecayFloats};
-  T* q_tile = reinterpret_cast<T*>(floats + 2 * kDecayFloats + kLeafSumFloats);
-  T* k_tile = q_tile + kSliceTile<T>;
-  T* gate_tile = k_tile + kSliceTile<T>;
+  T* const tiles = reinterpret_cast<T*>(shared_memory());  // [2] of q, then k
+  float* const all_leaf_sums = reinterpret_cast<float*>(tiles + 4 * kSliceTile<T>);
+  float* const sums = reinterpret_cast<float*>(shared_memory());  // at the end: the scores [64][kScoreStride]
 
-  float scores[8][4];  // rows 16 * row_tile + g and + 8, all 64 columns; only the squares of this row tile are filled
-  clear(scores);
-  float leaf_scores[kLeafTokens] = {};  // leaf `warp`: tokens i against token j = lane % 8, columns 4 * (lane / 8) of every 16
+  // Squares on the diagonal of scale 8 (warps 0 to 3), of scale 16 (warps 4 and 5) and of scale 32 (warps 4 to 7), 16 x 16 each.
+  float inner[2][4], outer[2][4];
+  clear(inner);
+  clear(outer);
+  float leaf_scores[pairs] = {};  // tokens j <= i of the leaf, at i (i + 1) / 2 + j; of this lane's columns
+  int turn = 0;
 
   for (int slice = 0; slice < a.D / kSlice; ++slice) {
     const int width = a.Dk - kSlice * slice < kSlice ? a.Dk - kSlice * slice : kSlice;
-    const auto load = [&](T* tile, const TokenRows<const T>& from) {
-      load_tile(tile, kChunk, kSlice, from.data + b * from.batch + t0 * from.token + h * a.Dk + kSlice * slice, from.token, valid, width,
-                from.vectors);
-    };
-    __syncthreads();  // the tiles of the slice before have been read
-    load(q_tile, a.q);
-    load(k_tile, a.k);
-    load(gate_tile, a.gate);
-    copies_arrived();
-    __syncthreads();
-    for (int i = 0; i < 16; ++i) {  // the decay of every token in from_begin, its logarithm in to_end
-      const int row = rows + i;
-      const float log2 = row < valid && column < width ? log2_gate(widen(gate_tile[row * stride + column]), a.gates) : 0.0f;
-      decays.from_begin[row * kDecayStride + column] = exp2_approx(log2);
-      decays.to_end[row * kDecayStride + column] = log2;
-    }
-    __syncthreads();
-
-    const int j = lane % kLeafTokens, leaf_row = kLeafTokens * warp;
-#pragma unroll
-    for (int c = 4 * (lane / kLeafTokens); c < kSlice; c += 16) {  // keys decay as the queries go by
-      float key[4];
-      read_four(k_tile + (leaf_row + j) * stride + c, key);
+    float* const leaf_sums = all_leaf_sums + slice % 2 * kLeaves * kSlice;
+    Two<T> q[kLeafTokens], k[kLeafTokens];
+    LeafDecays decays;
+    {
+      const auto load = [&](Two<T>(&to)[kLeafTokens], const TokenRows<const T>& from) {
+        load_leaf(to, from.data + b * from.batch + (t0 + row) * from.token + h * a.Dk + kSlice * slice + 2 * lane, from.token, valid - row,
+                  width - 2 * lane, from.vectors);
+      };
+      Two<T> gate[kLeafTokens];
+      load(gate, a.gate);
+      load(q, a.q);
+      load(k, a.k);
+      float2 alpha[kLeafTokens], sum = make_float2(0, 0);
 #pragma unroll
       for (int i = 0; i < kLeafTokens; ++i) {
-        float decay[4], query[4];
-        read_four(decays.from_begin + (leaf_row + i) * kDecayStride + c, decay);
-        read_four(q_tile + (leaf_row + i) * stride + c, query);
+        const float2 given = gate[i].wide();
+        const bool exists = row + i < valid;
+        const float2 log2 = make_float2(exists && 2 * lane < width ? log2_gate<T>(given.x, a.gates) : 0.0f,
+                                        exists && 2 * lane + 1 < width ? log2_gate<T>(given.y, a.gates) : 0.0f);
+        sum = sum + log2;
+        alpha[i] = exp2_of(log2);
+      }
+      *reinterpret_cast<float2*>(leaf_sums + leaf * kSlice + 2 * lane) = sum;
+      float2 key[kLeafTokens];  // keys decay as the queries go by
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          if (i > j) key[e] *= decay[e];
-          leaf_scores[i] += query[e] * key[e];
+      for (int i = 0; i < kLeafTokens; ++i) {
+        const float2 query = q[i].wide();
+        key[i] = k[i].wide();
+#pragma unroll
+        for (int j = 0; j <= i; ++j) {
+          if (j < i) key[j] = key[j] * alpha[i];
+          leaf_scores[i * (i + 1) / 2 + j] += query.x * key[j].x + query.y * key[j].y;
         }
       }
+      decays.start(alpha);
     }
-    __syncthreads();
 #pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      const int leaf = rows / kLeafTokens + k;
-      float log2_gates[kLeafTokens];
+    for (int square = kLeafTokens; square < kChunk; square *= 2, ++turn) {  // queries of odd blocks against keys of the block before
+      T *const q_tile = tiles + turn % 2 * 2 * kSliceTile<T>, *const k_tile = q_tile + kSliceTile<T>;
+      const bool odd = leaf / (square / kLeafTokens) % 2 == 1;
 #pragma unroll
-      for (int i = 0; i < kLeafTokens; ++i) log2_gates[i] = decays.to_end[(leaf * kLeafTokens + i) * kDecayStride + column];
-      leaf_decays(decays, leaf, column, log2_gates);
-    }
-    __syncthreads();
-
-#pragma unroll 1
-    for (int square = kLeafTokens; square < kChunk; square *= 2) {  // queries of odd blocks against keys of the block before
-      const int block = 16 * row_tile / square;
-      if (square == kLeafTokens || block % 2 == 1) {
-        const int begin = square == kLeafTokens ? row_tile : (block - 1) * square / 16,
-                  end = square == kLeafTokens ? row_tile + 1 : block * square / 16;
-#pragma unroll
-        for (int k16 = 0; k16 < 2; ++k16) {
-          const int first = 32 * half + 16 * k16;
-          Left<T> left = Left<T>::template load<Stored::as_is>(q_tile + 16 * row_tile * stride + first, stride);
-          left.scale_elements(decays.from_begin + 16 * row_tile * kDecayStride + first, kDecayStride);
-          if (square == kLeafTokens) left.keep_rows(1);  // its product with the second leaf's keys is overwritten below
-          multiply_weighted<Stored::transposed, 4>(scores, left, k_tile + first, stride, decays.to_end + first, kDecayStride, begin, end);
+      for (int i = 0; i < kLeafTokens; ++i) {
+        if (odd) {
+          const float2 decayed = q[i].wide() * decays.from_begin[i];
+          store_two(q_tile + (row + i) * stride + 2 * lane, decayed.x, decayed.y, true, true);
+        } else {
+          const float2 decayed = k[i].wide() * decays.to_end[i];
+          store_two(k_tile + (row + i) * stride + 2 * lane, decayed.x, decayed.y, true, true);
         }
       }
-      __syncthreads();
-      widen_decays(decays, square);
-      __syncthreads();
+      __syncthreads();  // and the tiles of the turn before may be written again
+      const auto add = [&](float(&scores)[2][4], int i16, int j16) {
+#pragma unroll
+        for (int first = 0; first < kSlice; first += 16)
+          multiply<Stored::transposed, 1>(scores, Left<T>::template load<Stored::as_is>(q_tile + 16 * i16 * stride + first, stride),
+                                          k_tile + 16 * j16 * stride + first, stride);
+      };
+      if (square == 8 && leaf < 4) add(inner, leaf, leaf);
+      if (square == 16 && (leaf == 4 || leaf == 5)) add(inner, 2 * leaf - 7, 2 * leaf - 8);
+      if (square == 32 && leaf >= 4) add(outer, leaf / 2, leaf % 2);
+      decays.widen(square, leaf, leaf_sums);
     }
-
-    const int64_t at = unit * kChunk * a.D + kSlice * slice;
-    store_weighted(a.decayed_q + at, a.D, q_tile, decays.from_begin, a.scale);
-    store_weighted(a.decayed_k + at, a.D, k_tile, decays.to_end, 1.0f);
-    if (threadIdx.x < kSlice) a.decay[unit * a.D + kSlice * slice + column] = chunk_decay(decays, column);
+#pragma unroll
+    for (int i = 0; i < kLeafTokens; ++i) {
+      decays.from_begin[i] = a.scale * (q[i].wide() * decays.from_begin[i]);
+      decays.to_end[i] = k[i].wide() * decays.to_end[i];
+    }
+    const int64_t at = (unit * kChunk + row) * a.D + kSlice * slice + 2 * lane;
+    store_leaf(a.decayed_q + at, a.D, decays.from_begin, kLeafTokens, 2, true);
+    store_leaf(a.decayed_k + at, a.D, decays.to_end, kLeafTokens, 2, true);
+    if (leaf == 0) *reinterpret_cast<float2*>(a.decay + unit * a.D + kSlice * slice + 2 * lane) = chunk_decay(leaf_sums);
   }
 
-  // Scores: the first half of the columns, plus the second, then the leaves in their places.
-  float* sums = floats;  // [64][kDecayStride]
+  // The scores, below the diagonal: squares, then leaves.
   __syncthreads();
-  for (int turn = 1; turn >= 0; --turn) {
-    if (half == turn)
+  const auto place = [&](int i, int j) { return sums + i * kScoreStride + j; };
+  const auto put_square = [&](const float(&scores)[2][4], int i16, int j16) {
 #pragma unroll
-      for (int n8 = 0; n8 < 8; ++n8)
+    for (int n8 = 0; n8 < 2; ++n8)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          float* place = sums + (16 * row_tile + g + e / 2 * 8) * kDecayStride + 8 * n8 + 2 * quad + e % 2;
-          *place = turn == 1 ? scores[n8][e] : *place + scores[n8][e];
-        }
-    __syncthreads();
-  }
+      for (int half = 0; half < 2; ++half)
+        store_two(place(16 * i16 + g + 8 * half, 16 * j16 + 8 * n8 + 2 * quad), scores[n8][2 * half], scores[n8][2 * half + 1], true, true);
+  };
+  if (leaf < 4) store_two(place(16 * leaf + 8 + g, 16 * leaf + 2 * quad), inner[0][2], inner[0][3], true, true);
+  if (leaf == 4 || leaf == 5) put_square(inner, 2 * leaf - 7, 2 * leaf - 8);
+  if (leaf >= 4) put_square(outer, leaf / 2, leaf % 2);
+  float most[32];
 #pragma unroll
-  for (int i = 0; i < kLeafTokens; ++i) {
-    float sum = leaf_scores[i];
-    sum += __shfl_xor_sync(0xffffffffu, sum, 8);
-    sum += __shfl_xor_sync(0xffffffffu, sum, 16);
-    const int j = lane % kLeafTokens;
-    if (lane < kLeafTokens) sums[(kLeafTokens * warp + i) * kDecayStride + kLeafTokens * warp + j] = i >= j ? sum : 0.0f;
+  for (int k = 0; k < 32; ++k) most[k] = leaf_scores[k];
+  const float score = transposed_sums(most);
+  int i = 0;
+  while ((i + 1) * (i + 2) / 2 <= lane) ++i;
+  *place(row + i, row + lane - i * (i + 1) / 2) = score;
+#pragma unroll
+  for (int k = 32; k < pairs; ++k) {
+    const float sum = warp_sum(leaf_scores[k]);
+    if (lane == 0) *place(row + kLeafTokens - 1, row + k - kLeafTokens * (kLeafTokens - 1) / 2) = sum;
   }
   __syncthreads();
   constexpr int pack = 16 / static_cast<int>(sizeof(T)), packs = kChunk / pack;
-  for (int i = static_cast<int>(threadIdx.x); i < kChunk * packs; i += kSliceThreads) {
-    const int row = i / packs, first = i % packs * pack;
-    const Pack<float, pack> sum = load_pack<pack>(sums + row * kDecayStride + first);
+  for (int u = static_cast<int>(threadIdx.x); u < kChunk * packs; u += kSliceThreads) {
+    const int i_out = u / packs, first = u % packs * pack;
     float scaled[pack];
 #pragma unroll
-    for (int e = 0; e < pack; ++e) scaled[e] = a.scale * sum.at[e];
-    store_pack(a.scores + (unit * kChunk + row) * kChunk + first, round_to<T>(scaled));
+    for (int e = 0; e < pack; ++e) scaled[e] = first + e <= i_out ? a.scale * *place(i_out, first + e) : 0.0f;
+    store_pack(a.scores + (unit * kChunk + i_out) * kChunk + first, round_to<T>(scaled));
   }
 }
 
 // --- walk -----------------------------------------------------------------------------------------------------
-
-constexpr int kPart = 64;  // columns of Dv in a block
-
-template <class T>
-struct WalkArgs {
-  TokenRows<const T> rows;  // v, or backwards grad_o [.., H, Dv]
-  const T *side, *readout;  // [B, chunks, H, 64, D]: state' += rows' side;  y' = state' readout' + rows' scores
-  const T* scores;          // [B, chunks, H, 64, 64]
-  const float* decay;       // [B, chunks, H, D]
-  TokenRows<T> y;           // o, or backwards grad_v
-  const float* start;       // [B, H, segments, Dk, Dv] or null: zeros
-  float* end;               // [B, H, Dk, Dv], or with end_per_segment [B, H, segments, Dk, Dv], or null
-  float* segment_decay;     // [B, H, segments, Dk] with end_per_segment
-  T* borders;               // [B, chunks, H, Dv, D] or null: the turned state before each chunk of the walk
-  int64_t B, tokens, H, chunks, segments, chunks_per_segment;
-  bool end_per_segment;
-  int Dk, Dv, parts, stages;
-};
 
 template <class T, int D>
 struct WalkLayout {  // shared memory in bytes: the decay of a segment, border rows of every warp, then the stages with the tiles of one
@@ -223,8 +205,8 @@ struct WalkLayout {  // shared memory in bytes: the decay of a segment, border r
   static constexpr int size = static_cast<int>(sizeof(T));
   static constexpr int side_bytes = kChunk * tile_stride<T>(D) * size, scores_bytes = kChunk * tile_stride<T>(kChunk) * size;
   static constexpr bool stages_borders = D * size <= 512;  // wider rows leave no room for it, and are whole lines anyway
-  static constexpr int rows_bytes = kChunk * tile_stride<T>(kPart) * size,
-                       border_bytes = stages_borders ? kPart * tile_stride<T>(D) * size : 0;
+  static constexpr int rows_bytes = kChunk * tile_stride<T>(kGlaPart) * size,
+                       border_bytes = stages_borders ? kGlaPart * tile_stride<T>(D) * size : 0;
   static constexpr int stage_bytes(bool outputs) { return D * 4 + rows_bytes + side_bytes + (outputs ? side_bytes + scores_bytes : 0); }
   static constexpr int total_bytes(bool outputs, bool borders, int stages) {
     return D * 4 + (borders ? border_bytes : 0) + stages * stage_bytes(outputs);
@@ -232,13 +214,13 @@ struct WalkLayout {  // shared memory in bytes: the decay of a segment, border r
 };
 
 template <class T, int D, bool outputs, bool backwards>
-__global__ void __launch_bounds__(2 * kPart, sizeof(T) == 2 && D == 128 && outputs && backwards ? 3 : 0)
-    gla_walk_kernel(const WalkArgs<T> a) {
+__global__ void __launch_bounds__(2 * kGlaPart, sizeof(T) == 2 && D == 128 ? (backwards ? 3 : 4) : 0)
+    gla_walk_kernel(const GlaWalkArgs<T> a) {
   using Layout = WalkLayout<T, D>;
   constexpr int side_stride = tile_stride<T>(D), scores_stride = tile_stride<T>(kChunk);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, quad = lane % 4;
-  const int part = static_cast<int>(blockIdx.x % a.parts), first_column = kPart * part,
-            columns = a.Dv - first_column < kPart ? a.Dv - first_column : kPart;
+  const int part = static_cast<int>(blockIdx.x % a.parts), first_column = kGlaPart * part,
+            columns = a.Dv - first_column < kGlaPart ? a.Dv - first_column : kGlaPart;
   const int64_t segment = blockIdx.x / a.parts % a.segments, row_head = blockIdx.x / a.parts / a.segments, h = row_head % a.H,
                 b = row_head / a.H;
   const int64_t k_begin = segment * a.chunks_per_segment, k_limit = k_begin + a.chunks_per_segment,
@@ -248,7 +230,7 @@ __global__ void __launch_bounds__(2 * kPart, sizeof(T) == 2 && D == 128 && outpu
   float* product = reinterpret_cast<float*>(shared_memory());  // [D] decay over the segment so far
   T* border = reinterpret_cast<T*>(product + D) + 16 * warp * side_stride;
   unsigned char* stages = shared_memory() + D * 4 + (a.borders != nullptr ? Layout::border_bytes : 0);
-  constexpr int rows_stride = tile_stride<T>(kPart), stage_bytes = Layout::stage_bytes(outputs), threads = 2 * kPart;
+  constexpr int rows_stride = tile_stride<T>(kGlaPart), stage_bytes = Layout::stage_bytes(outputs), threads = 2 * kGlaPart;
   const int thread = static_cast<int>(threadIdx.x);
   const auto chunk_at = [&](int64_t k) { return backwards ? a.chunks - 1 - k : k; };
   const auto tokens_in = [&](int64_t chunk) {
@@ -260,8 +242,8 @@ __global__ void __launch_bounds__(2 * kPart, sizeof(T) == 2 && D == 128 && outpu
     float* decay = reinterpret_cast<float*>(stages + k % a.stages * stage_bytes);
     for (int i = thread; i < D / 4; i += threads) copy_16_async(decay + 4 * i, a.decay + unit * D + 4 * i);
     T* rows = reinterpret_cast<T*>(decay + D);
-    load_tile<kPart>(rows, kChunk, a.rows.data + b * a.rows.batch + chunk * kChunk * a.rows.token + h * a.Dv + first_column, a.rows.token,
-                     tokens_in(chunk), columns, a.rows.vectors, thread, threads);
+    load_tile<kGlaPart>(rows, kChunk, a.rows.data + b * a.rows.batch + chunk * kChunk * a.rows.token + h * a.Dv + first_column,
+                        a.rows.token, tokens_in(chunk), columns, a.rows.vectors, thread, threads);
     T* side = rows + kChunk * rows_stride;
     load_tile<D>(side, kChunk, a.side + unit * kChunk * D, D, kChunk, D, true, thread, threads);
     if constexpr (outputs) {
@@ -381,7 +363,8 @@ struct SegmentScanArgs {
   int64_t segments, Dk, Dv;
 };
 
-// One thread per entry of the state, one block row per (row, head); loads of four segments are on their way at a time.
+// One thread per entry of the state, one block row per (row, head).
+constexpr int kSegmentsAhead = 8;
 __global__ void gla_segment_scan_kernel(const SegmentScanArgs a) {
   const int64_t entry = static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x, row_head = blockIdx.x, size = a.Dk * a.Dv;
   if (entry >= size) return;
@@ -389,31 +372,42 @@ __global__ void gla_segment_scan_kernel(const SegmentScanArgs a) {
   const float* decay = a.decay + row_head * a.segments * a.Dk + entry / a.Dv;
   float* place = a.states + row_head * a.segments * size + entry;
   const int64_t last = a.segments - 1;
-#pragma unroll 4
-  for (int64_t segment = 0; segment < last; ++segment, place += size, decay += a.Dk) {
-    const float own = *place;
-    *place = current;
-    current = *decay * current + own;
+  for (int64_t begin = 0; begin < last; begin += kSegmentsAhead) {
+    float own[kSegmentsAhead], factor[kSegmentsAhead];  // all on their way before the first is needed
+#pragma unroll
+    for (int s = 0; s < kSegmentsAhead; ++s)
+      if (begin + s < last) {
+        own[s] = place[(begin + s) * size];
+        factor[s] = decay[(begin + s) * a.Dk];
+      }
+#pragma unroll
+    for (int s = 0; s < kSegmentsAhead; ++s) {
+      if (begin + s >= last) break;
+      place[(begin + s) * size] = current;
+      current = factor[s] * current + own[s];
+    }
   }
-  *place = current;  // the last segment's end is nobody's beginning
+  place[last * size] = current;  // the last segment's end is nobody's beginning
 }
 
 // --- launchers ------------------------------------------------------------------------------------------------
 
 template <class T, int D, bool outputs, bool backwards>
-void launch_walk(WalkArgs<T> args, const CudaContext& context) {
+void launch_walk(GlaWalkArgs<T> args, const CudaContext& context) {
   using Layout = WalkLayout<T, D>;
+  if constexpr (sizeof(T) == 2 && D <= 128)
+    if (gla_walk_has_warpgroups(args, outputs, context)) return launch_gla_walk_warpgroups(args, outputs, backwards, context);
   const int64_t blocks = args.B * args.H * args.segments * args.parts;
   // Two stages hide the loads of a block that is alone on its SM; where there are blocks enough, more of them per SM hide them better.
   const bool two =
       blocks <= 2 * context.sm_count && Layout::total_bytes(outputs, args.borders != nullptr, 2) <= context.shared_memory_per_block;
   args.stages = two ? 2 : 1;
-  launch(&gla_walk_kernel<T, D, outputs, backwards>, "gla_walk_kernel", dim3(static_cast<unsigned>(blocks)), dim3(2 * kPart),
+  launch(&gla_walk_kernel<T, D, outputs, backwards>, "gla_walk_kernel", dim3(static_cast<unsigned>(blocks)), dim3(2 * kGlaPart),
          static_cast<size_t>(Layout::total_bytes(outputs, args.borders != nullptr, args.stages)), context, args);
 }
 
 template <class T, bool outputs, bool backwards>
-void launch_walk(const WalkArgs<T>& args, const CudaContext& context) {
+void launch_walk(const GlaWalkArgs<T>& args, const CudaContext& context) {
   switch (padded_key_dim(args.Dk)) {
     case 64:
       return launch_walk<T, 64, outputs, backwards>(args, context);
@@ -426,13 +420,17 @@ void launch_walk(const WalkArgs<T>& args, const CudaContext& context) {
 
 /// Runs a walk, in segments when rows, heads and parts alone leave much of the GPU idle.
 template <class T, bool outputs, bool backwards>
-void run_walk(WalkArgs<T> args, const Tensor& start, const Device& device) {
+void run_walk(GlaWalkArgs<T> args, const Tensor& start, const Device& device) {
   const CudaContext& context = device.cuda_context();
   const int64_t heads = args.B * args.H, blocks = heads * args.parts;
   if (blocks == 0) return;
-  const int64_t wanted = 4 * blocks >= 3 * context.sm_count ? 1 : (2 * context.sm_count + blocks - 1) / blocks;
-  const int64_t possible = args.chunks / 8;  // shorter segments cost more than they bring
-  args.segments = wanted < possible ? wanted : possible;
+  // As many segments as make a full wave of blocks, where there is room for three or more: two passes over them take less time than one
+  // pass of blocks that have an SM to themselves. Shorter segments than 4 chunks cost more than they bring.
+  int64_t at_once = 2;  // blocks of an SM
+  if constexpr (sizeof(T) == 2)
+    if (gla_walk_has_warpgroups(args, outputs, context)) at_once = kGlaWalkBlocksAtOnce;
+  const int64_t wanted = at_once * context.sm_count / blocks, possible = args.chunks / 4;
+  args.segments = wanted < 3 ? 1 : wanted < possible ? wanted : possible;
   if (args.segments < 1) args.segments = 1;
   args.chunks_per_segment = (args.chunks + args.segments - 1) / args.segments;
   if (args.chunks_per_segment > 0) args.segments = (args.chunks + args.chunks_per_segment - 1) / args.chunks_per_segment;
@@ -446,7 +444,7 @@ void run_walk(WalkArgs<T> args, const Tensor& start, const Device& device) {
     const Shape states_shape{args.B, args.H, args.segments, Dk, Dv}, decays_shape{args.B, args.H, args.segments, Dk};
     starts = Tensor::empty(device, Dtype::f32, states_shape);
     decays = Tensor::empty(device, Dtype::f32, decays_shape);
-    WalkArgs<T> ends = args;
+    GlaWalkArgs<T> ends = args;
     ends.start = nullptr;
     ends.borders = nullptr;
     ends.end = starts.data<float>();
@@ -462,9 +460,9 @@ void run_walk(WalkArgs<T> args, const Tensor& start, const Device& device) {
 }
 
 template <class T>
-WalkArgs<T> walk_args(const GlaInputs& in, const GlaPrepared& prepared) {
+GlaWalkArgs<T> walk_args(const GlaInputs& in, const GlaPrepared& prepared) {
   const GlaSizes s = in.sizes();
-  WalkArgs<T> args{};
+  GlaWalkArgs<T> args{};
   args.scores = address_of<const T>(prepared.scores);
   args.decay = address_of<const float>(prepared.decay);
   args.B = s.B;
@@ -473,7 +471,7 @@ WalkArgs<T> walk_args(const GlaInputs& in, const GlaPrepared& prepared) {
   args.chunks = chunk_count(s.T);
   args.Dk = static_cast<int>(s.Dk);
   args.Dv = static_cast<int>(s.Dv);
-  args.parts = static_cast<int>((s.Dv + kPart - 1) / kPart);
+  args.parts = static_cast<int>((s.Dv + kGlaPart - 1) / kGlaPart);
   return args;
 }
 
@@ -483,7 +481,7 @@ GlaResult forward(const GlaInputs& in, const GlaRule& rule) {
   const Shape o_shape{s.B, s.T, s.H, s.Dv}, state_shape{s.B, s.H, s.Dk, s.Dv};
   const GlaResult out{Tensor::empty(in.q.device(), in.q.dtype(), o_shape), Tensor::empty(in.q.device(), Dtype::f32, state_shape)};
   const GlaPrepared prepared = gla_prepare_cuda(in, rule);
-  WalkArgs<T> args = walk_args<T>(in, prepared);
+  GlaWalkArgs<T> args = walk_args<T>(in, prepared);
   args.rows = token_rows<const T>(in.v, s.Dv);
   args.side = address_of<const T>(prepared.k);
   args.readout = address_of<const T>(prepared.q);
@@ -502,7 +500,7 @@ Tensor empty_borders(const GlaInputs& in) {
 template <class T>
 Tensor chunk_states(const GlaInputs& in, const GlaPrepared& prepared) {
   const Tensor borders = empty_borders(in);
-  WalkArgs<T> args = walk_args<T>(in, prepared);
+  GlaWalkArgs<T> args = walk_args<T>(in, prepared);
   args.rows = token_rows<const T>(in.v, in.sizes().Dv);
   args.side = address_of<const T>(prepared.k);
   args.borders = address_of<T>(borders);
@@ -514,7 +512,7 @@ template <class T>
 Tensor chunk_state_gradients(const GlaInputs& in, const GlaPrepared& prepared, const Tensor& grad_o, const Tensor& grad_h_T,
                              const Tensor& grad_v, const Tensor& grad_h0) {
   const Tensor borders = empty_borders(in);
-  WalkArgs<T> args = walk_args<T>(in, prepared);
+  GlaWalkArgs<T> args = walk_args<T>(in, prepared);
   args.rows = token_rows<const T>(grad_o, in.sizes().Dv);
   args.side = address_of<const T>(prepared.q);
   args.readout = address_of<const T>(prepared.k);

@@ -61,80 +61,130 @@ __device__ __forceinline__ float log1p_of_fraction(float x) {
 __device__ __forceinline__ float unclamped_gate(float y, const GateArgs& a) {
   return (fminf(y, 0.0f) - log1p_of_fraction(exp2_approx(-kLog2e * fabsf(y)))) * a.inverse_normalizer;
 }
-/// log2 of a token's decay.
-__device__ __forceinline__ float log2_gate(float given, const GateArgs& a) {
-  if (!a.logit) return given * kLog2e;
+/// log2 of a token's decay, and d gate / d given (gate in natural logarithms): 0 where gate_min holds.
+struct GateAndSlope {
+  float log2, slope;
+};
+template <class T>
+__device__ __forceinline__ GateAndSlope gate_and_slope(float given, const GateArgs& a) {
+  if (!a.logit) return {given * kLog2e, 1.0f};
+  const float e = exp2_approx(-kLog2e * fabsf(given)), r = reciprocal_approx(1.0f + e);
+  const float slope = (given > 0.0f ? e * r : r) * a.inverse_normalizer;  // of logsigmoid: sigmoid(-given)
+  if constexpr (sizeof(T) == 2) {  // lg2.approx of 1 + e: 2^-22 absolute, far below what bf16 leaves of the logits
+    const float log2 = (fminf(kLog2e * given, 0.0f) - log2_approx(1.0f + e)) * a.inverse_normalizer, least = a.gate_min * kLog2e;
+    return log2 < least ? GateAndSlope{least, 0.0f} : GateAndSlope{log2, slope};
+  }
   const float gate = unclamped_gate(given, a);
-  return (gate < a.gate_min ? a.gate_min : gate) * kLog2e;
+  return gate < a.gate_min ? GateAndSlope{a.gate_min * kLog2e, 0.0f} : GateAndSlope{gate * kLog2e, slope};
 }
-/// d gate / d given, gate in natural logarithms.
-__device__ __forceinline__ float gate_slope(float given, const GateArgs& a) {
-  if (!a.logit) return 1.0f;
-  return unclamped_gate(given, a) < a.gate_min ? 0.0f : sigmoid(-given) * a.inverse_normalizer;
+template <class T>
+__device__ __forceinline__ float log2_gate(float given, const GateArgs& a) {
+  return gate_and_slope<T>(given, a).log2;
 }
 
-// The decays of a chunk are held for a slice of 64 columns of Dk at a time, by blocks of w = 8, 16, 32, then 64 tokens: from_begin[i] from
-// the beginning of the block of i through i, to_end[j] from behind j to the end of its block. See gla_cpu.cpp for how they cover all pairs.
-// All are exponentials (ex2.approx) of sums of gates of one sign.
+// A block works on a chunk, 64 columns of Dk (a slice) at a time. Each of its eight warps has eight tokens (a leaf), each lane two
+// neighbouring columns of them: all that goes token by token or column by column stays in registers, and only what products need is laid
+// out in shared memory. The decays are held by blocks of w = 8, 16, 32, then 64 tokens: from_begin[i] from the beginning of the block of i
+// through i, to_end[j] from behind j to the end of its block. See gla_cpu.cpp for how they cover all pairs. Inside a leaf they are products
+// of the tokens' decays, beyond it exponentials (ex2.approx) of sums of gates of one sign: never above 1.
 constexpr int kSlice = 64, kSliceThreads = 256;
 constexpr int kLeafTokens = 8, kLeaves = kChunk / kLeafTokens;
-constexpr int kDecayStride = kSlice + 8;  // floats: accumulator fragments, read two columns at a time, meet all banks once
 
-/// In shared memory.
-struct SliceDecays {
-  float *from_begin, *to_end;  // [64][kDecayStride]
-  float* leaf_sums;            // [8][64] log2 of a leaf's decay
+/// Two neighbouring elements as they lie in memory.
+template <class T>
+struct Two;
+template <>
+struct Two<Bf16> {
+  uint32_t bits;
+  __device__ __forceinline__ float2 wide() const { return unpack(bits); }
 };
-constexpr int kDecayFloats = kChunk * kDecayStride, kLeafSumFloats = kLeaves * kSlice;
+template <>
+struct Two<float> {
+  float2 bits;
+  __device__ __forceinline__ float2 wide() const { return bits; }
+};
 
-/// A thread of a block of 256 looks after one column and 16 rows (two leaves) wherever work goes by columns.
-__device__ __forceinline__ int own_column() {
-  return static_cast<int>(threadIdx.x) % kSlice;
-}
-__device__ __forceinline__ int own_rows() {
-  return static_cast<int>(threadIdx.x) / kSlice * 16;
-}
-
-/// The decays inside one leaf of one column, from the log2 of its gates.
-__device__ __forceinline__ void leaf_decays(const SliceDecays& d, int leaf, int column, const float (&log2_gates)[kLeafTokens]) {
-  const int first = leaf * kLeafTokens * kDecayStride + column;
-  float sum = 0;
+/// A leaf of a lane's two columns from global memory; zeros where rows or columns do not exist. aligned: where both columns exist they lie
+/// as Two in memory.
+template <class T>
+__device__ __forceinline__ void load_leaf(Two<T> (&to)[kLeafTokens], const T* from, int64_t row_stride, int rows, int columns,
+                                          bool aligned) {
+  if (aligned && rows >= kLeafTokens && columns >= 2) {
+#pragma unroll
+    for (int i = 0; i < kLeafTokens; ++i, from += row_stride) to[i] = *reinterpret_cast<const Two<T>*>(from);
+    return;
+  }
 #pragma unroll
   for (int i = 0; i < kLeafTokens; ++i) {
-    sum += log2_gates[i];
-    d.from_begin[first + i * kDecayStride] = exp2_approx(sum);
-  }
-  d.leaf_sums[leaf * kSlice + column] = sum;
-  sum = 0;
-#pragma unroll
-  for (int i = kLeafTokens - 1; i >= 0; --i) {
-    d.to_end[first + i * kDecayStride] = exp2_approx(sum);
-    sum += log2_gates[i];
+    T two[2] = {narrow<T>(0.0f), narrow<T>(0.0f)};
+    if (i < rows && columns > 0) two[0] = from[i * row_stride];
+    if (i < rows && columns > 1) two[1] = from[i * row_stride + 1];
+    to[i] = *reinterpret_cast<const Two<T>*>(two);
   }
 }
 
-/// From blocks of `width` tokens to blocks of twice that; barriers before and after are the caller's.
-__device__ __forceinline__ void widen_decays(const SliceDecays& d, int width) {
-  const int column = own_column();
+/// The other way round.
+template <class T>
+__device__ __forceinline__ void store_leaf(T* to, int64_t row_stride, const float2 (&values)[kLeafTokens], int rows, int columns,
+                                           bool aligned) {
+  if (aligned && rows >= kLeafTokens && columns >= 2) {
 #pragma unroll
-  for (int k = 0; k < 2; ++k) {
-    const int row = own_rows() + k * kLeafTokens, block = row / width, neighbour = block ^ 1;
-    float sum = 0;
-    for (int leaf = neighbour * width / kLeafTokens; leaf < (neighbour + 1) * width / kLeafTokens; ++leaf)
-      sum += d.leaf_sums[leaf * kSlice + column];
-    const float factor = exp2_approx(sum);
-    float* decays = (block % 2 == 1 ? d.from_begin : d.to_end) + row * kDecayStride + column;
-#pragma unroll
-    for (int i = 0; i < kLeafTokens; ++i) decays[i * kDecayStride] *= factor;
+    for (int i = 0; i < kLeafTokens; ++i, to += row_stride) store_two(to, values[i].x, values[i].y, true, true);
+    return;
   }
+#pragma unroll
+  for (int i = 0; i < kLeafTokens; ++i)
+    if (i < rows && columns > 0) store_two(to + i * row_stride, values[i].x, values[i].y, columns > 1, false);
 }
 
-/// The decay of a column over the whole chunk.
-__device__ __forceinline__ float chunk_decay(const SliceDecays& d, int column) {
-  float sum = 0;
+__device__ __forceinline__ float2 operator*(float2 a, float2 b) {
+  return make_float2(a.x * b.x, a.y * b.y);
+}
+__device__ __forceinline__ float2 operator*(float a, float2 b) {
+  return make_float2(a * b.x, a * b.y);
+}
+__device__ __forceinline__ float2 operator+(float2 a, float2 b) {
+  return make_float2(a.x + b.x, a.y + b.y);
+}
+__device__ __forceinline__ float2 exp2_of(float2 v) {
+  return make_float2(exp2_approx(v.x), exp2_approx(v.y));
+}
+
+/// The decays of a lane's two columns in its leaf.
+struct LeafDecays {
+  float2 from_begin[kLeafTokens], to_end[kLeafTokens];
+
+  __device__ __forceinline__ void start(const float2 (&alpha)[kLeafTokens]) {  // from the decay of each token
+    from_begin[0] = alpha[0];
+    to_end[kLeafTokens - 1] = make_float2(1.0f, 1.0f);
 #pragma unroll
-  for (int leaf = 0; leaf < kLeaves; ++leaf) sum += d.leaf_sums[leaf * kSlice + column];
-  return exp2_approx(sum);
+    for (int i = 1; i < kLeafTokens; ++i) {
+      from_begin[i] = from_begin[i - 1] * alpha[i];
+      to_end[kLeafTokens - 1 - i] = to_end[kLeafTokens - i] * alpha[kLeafTokens - i];
+    }
+  }
+  /// From blocks of `width` tokens to blocks of twice that. leaf_sums [8][64]: log2 of each leaf's decay.
+  __device__ __forceinline__ void widen(int width, int leaf, const float* leaf_sums) {
+    const int leaves = width / kLeafTokens, block = leaf / leaves, lane = threadIdx.x % 32;
+    float2 sum = make_float2(0, 0);
+    for (int other = (block ^ 1) * leaves; other < ((block ^ 1) + 1) * leaves; ++other)
+      sum = sum + *reinterpret_cast<const float2*>(leaf_sums + other * kSlice + 2 * lane);
+    const float2 factor = exp2_of(sum);
+    if (block % 2 == 1)
+#pragma unroll
+      for (int i = 0; i < kLeafTokens; ++i) from_begin[i] = factor * from_begin[i];
+    else
+#pragma unroll
+      for (int i = 0; i < kLeafTokens; ++i) to_end[i] = factor * to_end[i];
+  }
+};
+
+/// The decay of a lane's two columns over the whole chunk.
+__device__ __forceinline__ float2 chunk_decay(const float* leaf_sums) {
+  float2 sum = make_float2(0, 0);
+#pragma unroll
+  for (int leaf = 0; leaf < kLeaves; ++leaf) sum = sum + *reinterpret_cast<const float2*>(leaf_sums + leaf * kSlice + 2 * threadIdx.x % 64);
+  return exp2_of(sum);
 }
 
 }  // namespace longhand

@@ -555,6 +555,18 @@ TEST("gla on CUDA agrees with the CPU at awkward lengths and widths, values and 
     expect_parity(s, random_inputs(s, 300 + static_cast<uint64_t>(s.T), Dtype::f32));
 }
 
+TEST("gla on CUDA agrees with the CPU at random lengths and widths") {
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  const SwitchScope scope = poison();
+  std::mt19937_64 random(305);
+  const auto draw = [&](int64_t from, int64_t to) { return from + static_cast<int64_t>(random() % static_cast<uint64_t>(to - from + 1)); };
+  for (uint64_t round = 0; round < 20; ++round) {
+    const int64_t unit = round % 2 == 0 ? 8 : 1;  // every other round with widths that move by 16 bytes
+    const Sizes s{draw(1, 3), draw(1, 300), draw(1, 5), unit * draw(1, (round % 4 < 2 ? 128 : 256) / unit), unit * draw(1, 300 / unit)};
+    expect_parity(s, random_inputs(s, 370 + round, Dtype::f32, round % 5 != 0));
+  }
+}
+
 TEST("gla on CUDA: without h0, log gates, a clamp, a scale") {
   if (cuda_device_count() == 0) SKIP("no CUDA device");
   const SwitchScope scope = poison();
@@ -605,11 +617,43 @@ TEST("gla on CUDA: a gate of minus infinity has no gradient and lets nothing thr
 
 TEST("gla on CUDA gives the same bits twice, and refuses keys that do not fit") {
   if (cuda_device_count() == 0) SKIP("no CUDA device");
-  const Sizes s{2, 300, 4, 128, 256};
-  const GlaInputs in = random_inputs(s, 340, Dtype::f32);
-  CHECK(run_on(Device::cuda(), Dtype::bf16, s, in, {}) == run_on(Device::cuda(), Dtype::bf16, s, in, {}));
+  for (const Sizes& s : {Sizes{2, 300, 4, 128, 256}, Sizes{1, 3000, 2, 64, 64}, Sizes{1, 200, 2, 256, 100}}) {
+    const GlaInputs in = random_inputs(s, 340, Dtype::f32);
+    for (Dtype dtype : {Dtype::f32, Dtype::bf16})
+      CHECK(run_on(Device::cuda(), dtype, s, in, {}) == run_on(Device::cuda(), dtype, s, in, {}));
+  }
   const Sizes large{1, 3, 1, 264, 16};
   CHECK_THROWS_AS(run_on(Device::cuda(), Dtype::bf16, large, random_inputs(large, 341, Dtype::f32), {}), ValueError);
+}
+
+TEST("gla on CUDA of more than 2^31 elements") {
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  const Sizes s{8200, 256, 4, 128, 256};  // v has 2.15e9 elements
+  const Device cuda = Device::cuda();
+  if (!test::has_room(cuda, int64_t{60} << 30)) SKIP("less than 60 GiB of free GPU memory");
+  // All rows but the last are zeros; the last is that of a small problem.
+  const GlaInputs small = random_inputs({1, s.T, s.H, s.Dk, s.Dv}, 360, Dtype::f32, false);
+  const Tensor grad_o = random_tensor(Device::cpu(), Dtype::f32, small.v.shape(), 361);
+  const auto last_row = [&](const Tensor& t) {
+    Shape shape = t.shape();
+    shape[0] = s.B;
+    const Tensor large = Tensor::zeros(cuda, Dtype::bf16, shape);
+    copy(large.slice(0, s.B - 1, s.B), t.to(Dtype::bf16).to(cuda));
+    return large;
+  };
+  const auto alone = [](const Tensor& t) { return t.to(Dtype::bf16).to(Dtype::f64); };
+  const auto run = [&](const auto& place) {
+    std::vector<Variable> leaves;
+    for (const Tensor& t : {small.q, small.k, small.v, small.gate}) leaves.push_back(Variable::leaf(place(t)));
+    const GlaOutput out = gla(leaves[0], leaves[1], leaves[2], leaves[3], Variable(), {});
+    backward({out.o}, {place(grad_o)});
+    std::vector<std::vector<double>> results;
+    for (const Tensor& t : {out.o.value(), leaves[0].grad(), leaves[1].grad(), leaves[2].grad(), leaves[3].grad()})
+      results.push_back(numbers(t.slice(0, t.dim(0) - 1, t.dim(0))));
+    return results;
+  };
+  const auto exact = run(alone), actual = run(last_row);
+  for (std::size_t i = 0; i < exact.size(); ++i) expect_close(actual[i], exact[i], kGlaToleranceBf16, 1e-30, "result " + std::to_string(i));
 }
 
 TEST("gla on CUDA of no tokens and of no rows") {

@@ -9,7 +9,7 @@
 // split   one block per (row, chunk, part of a group's heads). Its teams of 8 warps take one head after the other; B_t, C_t and C B' stay,
 //         d(C B') and what dB and dC get from the states are summed over the heads in registers, over the teams at the end. Warp w of a
 //         team works on rows 16 * (w % 4) and the half w / 4 of the columns. With two teams the next head's tiles arrive while this
-//         head's are in use
+//         head's are in use. On sm_90a, in bf16 and for P <= 64 and N <= 128, ssd_bwd_warpgroups_cuda.cu takes the chunks
 // needs   P <= 128, N <= 256 (f32: 128), padded as in the walks; one block of up to 227 KB of shared memory
 // agrees  with the CPU reference to kSsdToleranceF32, kSsdToleranceBf16 (ssd.h); bf16 rounds the states, the sum of d(C B'), C B' E, rho dt
 // X order   fixed, no atomics: heads of a team in order, teams in order, parts of a group summed in order, sums over rows and chunks by a
@@ -22,29 +22,12 @@
 
 #include "core/error.h"
 #include "ops/common/tile_product.cuh"
-#include "ops/ssd/ssd_cuda.cuh"
+#include "ops/ssd/ssd_bwd_cuda.cuh"
 
 namespace longhand {
 namespace {
 
 constexpr int kTeamThreads = 256;
-constexpr unsigned kAllLanes = 0xffffffffu;
-
-template <class T>
-struct ChunkBwdArgs {
-  TokenRows<const T> x, grad_y, B_t, C_t, dt_raw;
-  TokenRows<T> grad_x, grad_dt, grad_B, grad_C;  // data null: not wanted. grad_B, grad_C only when parts == 1
-  float *parts_B, *parts_C;                      // [parts, B, T, G, N] when parts > 1
-  const T *states, *state_grads;                 // [B, chunks, H, P, N]
-  const float* dt;                               // [B, H, chunks, 64]
-  const LogDecay<T>* lambda;                     // [B, H, chunks, 64]
-  const float *A_log, *dt_bias, *D_skip;
-  bool D_per_channel;
-  float* sums;  // [B, chunks, H, P + 2]: dD by channel, then sum of dt * da, then d(dt_bias)
-  float dt_min, dt_max;
-  int64_t B, tokens, H, G, chunks, parts, heads_per_part;
-  int P, N;
-};
 
 /// What a head leaves behind for the end of its work, summed by one warp while the team is at the next head.
 template <int channels>
@@ -56,6 +39,20 @@ struct HeadSums {
   float column_total[4][kChunk];  // of W, by row tile
   float column_D[4][channels];    // dY . x by channel, by row tile
   float inner[8];                 // <R, S> by warp
+
+  __device__ float behind(int t) const {
+    return late[0][t] + late[1][t] + row_total[0][t] + row_total[1][t] -
+           ((column_total[0][t] + column_total[1][t]) + (column_total[2][t] + column_total[3][t]));
+  }
+  __device__ float before(int t) const { return early[0][t] + early[1][t]; }
+  __device__ float through_dt(int t) const { return direct[0][t] + direct[1][t]; }
+  __device__ float through_D(int p) const { return (column_D[0][p] + column_D[1][p]) + (column_D[2][p] + column_D[3][p]); }
+  __device__ float states() const {
+    float sum = 0;
+#pragma unroll
+    for (int k = 0; k < 8; ++k) sum += inner[k];
+    return sum;
+  }
 };
 
 /// Shared memory in bytes: B_t, C_t and, with two teams, C B'; then for each team M, sums twice, and its stages.
@@ -74,83 +71,8 @@ struct ChunkBwdLayout {
   static constexpr int total_bytes = common_bytes + teams * team_bytes;
 };
 
-/// Sum over the four lanes of a quad (a row of an accumulator).
-__device__ __forceinline__ float quad_sum(float v) {
-  v += __shfl_xor_sync(kAllLanes, v, 1);
-  return v + __shfl_xor_sync(kAllLanes, v, 2);
-}
-/// Sum over the lanes that hold one column.
-__device__ __forceinline__ float column_sum(float v) {
-  v += __shfl_xor_sync(kAllLanes, v, 4);
-  v += __shfl_xor_sync(kAllLanes, v, 8);
-  return v + __shfl_xor_sync(kAllLanes, v, 16);
-}
-__device__ __forceinline__ float warp_sum(float v) {
-  v = quad_sum(v);
-  return column_sum(v);
-}
-
-/// The end of a head's work in a chunk, by one warp: grad_dt, and the sums of the chunk for A_log and dt_bias.
-template <class T, class Sums>
-__device__ void finish_head(const ChunkBwdArgs<T>& a, const Sums& s, int64_t b, int64_t h, int64_t chunk, int valid) {
-  const int lane = threadIdx.x % 32;
-  const int64_t at_steps = ((b * a.H + h) * a.chunks + chunk) * kChunk, t0 = chunk * kChunk;
-  float behind[2], before[2];  // sums over s >= t and over s < t, two tokens per lane
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int t = lane + 32 * half;
-    behind[half] = s.late[0][t] + s.late[1][t] + s.row_total[0][t] + s.row_total[1][t] -
-                   ((s.column_total[0][t] + s.column_total[1][t]) + (s.column_total[2][t] + s.column_total[3][t]));
-    before[half] = s.early[0][t] + s.early[1][t];
-  }
-#pragma unroll
-  for (int distance = 1; distance < 32; distance *= 2)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float more_behind = __shfl_down_sync(kAllLanes, behind[half], distance),
-                  more_before = __shfl_up_sync(kAllLanes, before[half], distance);
-      if (lane + distance < 32) behind[half] += more_behind;
-      if (lane >= distance) before[half] += more_before;
-    }
-  behind[0] += __shfl_sync(kAllLanes, behind[1], 0);
-  const float first_half = __shfl_sync(kAllLanes, before[0], 31);
-  before[1] += first_half;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {  // exclusive
-    const float previous = __shfl_up_sync(kAllLanes, before[half], 1);
-    before[half] = lane > 0 ? previous : half == 0 ? 0.0f : first_half;
-  }
-  float whole = 0;
-#pragma unroll
-  for (int k = 0; k < 8; ++k) whole += s.inner[k];
-  whole *= decay_of(a.lambda[at_steps + kChunk - 1]);
-  const float A = -expf(a.A_log[h]), bias = a.dt_bias[h];
-  float sum_A = 0, sum_bias = 0;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int t = lane + 32 * half;
-    if (t >= valid) continue;
-    const float da = behind[half] + before[half] + whole;
-    const float raw = widen(a.dt_raw.data[b * a.dt_raw.batch + (t0 + t) * a.dt_raw.token + h]) + bias;
-    const float unclamped = raw > 20.0f ? raw : log1pf(expf(raw)), slope = raw > 20.0f ? 1.0f : 1.0f / (1.0f + expf(-raw));
-    const bool inside = unclamped >= a.dt_min && unclamped <= a.dt_max;
-    const float grad = inside ? (s.direct[0][t] + s.direct[1][t] + A * da) * slope : 0.0f;
-    sum_A += a.dt[at_steps + t] * da;
-    sum_bias += grad;
-    if (a.grad_dt.data != nullptr) a.grad_dt.data[b * a.grad_dt.batch + (t0 + t) * a.grad_dt.token + h] = narrow<T>(grad);
-  }
-  sum_A = warp_sum(sum_A);
-  sum_bias = warp_sum(sum_bias);
-  float* sums = a.sums + ((b * a.chunks + chunk) * a.H + h) * (a.P + 2);
-  for (int p = lane; p < a.P; p += 32) sums[p] = (s.column_D[0][p] + s.column_D[1][p]) + (s.column_D[2][p] + s.column_D[3][p]);
-  if (lane == 0) {
-    sums[a.P] = sum_A;
-    sums[a.P + 1] = sum_bias;
-  }
-}
-
 template <class T, int kN, int kP, int teams>
-__global__ void __launch_bounds__(kTeamThreads* teams) ssd_chunk_bwd_kernel(const ChunkBwdArgs<T> a) {
+__global__ void __launch_bounds__(kTeamThreads* teams) ssd_chunk_bwd_kernel(const SsdChunkBwdArgs<T> a) {
   using Layout = ChunkBwdLayout<T, kN, kP, teams>;
   using Sums = typename Layout::Sums;
   constexpr int side_stride = tile_stride<T>(kN), square_stride = tile_stride<T>(kChunk), rows_stride = tile_stride<T>(kP);
@@ -305,7 +227,8 @@ __global__ void __launch_bounds__(kTeamThreads* teams) ssd_chunk_bwd_kernel(cons
     } else {  // nothing below the diagonal: two of the eight warps, one of which ends the head before this one
       if (q == 0) sum.row_total[column_half][i_low] = sum.row_total[column_half][i_low + 8] = 0;
       sum.column_total[row_tile][32 * column_half + lane] = 0;
-      if (row_tile == 0 && n_head > 0) finish_head(a, sums[(n_head - 1) % 2], b, h - teams, chunk, valid);
+      if (row_tile == 0 && n_head > 0)
+        finish_head(a, sums[(n_head - 1) % 2], load_head_end(a, b, h - teams, chunk, valid), b, h - teams, chunk, valid);
     }
 
     {  // dC_i += e^{Lambda_i} S' dY_i, late_i = <C_i, that>; 32 columns at a time
@@ -455,7 +378,10 @@ __global__ void __launch_bounds__(kTeamThreads* teams) ssd_chunk_bwd_kernel(cons
       close_copies();
     }
   }
-  if (n_head > 0 && warp == 0) finish_head(a, sums[(n_head - 1) % 2], b, h_mine + (n_head - 1) * teams, chunk, valid);
+  if (n_head > 0 && warp == 0) {
+    const int64_t h = h_mine + (n_head - 1) * teams;
+    finish_head(a, sums[(n_head - 1) % 2], load_head_end(a, b, h, chunk, valid), b, h, chunk, valid);
+  }
 
   // The teams exchange: the first ends with dC, the second with dB; d(C B') as a tile for both.
   if constexpr (teams == 2) {
@@ -545,6 +471,7 @@ __global__ void ssd_sum_parts_kernel(const PartsArgs<T> a) {
 
 struct HeadSumArgs {
   const float* sums;  // [rows, H, P + 2]
+  float* partial;     // [slices, H, P + 2], or null: write the gradients
   const float* A_log;
   float *grad_A_log, *grad_D, *grad_bias;  // null: not wanted
   bool D_per_channel;
@@ -552,30 +479,33 @@ struct HeadSumArgs {
   int P;
 };
 
-// One block per head: 8 groups of 128 threads, a thread per column, rows in steps of 8; groups in order.
-constexpr int kSumColumns = 128, kSumGroups = 8;
+// One block per head and slice of the rows: 8 groups of 128 threads, a thread per column, a slice's rows in steps of 8; groups in order.
+// Once over the chunks into slices, once over the slices.
+constexpr int kSumColumns = 128, kSumGroups = 8, kSumSlices = 16;
 __global__ void ssd_sum_heads_kernel(const HeadSumArgs a) {
   float* shared = reinterpret_cast<float*>(shared_memory());  // [groups][columns], then [P] of dD
   float* channels = shared + kSumColumns * kSumGroups;
   const int column = threadIdx.x % kSumColumns, group = threadIdx.x / kSumColumns, width = a.P + 2;
-  const int64_t h = blockIdx.x;
+  const int64_t h = blockIdx.x, slice = blockIdx.y, slices = gridDim.y, begin_row = a.rows * slice / slices,
+                end_row = a.rows * (slice + 1) / slices;
   for (int begin = 0; begin < width; begin += kSumColumns) {
     const int k = begin + column;
     float sum = 0;
     if (k < width)
-      for (int64_t row = group; row < a.rows; row += kSumGroups) sum += a.sums[(row * a.H + h) * width + k];
+      for (int64_t row = begin_row + group; row < end_row; row += kSumGroups) sum += a.sums[(row * a.H + h) * width + k];
     shared[group * kSumColumns + column] = sum;
     __syncthreads();
     if (group == 0 && k < width) {
       float whole = 0;
       for (int other = 0; other < kSumGroups; ++other) whole += shared[other * kSumColumns + column];
-      if (k < a.P) channels[k] = whole;
+      if (a.partial != nullptr) a.partial[(slice * a.H + h) * width + k] = whole;
+      else if (k < a.P) channels[k] = whole;
       else if (k == a.P && a.grad_A_log != nullptr) a.grad_A_log[h] = -expf(a.A_log[h]) * whole;
       else if (k == a.P + 1 && a.grad_bias != nullptr) a.grad_bias[h] = whole;
     }
     __syncthreads();
   }
-  if (a.grad_D == nullptr) return;
+  if (a.partial != nullptr || a.grad_D == nullptr) return;
   if (a.D_per_channel) {
     for (int p = static_cast<int>(threadIdx.x); p < a.P; p += static_cast<int>(blockDim.x)) a.grad_D[h * a.P + p] = channels[p];
   } else if (threadIdx.x == 0) {
@@ -588,7 +518,7 @@ __global__ void ssd_sum_heads_kernel(const HeadSumArgs a) {
 // --- launchers ------------------------------------------------------------------------------------------------
 
 template <class T, int kN, int kP, int teams>
-void launch_chunks(const ChunkBwdArgs<T>& args, const CudaContext& context) {
+void launch_chunks(const SsdChunkBwdArgs<T>& args, const CudaContext& context) {
   const dim3 grid(static_cast<unsigned>(args.B * args.chunks * args.G * args.parts));
   launch(&ssd_chunk_bwd_kernel<T, kN, kP, teams>, "ssd_chunk_bwd_kernel", grid, dim3(kTeamThreads * teams),
          static_cast<size_t>(ChunkBwdLayout<T, kN, kP, teams>::total_bytes), context, args);
@@ -596,16 +526,17 @@ void launch_chunks(const ChunkBwdArgs<T>& args, const CudaContext& context) {
 
 /// Two teams where there are heads for them, two of everything fit into shared memory, and states can be moved by 16 bytes.
 template <int kN>
-void launch_small_heads(const ChunkBwdArgs<Bf16>& args, const CudaContext& context) {
+void launch_small_heads(const SsdChunkBwdArgs<Bf16>& args, const CudaContext& context) {
   const bool fits = ChunkBwdLayout<Bf16, kN, 64, 2>::total_bytes <= context.shared_memory_per_block;
   if (fits && args.N % 8 == 0 && args.heads_per_part > 1) launch_chunks<Bf16, kN, 64, 2>(args, context);
-  else launch_chunks<Bf16, kN, 128, 1>(args, context);
+  else launch_chunks<Bf16, kN, 64, 1>(args, context);
 }
 
 template <class T>
-void launch_chunks(const ChunkBwdArgs<T>& args, const CudaContext& context) {
+void launch_chunks(const SsdChunkBwdArgs<T>& args, const CudaContext& context) {
   const int kN = padded_state_dim(args.N);
   if constexpr (sizeof(T) == 2) {
+    if (launch_ssd_chunk_bwd_warpgroups(args, context)) return;
     if (kN == 256) return launch_chunks<T, 256, 128, 1>(args, context);
     if (args.P <= 64) return kN == 64 ? launch_small_heads<64>(args, context) : launch_small_heads<128>(args, context);
   }
@@ -631,7 +562,7 @@ void backward_rows(const SsdInputs& in, const SsdOptions& options, const Tensor&
   const int64_t chunks = chunk_count(s.T);
   if (chunks == 0) return;
 
-  ChunkBwdArgs<T> args{};
+  SsdChunkBwdArgs<T> args{};
   args.x = token_rows<const T>(in.x, s.P);
   args.grad_y = token_rows<const T>(grad_y, s.P);
   args.B_t = token_rows<const T>(in.B_t, s.N);
@@ -714,13 +645,31 @@ void backward(const SsdInputs& in, const SsdOptions& options, const Tensor& grad
                      {piece(out.x), piece(out.dt), {}, piece(out.B_t), piece(out.C_t), {}, {}, piece(out.h0)}, piece(sums));
   }
   if (s.H == 0) return;
-  const HeadSumArgs args{sums.data<float>(),     in.A_log.data<float>(),
-                         floats_of(out.A_log),   floats_of(out.D_skip),
-                         floats_of(out.dt_bias), in.D_skip.defined() && in.D_skip.rank() == 2,
-                         s.B * chunks,           s.H,
-                         static_cast<int>(s.P)};
-  launch(&ssd_sum_heads_kernel, "ssd_sum_heads_kernel", dim3(static_cast<unsigned>(s.H)), dim3(kSumColumns * kSumGroups),
-         (kSumColumns * kSumGroups + kMaxHeadDim) * sizeof(float), in.x.device().cuda_context(), args);
+  HeadSumArgs args{sums.data<float>(),
+                   nullptr,
+                   in.A_log.data<float>(),
+                   floats_of(out.A_log),
+                   floats_of(out.D_skip),
+                   floats_of(out.dt_bias),
+                   in.D_skip.defined() && in.D_skip.rank() == 2,
+                   s.B * chunks,
+                   s.H,
+                   static_cast<int>(s.P)};
+  const auto sum = [&](int64_t slices) {
+    launch(&ssd_sum_heads_kernel, "ssd_sum_heads_kernel", dim3(static_cast<unsigned>(s.H), static_cast<unsigned>(slices)),
+           dim3(kSumColumns * kSumGroups), (kSumColumns * kSumGroups + kMaxHeadDim) * sizeof(float), in.x.device().cuda_context(), args);
+  };
+  Tensor partial;
+  if (args.rows > 4 * kSumSlices) {
+    const Shape shape{int64_t{kSumSlices}, s.H, s.P + 2};
+    partial = Tensor::empty(in.x.device(), Dtype::f32, shape);
+    args.partial = partial.data<float>();
+    sum(kSumSlices);
+    args.sums = args.partial;
+    args.rows = kSumSlices;
+    args.partial = nullptr;
+  }
+  sum(1);
 }
 
 }  // namespace

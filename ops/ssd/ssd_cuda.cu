@@ -13,14 +13,15 @@
 // split   one block per (row, some heads of a group, segment). A team of one warp per 16 rows of P carries the state of its head in f32
 //         registers and feeds C S' from there; the teams of a block share B_t, C_t and the work of C B'. Where that leaves much of the
 //         GPU idle, the sequence is cut into segments: their end states from a zero state first (the same walk without outputs), a scan
-//         over segments, then the outputs of all segments at once
+//         over segments, then the outputs of all segments at once. On sm_90a, in bf16 and for P <= 64 and N <= 128,
+//         ssd_walk_warpgroups_cuda.cu takes the walks
 // needs   P <= 128, N <= 256 (f32: 128); P is padded to 64 or 128, N to 64, 128 or 256, with zeros. 16-byte copies where base,
 //         strides and widths are multiples of 16 bytes, single elements otherwise
 // agrees  with the CPU reference to kSsdToleranceF32, kSsdToleranceBf16 (ssd.h); bf16 rounds y, M, rho dt X and the state in C S'
 // order   fixed, no atomics. How many segments there are depends on the GPU's size
 #include "core/error.h"
 #include "ops/common/tile_product.cuh"
-#include "ops/ssd/ssd_cuda.cuh"
+#include "ops/ssd/ssd_walk_cuda.cuh"
 
 namespace longhand {
 namespace {
@@ -73,30 +74,6 @@ __global__ void ssd_steps_kernel(const StepArgs<T> a) {
 
 // --- walk -----------------------------------------------------------------------------------------------------
 
-template <class T>
-struct WalkArgs {
-  bool backwards;                          // from the last chunk, gradients of states: rows is dY, side is C_t
-  TokenRows<const T> rows, side, readout;  // x or dY [.., H, P];  B_t or C_t [.., G, N];  C_t for outputs
-  TokenRows<T> y;
-  const float* D_skip;  // [H] or [H, P] or null
-  bool D_per_channel;
-  const float* dt;            // [B, H, chunks, 64]
-  const LogDecay<T>* lambda;  // [B, H, chunks, 64]
-  const float* start;         // [B, H, segments, P, N] or null: zeros
-  float* end;                 // [B, H, P, N], or with end_per_segment [B, H, segments, P, N], or null
-  bool end_per_segment;
-  T* borders;  // [B, chunks, H, P, N] or null: the state before each chunk of the walk
-  int64_t B, tokens, H, G, chunks, segments, chunks_per_segment;
-  int P, N, teams, stages;
-};
-
-/// One walk, or two of the same shape in one launch: more blocks fill the GPU better than one launch after the other.
-template <class T>
-struct Walks {
-  WalkArgs<T> of[2];
-  int64_t count, blocks;  // blocks of each
-};
-
 /// Threads of a block at most: as many as the registers of an instance allow. A team has one warp for 16 rows of P.
 template <class T, int kN>
 constexpr int kWalkThreads = sizeof(T) == 2 && kN <= 128 ? 384 : 256;
@@ -114,8 +91,8 @@ struct WalkLayout {  // shared memory in bytes: vectors, and M or border rows, o
 
 /// outputs: forward, y and h_T; else states alone, kept at borders or at the end
 template <class T, int kN, int kP, bool outputs>
-__global__ void __launch_bounds__((kWalkThreads<T, kN>)) ssd_walk_kernel(const __grid_constant__ Walks<T> walks) {
-  const WalkArgs<T>& a = walks.of[outputs ? 0 : blockIdx.x / walks.blocks];
+__global__ void __launch_bounds__((kWalkThreads<T, kN>)) ssd_walk_kernel(const __grid_constant__ SsdWalks<T> walks) {
+  const SsdWalkArgs<T>& a = walks.of[outputs ? 0 : blockIdx.x / walks.blocks];
   const int64_t block = outputs ? blockIdx.x : blockIdx.x % walks.blocks;
   constexpr int side_stride = tile_stride<T>(kN), rows_stride = tile_stride<T>(kP), mixing_stride = tile_stride<T>(kChunk);
   constexpr int team_warps = kP / 16;
@@ -327,7 +304,7 @@ struct SegmentScanArgs {
 };
 
 // One block for 1024 elements of a state, four neighbours a thread; the decays of all segments first, one segment a warp at a time.
-constexpr int kScanThreads = 256, kScanElements = 4 * kScanThreads;
+constexpr int kScanThreads = 256, kScanElements = 4 * kScanThreads, kSegmentsAhead = 8;
 template <class L>
 __global__ void ssd_segment_scan_kernel(const SegmentScanArgs<L> a) {
   float* decays = reinterpret_cast<float*>(shared_memory());  // [segments]
@@ -356,15 +333,21 @@ __global__ void ssd_segment_scan_kernel(const SegmentScanArgs<L> a) {
   float* places = a.states + row_head * a.segments * a.state_size + element;
   float4 current = make_float4(0, 0, 0, 0);
   if (a.start != nullptr) current = load(a.start + row_head * a.state_size + element);
-#pragma unroll 4
-  for (int64_t segment = 0; segment < last; ++segment) {
-    const float4 own = load(places + segment * a.state_size);
-    store(places + segment * a.state_size, current);
-    const float decay = decays[segment];
-    current.x = decay * current.x + own.x;
-    current.y = decay * current.y + own.y;
-    current.z = decay * current.z + own.z;
-    current.w = decay * current.w + own.w;
+  for (int64_t begin = 0; begin < last; begin += kSegmentsAhead) {
+    float4 own[kSegmentsAhead];  // all on their way before the first is needed
+#pragma unroll
+    for (int s = 0; s < kSegmentsAhead; ++s)
+      if (begin + s < last) own[s] = load(places + (begin + s) * a.state_size);
+#pragma unroll
+    for (int s = 0; s < kSegmentsAhead; ++s) {
+      if (begin + s >= last) break;
+      store(places + (begin + s) * a.state_size, current);
+      const float decay = decays[begin + s];
+      current.x = decay * current.x + own[s].x;
+      current.y = decay * current.y + own[s].y;
+      current.z = decay * current.z + own[s].z;
+      current.w = decay * current.w + own[s].w;
+    }
   }
   store(places + last * a.state_size, current);
 }
@@ -374,13 +357,21 @@ __global__ void ssd_segment_scan_kernel(const SegmentScanArgs<L> a) {
 /// How a walk is spread over the GPU: heads that a block takes side by side, chunks whose tiles it holds, segments of the sequence.
 struct WalkShape {
   int teams = 1, stages = 1, shared_bytes = 0;
-  int64_t blocks = 0;  // of one segment
+  int64_t blocks = 0;       // of one segment
+  bool warpgroups = false;  // the kernel of ssd_walk_warpgroups_cuda.cu
 };
 
 template <class T, int kN, int kP, bool outputs>
-WalkShape walk_shape(const WalkArgs<T>& args, int shared_limit) {
-  const int64_t heads = args.H / args.G;
+WalkShape walk_shape(const SsdWalkArgs<T>& args, const CudaContext& context) {
+  const int64_t heads = args.H / args.G, shared_limit = context.shared_memory_per_block;
   WalkShape shape;
+  if constexpr (sizeof(T) == 2 && kN <= 128 && kP == 64)
+    if (const int teams = ssd_walk_warpgroup_teams(args, outputs, context); teams > 0) {
+      shape.teams = teams;
+      shape.blocks = args.B * args.G * ((heads + teams - 1) / teams);
+      shape.warpgroups = true;
+      return shape;
+    }
   auto fits = [&](int teams, int stages) {
     shape.teams = teams;
     shape.stages = stages;
@@ -413,29 +404,31 @@ int64_t best_segments(int64_t blocks, int64_t chunks, int sm_count, double ends_
 }
 
 template <class T, int kN, int kP, bool outputs>
-void launch_walks(Walks<T> walks, const CudaContext& context) {
-  const WalkShape shape = walk_shape<T, kN, kP, outputs>(walks.of[0], context.shared_memory_per_block);
-  for (WalkArgs<T>& args : walks.of) {
+void launch_walks(SsdWalks<T> walks, const CudaContext& context) {
+  const WalkShape shape = walk_shape<T, kN, kP, outputs>(walks.of[0], context);
+  for (SsdWalkArgs<T>& args : walks.of) {
     args.teams = shape.teams;
     args.stages = shape.stages;
   }
   walks.blocks = shape.blocks * walks.of[0].segments;
+  if constexpr (sizeof(T) == 2)
+    if (shape.warpgroups) return launch_ssd_walks_warpgroups(walks, outputs, context);
   launch(&ssd_walk_kernel<T, kN, kP, outputs>, "ssd_walk_kernel", dim3(static_cast<unsigned>(walks.blocks * walks.count)),
          dim3(static_cast<unsigned>(2 * kP * shape.teams)), static_cast<size_t>(shape.shared_bytes), context, walks);
 }
 
 /// Runs walks from their starts [B, H, P, N] (null: zeros), in segments when rows and heads alone leave much of the GPU idle.
 template <class T, int kN, int kP, bool outputs>
-void run_walks(Walks<T> walks, const Device& device) {
+void run_walks(SsdWalks<T> walks, const Device& device) {
   const CudaContext& context = device.cuda_context();
-  WalkArgs<T>& first = walks.of[0];
+  SsdWalkArgs<T>& first = walks.of[0];
   const int64_t heads = first.B * first.H, state_size = static_cast<int64_t>(first.P) * first.N;
   if (heads == 0) return;
-  const WalkShape shape = walk_shape<T, kN, kP, outputs>(first, context.shared_memory_per_block);
+  const WalkShape shape = walk_shape<T, kN, kP, outputs>(first, context);
   int64_t segments = best_segments(shape.blocks * walks.count, first.chunks, context.sm_count, outputs ? 0.4 : 0.8);
   const int64_t chunks_per_segment = (first.chunks + segments - 1) / segments;
   if (chunks_per_segment > 0) segments = (first.chunks + chunks_per_segment - 1) / chunks_per_segment;
-  for (WalkArgs<T>& args : walks.of) {
+  for (SsdWalkArgs<T>& args : walks.of) {
     args.segments = segments;
     args.chunks_per_segment = chunks_per_segment;
     args.end_per_segment = false;
@@ -445,7 +438,7 @@ void run_walks(Walks<T> walks, const Device& device) {
   if (segments > 1) {
     const Shape shape_of_starts{walks.count, first.B, first.H, segments, int64_t{first.P}, int64_t{first.N}};
     starts = Tensor::empty(device, Dtype::f32, shape_of_starts);
-    Walks<T> ends = walks;
+    SsdWalks<T> ends = walks;
     for (int64_t w = 0; w < walks.count; ++w) {
       ends.of[w].start = nullptr;
       ends.of[w].borders = nullptr;
@@ -466,7 +459,7 @@ void run_walks(Walks<T> walks, const Device& device) {
 }
 
 template <bool outputs, class T>
-void run_walks(const Walks<T>& walks, const Device& device) {
+void run_walks(const SsdWalks<T>& walks, const Device& device) {
   const int kN = padded_state_dim(walks.of[0].N);
   if constexpr (sizeof(T) == 2) {
     if (kN == 256) return run_walks<T, 256, 128, outputs>(walks, device);
@@ -480,9 +473,9 @@ const float* floats_or_null(const Tensor& t) {
 }
 
 template <class T>
-WalkArgs<T> walk_args(const SsdInputs& in, const SsdSteps& steps) {
+SsdWalkArgs<T> walk_args(const SsdInputs& in, const SsdSteps& steps) {
   const SsdSizes s = ssd_sizes(in.x, in.B_t);
-  WalkArgs<T> args{};
+  SsdWalkArgs<T> args{};
   args.dt = steps.dt.data<float>();
   args.lambda = steps.lambda.data<LogDecay<T>>();
   args.B = s.B;
@@ -501,7 +494,7 @@ SsdResult forward(const SsdInputs& in, const SsdOptions& options) {
   const SsdSteps steps = ssd_steps_cuda(in, options);
   const SsdResult out{Tensor::empty(in.x.device(), in.x.dtype(), {s.B, s.T, s.H, s.P}),
                       Tensor::empty(in.x.device(), Dtype::f32, {s.B, s.H, s.P, s.N})};
-  WalkArgs<T> args = walk_args<T>(in, steps);
+  SsdWalkArgs<T> args = walk_args<T>(in, steps);
   args.rows = token_rows<const T>(in.x, s.P);
   args.side = token_rows<const T>(in.B_t, s.N);
   args.readout = token_rows<const T>(in.C_t, s.N);
@@ -510,14 +503,14 @@ SsdResult forward(const SsdInputs& in, const SsdOptions& options) {
   args.D_per_channel = in.D_skip.defined() && in.D_skip.rank() == 2;
   args.end = out.h_T.data<float>();
   args.start = floats_or_null(in.h0);
-  run_walks<true>(Walks<T>{{args, args}, 1, 0}, in.x.device());
+  run_walks<true>(SsdWalks<T>{{args, args}, 1, 0}, in.x.device());
   return out;
 }
 
 template <class T>
 SsdBorders borders(const SsdInputs& in, const SsdSteps& steps, const Tensor& grad_y, const Tensor& grad_h_T, const Tensor& grad_h0) {
   const SsdSizes s = ssd_sizes(in.x, in.B_t);
-  WalkArgs<T> states = walk_args<T>(in, steps), gradients = states;
+  SsdWalkArgs<T> states = walk_args<T>(in, steps), gradients = states;
   const Shape shape{s.B, states.chunks, s.H, s.P, s.N};
   const SsdBorders out{Tensor::empty(in.x.device(), in.x.dtype(), shape), Tensor::empty(in.x.device(), in.x.dtype(), shape)};
   states.rows = token_rows<const T>(in.x, s.P);
@@ -530,7 +523,7 @@ SsdBorders borders(const SsdInputs& in, const SsdSteps& steps, const Tensor& gra
   gradients.borders = static_cast<T*>(out.state_grads.raw());
   gradients.start = floats_or_null(grad_h_T);
   gradients.end = grad_h0.defined() ? grad_h0.data<float>() : nullptr;
-  run_walks<false>(Walks<T>{{states, gradients}, 2, 0}, in.x.device());
+  run_walks<false>(SsdWalks<T>{{states, gradients}, 2, 0}, in.x.device());
   return out;
 }
 

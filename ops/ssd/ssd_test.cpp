@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cmath>
 #include <filesystem>
+#include <numeric>
+#include <random>
 #include <utility>
 
 #include "autograd/gradcheck.h"
@@ -478,13 +480,27 @@ TEST("ssd on CUDA agrees with the CPU at awkward lengths and widths, values and 
        {Sizes{1, 1, 2, 3, 1, 5}, Sizes{2, 2, 2, 16, 1, 16}, Sizes{3, 63, 4, 16, 2, 16}, Sizes{2, 64, 4, 32, 1, 64},
         Sizes{2, 65, 8, 64, 8, 64}, Sizes{1, 129, 6, 64, 2, 128}, Sizes{1, 200, 3, 80, 1, 128}, Sizes{1, 70, 3, 128, 1, 128},
         Sizes{1, 100, 2, 33, 1, 17}, Sizes{1, 130, 2, 128, 1, 200}, Sizes{1, 90, 2, 64, 1, 256}, Sizes{200, 1, 4, 64, 1, 64},
-        Sizes{1, 3000, 2, 16, 1, 24}, Sizes{2, 1500, 24, 64, 1, 128}})
+        Sizes{1, 3000, 2, 16, 1, 24}, Sizes{2, 1500, 24, 64, 1, 128}, Sizes{1, 129, 16, 64, 2, 128}, Sizes{2, 200, 8, 32, 1, 64},
+        Sizes{1, 130, 40, 48, 8, 104}, Sizes{1, 5000, 8, 64, 1, 64}})
     expect_parity(s, slow_decay_inputs(s, 300 + static_cast<uint64_t>(s.T)));
+}
+
+TEST("ssd on CUDA agrees with the CPU at random lengths and widths") {
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  const SwitchScope scope = poison();
+  std::mt19937_64 random(350);
+  const auto draw = [&](int64_t from, int64_t to) { return from + static_cast<int64_t>(random() % static_cast<uint64_t>(to - from + 1)); };
+  for (uint64_t round = 0; round < 24; ++round) {
+    const int64_t unit = round % 2 == 0 ? 8 : 1;  // every other round with widths that move by 16 bytes
+    Sizes s{draw(1, 3), draw(1, 300), 0, unit * draw(1, 128 / unit), draw(1, 4), unit * draw(1, (round % 4 < 2 ? 128 : 256) / unit)};
+    s.H = s.G * (unit == 8 ? draw(1, 2) * (8 / std::gcd(int64_t{8}, s.G)) : draw(1, 5));
+    expect_parity(s, slow_decay_inputs(s, 360 + round, {.D_per_channel = round % 3 == 0, .h0 = round % 5 != 0}));
+  }
 }
 
 TEST("ssd on CUDA: without D and h0, D per channel, clamped dt, large dt") {
   if (cuda_device_count() == 0) SKIP("no CUDA device");
-  const Sizes s{2, 100, 4, 64, 2, 64};
+  const Sizes s{2, 100, 8, 64, 2, 64};
   for (const Given& given : {Given{.D = false}, Given{.h0 = false}, Given{.D_per_channel = true}})
     expect_parity(s, slow_decay_inputs(s, 310, given));
   expect_parity(s, slow_decay_inputs(s, 311), {.dt_min = 0.4, .dt_max = 0.9});
@@ -503,10 +519,10 @@ TEST("ssd on CUDA keeps the precision of f32 where the decays of a chunk multipl
 
 TEST("ssd on CUDA stays finite for decays that leave nothing, and -inf keeps the state") {
   if (cuda_device_count() == 0) SKIP("no CUDA device");
-  const Sizes s{1, 150, 2, 64, 1, 64};
+  const Sizes s{1, 150, 8, 64, 1, 64};
   for (Dtype dtype : {Dtype::f32, Dtype::bf16}) {
     SsdInputs in = random_inputs(s, 320, {.dt_shift = 100, .dt_scale = 200}, Dtype::f32);
-    in.A_log = Tensor::full(Device::cpu(), Dtype::f32, {2}, 3.0);
+    in.A_log = Tensor::full(Device::cpu(), Dtype::f32, {8}, 3.0);
     for (const auto& values : run_on(Device::cuda(), dtype, s, in, {}).values)
       CHECK(std::all_of(values.begin(), values.end(), [](double v) { return std::isfinite(v); }));
     in.dt = Tensor::full(Device::cpu(), Dtype::f32, in.dt.shape(), -INFINITY);
@@ -516,13 +532,70 @@ TEST("ssd on CUDA stays finite for decays that leave nothing, and -inf keeps the
 
 TEST("ssd on CUDA gives the same bits twice, and refuses states that do not fit") {
   if (cuda_device_count() == 0) SKIP("no CUDA device");
-  const Sizes s{2, 300, 6, 64, 1, 128};
-  const SsdInputs in = slow_decay_inputs(s, 330);
-  CHECK(run_on(Device::cuda(), Dtype::bf16, s, in, {}).values == run_on(Device::cuda(), Dtype::bf16, s, in, {}).values);
+  for (const Sizes& s :
+       {Sizes{2, 300, 6, 64, 1, 128}, Sizes{2, 300, 8, 64, 1, 128}, Sizes{1, 3000, 16, 64, 2, 64}, Sizes{1, 200, 4, 128, 1, 256}}) {
+    const SsdInputs in = slow_decay_inputs(s, 330);
+    for (Dtype dtype : {Dtype::f32, Dtype::bf16})
+      if (dtype == Dtype::bf16 || s.N <= 128)
+        CHECK(run_on(Device::cuda(), dtype, s, in, {}).values == run_on(Device::cuda(), dtype, s, in, {}).values);
+  }
   const Sizes large{1, 3, 1, 64, 1, 200};
   CHECK_THROWS_AS(run_on(Device::cuda(), Dtype::f32, large, slow_decay_inputs(large, 331), {}), ValueError);
   const Sizes tall{1, 3, 1, 160, 1, 16};
   CHECK_THROWS_AS(run_on(Device::cuda(), Dtype::bf16, tall, slow_decay_inputs(tall, 332), {}), ValueError);
+}
+
+TEST("ssd on CUDA of more than 2^31 elements") {
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  const Sizes s{5470, 256, 24, 64, 1, 128};  // x has 2.15e9 elements
+  const Device cuda = Device::cuda();
+  if (!test::has_room(cuda, int64_t{40} << 30)) SKIP("less than 40 GiB of free GPU memory");
+  // All rows but the last are zeros; the last is that of a small problem.
+  const Sizes one{1, s.T, s.H, s.P, s.G, s.N};
+  const SsdInputs small = slow_decay_inputs(one, 370, {.h0 = false});
+  const auto last_row = [&](const Tensor& t) {
+    Shape shape = t.shape();
+    shape[0] = s.B;
+    const Tensor large = Tensor::zeros(cuda, Dtype::bf16, shape);
+    copy(large.slice(0, s.B - 1, s.B), t.to(Dtype::bf16).to(cuda));
+    return large;
+  };
+  const auto small_bf16 = [&](const Tensor& t) { return t.to(Dtype::bf16).to(Dtype::f64); };
+  const auto f64 = [](const Tensor& t) { return t.to(Dtype::f64); };
+  const auto run = [](const SsdInputs& in, const Tensor& grad_y) {
+    std::vector<Variable> leaves;
+    for (const Tensor& t : {in.x, in.dt, in.A_log, in.B_t, in.C_t, in.D_skip, in.dt_bias}) leaves.push_back(Variable::leaf(t));
+    const auto& v = leaves;
+    const SsdOutput out = ssd(v[0], v[1], v[2], v[3], v[4], v[5], v[6], Variable());
+    backward({out.y}, {grad_y});
+    std::vector<Tensor> results{out.y.value()};
+    for (const Variable& leaf : leaves) results.push_back(leaf.grad());
+    return results;  // y, then gradients of x, dt, A_log, B_t, C_t, D_skip, dt_bias
+  };
+  const Tensor grad_y = random_tensor(Device::cpu(), Dtype::f32, small.x.shape(), 371);
+  const auto exact = run({small_bf16(small.x),
+                          small_bf16(small.dt),
+                          f64(small.A_log),
+                          small_bf16(small.B_t),
+                          small_bf16(small.C_t),
+                          f64(small.D_skip),
+                          f64(small.dt_bias),
+                          {}},
+                         small_bf16(grad_y));
+  const auto actual = run({last_row(small.x),
+                           last_row(small.dt),
+                           small.A_log.to(cuda),
+                           last_row(small.B_t),
+                           last_row(small.C_t),
+                           small.D_skip.to(cuda),
+                           small.dt_bias.to(cuda),
+                           {}},
+                          last_row(grad_y));
+  for (const std::size_t k : {0, 1, 2, 4, 5})
+    expect_close(actual[k].slice(0, s.B - 1, s.B).to_vector<double>(), exact[k].to_vector<double>(), kSsdToleranceBf16, 1e-30,
+                 "result " + std::to_string(k));
+  for (const std::size_t k : {3, 6, 7})  // sums over all rows, of which only the last is not 0
+    expect_close(actual[k].to_vector<double>(), exact[k].to_vector<double>(), kSsdToleranceBf16, 1e-30, "result " + std::to_string(k));
 }
 
 TEST("ssd on CUDA of no tokens and of no rows") {

@@ -10,6 +10,9 @@
 #include <cstdlib>
 #include <filesystem>
 
+#include "core/allocator.h"
+#include "core/error.h"
+
 namespace longhand::test {
 
 void print_skip(const std::string& reason) {
@@ -21,6 +24,16 @@ std::optional<std::string> folder_from(const char* variable) {
   const char* value = std::getenv(variable);
   if (value == nullptr || !std::filesystem::is_directory(value)) return std::nullopt;
   return std::string(value);
+}
+
+bool has_room(const Device& device, int64_t bytes) {
+  try {
+    device.allocator().release(device.allocator().allocate(static_cast<std::size_t>(bytes)));
+    device.allocator().release_cached();
+    return true;
+  } catch (const MemoryError&) {
+    return false;
+  }
 }
 
 ScratchFolder::ScratchFolder() {

@@ -6,6 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "core/device.h"
+
 #define TEST(name) TEST_CASE(name)
 
 /// Ends the current test as skipped and says why; ctest and tests/run.sh count it as skipped.
@@ -21,6 +23,9 @@ void print_skip(const std::string& reason);
 
 /// The folder named by an environment variable (LONGHAND_DATA, LONGHAND_GOLDEN), or nothing when it is unset or absent.
 std::optional<std::string> folder_from(const char* variable);
+
+/// Whether the device can give that much memory now.
+bool has_room(const Device& device, int64_t bytes);
 
 /// A new empty folder for one test, removed when the object goes.
 class ScratchFolder {

@@ -1,0 +1,30 @@
+// The walks over the chunks of gla: what their kernels are told.
+#pragma once
+#include "ops/gla/gla_cuda.cuh"
+
+namespace longhand {
+
+constexpr int kGlaPart = 64;  // columns of Dv in a block
+
+template <class T>
+struct GlaWalkArgs {
+  TokenRows<const T> rows;  // v, or backwards grad_o [.., H, Dv]
+  const T *side, *readout;  // [B, chunks, H, 64, D]: state' += rows' side;  y' = state' readout' + rows' scores
+  const T* scores;          // [B, chunks, H, 64, 64]
+  const float* decay;       // [B, chunks, H, D]
+  TokenRows<T> y;           // o, or backwards grad_v
+  const float* start;       // [B, H, segments, Dk, Dv] or null: zeros
+  float* end;               // [B, H, Dk, Dv], or with end_per_segment [B, H, segments, Dk, Dv], or null
+  float* segment_decay;     // [B, H, segments, Dk] with end_per_segment
+  T* borders;               // [B, chunks, H, Dv, D] or null: the turned state before each chunk of the walk
+  int64_t B, tokens, H, chunks, segments, chunks_per_segment;
+  bool end_per_segment;
+  int Dk, Dv, parts, stages;
+};
+
+/// Walks with the products of warpgroups (gla_walk_warpgroups_cuda.cu), where this GPU, this build and these shapes allow it.
+constexpr int kGlaWalkBlocksAtOnce = 4;  // of an SM
+bool gla_walk_has_warpgroups(const GlaWalkArgs<Bf16>& args, bool outputs, const CudaContext& context);
+void launch_gla_walk_warpgroups(const GlaWalkArgs<Bf16>& args, bool outputs, bool backwards, const CudaContext& context);
+
+}  // namespace longhand
