@@ -20,6 +20,7 @@
 namespace longhand {
 namespace {
 
+constexpr int64_t kFarBeyond = 16;      // training lengths
 constexpr std::size_t kFewPoints = 16;  // a longer curve has only the powers of two in its table
 
 namespace fs = std::filesystem;
@@ -177,7 +178,7 @@ class ColumnTable {
 };
 
 std::string range_text(int64_t first, int64_t last) {
-  return first == last ? format_count(last) : fmt::format("{}\u00a0–\u00a0{}", format_count(first), format_count(last));
+  return first == last ? format_count(last) : fmt::format("{}\u00a0–\u2060\u00a0{}", format_count(first), format_count(last));
 }
 
 // " ± 0.4", where the measurement says how much its sequences differ over just these positions.
@@ -221,11 +222,16 @@ void add_perplexity_figures(const Runs& runs, std::vector<Figure>& figures) {
     const std::set<int64_t> lengths = training_lengths(runs, members);
     add_markers(plot, lengths);
     int64_t furthest = 2;
+    for (const auto& m : members) furthest = std::max(furthest, m.what->bins.back().last);
+    // The first tokens of a text are hard, and would take up the figure: where it goes far beyond training, they are in the table alone.
+    const int64_t first_drawn =
+        !lengths.empty() && furthest >= kFarBeyond * *lengths.begin() ? std::max<int64_t>(1, *lengths.begin() / 8) : 1;
+    plot.x.min = static_cast<double>(first_drawn);
     for (const auto& m : members) {
       Series series{.name = m.name, .points = {}, .color = m.color, .dashed = m.dashed};
-      for (const PositionBin& bin : m.what->bins) series.points.emplace_back(bin.centre(), bin.perplexity());
+      for (const PositionBin& bin : m.what->bins)
+        if (bin.first >= first_drawn) series.points.emplace_back(bin.centre(), bin.perplexity());
       plot.series.push_back(std::move(series));
-      furthest = std::max(furthest, m.what->bins.back().last);
     }
     plot.x.max = static_cast<double>(furthest);
     choose_scale(plot, 4);
@@ -238,13 +244,16 @@ void add_perplexity_figures(const Runs& runs, std::vector<Figure>& figures) {
         table.set({bin.last, bin.first}, range_text(bin.first, bin.last), i,
                   format_aligned(bin.perplexity()) + error_text(*members[i].what, bin));
     }
-    figures.push_back({"Perplexity by position: " + data,
-                       data_text(*members.front().what) +
-                           " Perplexity at a position is exp of the mean loss there, starting from the zero state." + counts_text(members) +
-                           fmt::format(" Neighbouring positions are joined ({} bins each time the position doubles, geometric mean).",
-                                       kCurveBinsPerOctave) +
-                           (members.front().what->spreads.empty() ? "" : " ±: standard error over the sequences."),
-                       legend_html(plot.series), line_plot_svg(plot), table.finish()});
+    figures.push_back(
+        {"Perplexity by position: " + data,
+         data_text(*members.front().what) + " Perplexity at a position is exp of the mean loss there, starting from the zero state." +
+             counts_text(members) +
+             fmt::format(" Neighbouring positions are joined ({} bins each time the position doubles, geometric mean).",
+                         kCurveBinsPerOctave) +
+             (first_drawn > 1 ? fmt::format(" Drawn from position {} on.", first_drawn) : "") +
+             (members.front().what->spreads.empty() || members.front().what->sequences == 1 ? ""
+                                                                                            : " ±: standard error over the sequences."),
+         legend_html(plot.series), line_plot_svg(plot), table.finish()});
   }
 }
 

@@ -287,8 +287,8 @@ std::string heat_map_svg(const HeatMap& map) {
                          x, y, cell_w - 1, cell_h - 1, rgb_text(share), escape_html(map.rows[r]), escape_html(map.columns[c]),
                          format_number(value));
       if (numbers)
-        svg += fmt::format("<text class=\"cell\" x=\"{:.1f}\" y=\"{:.1f}\" text-anchor=\"middle\" fill=\"{}\">{}</text>", x + cell_w / 2,
-                           y + cell_h / 2 + 4, share > 0.55 ? "#111" : "#fff", format_number(value));
+        svg += fmt::format("<text class=\"cell\" x=\"{:.1f}\" y=\"{:.1f}\" text-anchor=\"middle\" style=\"fill:{}\">{}</text>",
+                           x + cell_w / 2, y + cell_h / 2 + 4, share > 0.55 ? "#111" : "#fff", format_number(value));
     }
     svg += fmt::format("\n<text class=\"tick\" x=\"{:.1f}\" y=\"{:.1f}\" text-anchor=\"end\">{}</text>\n", left - 8, y + cell_h / 2 + 4,
                        escape_html(map.rows[r]));

@@ -90,6 +90,8 @@ TEST("a heat map has one cell a value, none for NaN, and its numbers as tooltips
   HeatMap map{
       .id = "h", .title = "t", .x_label = "x", .y_label = "y", .columns = {"1", "2<"}, .rows = {"a", "b"}, .values = {{1, 2}, {3, kNaN}}};
   const std::string svg = heat_map_svg(map);
+  CHECK(svg.find("style=\"fill:#fff\"") != std::string::npos);  // on dark cells; an attribute would lose against the style sheet
+  CHECK(svg.find("style=\"fill:#111\"") != std::string::npos);
   CHECK(count(svg, "<rect ") == 3 + 32);
   CHECK(svg.find("<title>a, 2&lt;: 2</title>") != std::string::npos);
   map.scale = Scale::log10;

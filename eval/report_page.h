@@ -28,7 +28,7 @@ figcaption{margin-bottom:6px}
 svg.plot{display:block;width:100%;height:auto;touch-action:pan-y}
 svg text{fill:var(--ink);font:13px system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
 svg .ticks text,svg .tick{fill:var(--soft);font-size:12.5px;font-variant-numeric:tabular-nums}
-svg .cell{font-size:12px;fill:unset}
+svg .cell{font-size:12px}
 .grid line{stroke:var(--grid);stroke-width:1}
 .axis{stroke:var(--soft);stroke-width:1}
 .line{fill:none;stroke-width:1.9;stroke-linejoin:round;stroke-linecap:round}

@@ -144,6 +144,21 @@ TEST("a page of pairs has one colour for each, and dashes the run that was start
   CHECK(count(page_of({a, b, a_sp, b_sp}), "stroke-dasharray") > count(page_of({a, a_sp, b}), "stroke-dasharray"));
 }
 
+TEST("a perplexity that goes far beyond training is drawn without its first tokens; the table has them") {
+  const ScratchFolder scratch;
+  for (const int64_t positions : {8191, 8192}) {  // 16 training lengths
+    const std::string run = scratch.file("run" + std::to_string(positions));
+    add_metrics(run, 5);
+    add_config(run, 0.001);
+    add_curve(run, "ppl-val", positions, 3);
+    const std::string page = page_of({run});
+    const bool far = positions == 8192;
+    CHECK((page.find("Drawn from position 64 on.") != std::string::npos) == far);
+    CHECK((page.find("data-points=\"1,") != std::string::npos) != far);  // of perplexity: other curves begin at step 10
+    CHECK(page.find("<th scope=\"row\">1") != std::string::npos);
+  }
+}
+
 TEST("curves of other data or another context get their own figure; checkpoints of a run are told apart") {
   const ScratchFolder scratch;
   const std::string run = scratch.file("base");
