@@ -10,14 +10,14 @@
 // moves   x, dt, z, grad_y in, grad_x, grad_dt, grad_z out: 14 bytes per token and channel in bf16, dt and x once more, and the states of
 //         chunks; 2 N f32 of partial sums of grad_B_t and grad_C_t per token and 64 channels
 // flops   2 N exponentials, 15 N others per token and channel, and about as many again to move and to add up
-// floor   the same shape: 34 instructions for each state and token: 1.6 ms of issue at 1.97 GHz; 0.9 ms of ex2
+// floor   the same shape: about 34 instructions for each state and token: 1.6 ms of issue at 1.97 GHz; 0.9 ms of ex2
 // split   N <= 16: four lanes share two channels, a lane has a quarter of the entries of both, a block 64 channels of one segment. It goes
 //         through its chunks from the last to the first: first forward, leaving the state in front of every fourth token in shared
 //         memory; then for four tokens at a time, last first, forward once more with states and decays kept in registers, and back with the
 //         gradient of the state. Sums over the entries of a channel go through shuffles, sums over the channels of a warp through shared
 //         memory, and what the four warps have for 16 tokens is added up together. Three blocks share an SM: registers are what there are
 //         too few of, and eight states in a lane leave room for a third warp on every scheduler where sixteen do not
-// needs   N <= 256; any strides over B and T (below 2^26 elements over T)
+// needs   N <= 256; any strides over B and T (how far tokens may be apart: scan_rows)
 // agrees  with the CPU reference: kSelectiveScanToleranceF32; bf16 adds one rounding of each result
 // order   sums over channels: lanes, then warps, then blocks of 64 channels (sum_blocks_kernel), each in a fixed order; sums over tokens:
 //         one partial per segment, then sum_partials. No atomics; the number of segments depends on the GPU
@@ -70,11 +70,13 @@ __global__ void __launch_bounds__(kScanThreads, Split::kN <= 64 ? 4 : 2)
       grad_at(grad_y, place.b, last + token0, own_channel);
   OwnedBack<T, kOwned> next;
   const auto fetch = [&](int64_t tile) {
-    const int left =
-        own_real ? static_cast<int>(min(static_cast<int64_t>(kTokens), place.end - (place.begin + tile * kTokens))) - token0 : 0;
-    dt_at.read(next.dt, left, -INFINITY);
-    if (graded) grad_at.read(next.grad_y, left, 0.0f);
-    if (gated) z_at.read(next.z, left, 0.0f);
+    const int there = static_cast<int>(min(static_cast<int64_t>(kTokens), place.end - (place.begin + tile * kTokens)));
+    choose(place.whole(p) && there == kTokens, [&](auto whole) {
+      const int left = own_real ? there - token0 : 0;
+      dt_at.template read<whole>(0, next.dt, left, -INFINITY);
+      if (graded) grad_at.template read<whole>(0, next.grad_y, left, 0.0f);
+      if (gated) z_at.template read<whole>(0, next.z, left, 0.0f);
+    });
     dt_at.move(-kTokens);
     grad_at.move(-kTokens);
     z_at.move(-kTokens);
@@ -142,21 +144,25 @@ constexpr int kWalkBackBlocks = Split::kN > 16 ? 1 : 3;
 template <class Split>
 struct WalkBackShared {
   static constexpr int kC = Split::kWarpChannels, kN = Split::kN, kQuads = Split::kEntries / 4;
-  static constexpr int kForward = 8;                  // tokens whose steps are formed together on the way forward through a chunk
-  static constexpr int kSpan = kN <= 64 ? 16 : kRun;  // tokens whose grad_B_t and grad_C_t the warps of a block add up together
-  static constexpr int kShareRow =
-      kWarp * 4 +
-      (Split::kLanes <= 4 ? 4 * Split::kLanes : 0);  // what lanes have for four entries of a token; padded, so that reading meets all banks
-  static constexpr int kSlots = kRuns * 2 * kQuads * kWarp * 4;
-  // The state in front of every run of the chunk, [kRuns, 2 * quads, lanes, 4]; while a run is walked back, what its lanes have for the
-  // gradients of the entries lies where its own state and those behind were, [kRun, quads, lanes, 4].
-  alignas(16) float slots[kScanWarps][kSlots + kRun * kQuads * kShareRow - 2 * kQuads * kWarp * 4];
-  alignas(16) float B_t[kScanChunk][kN], C_t[kScanChunk][kN];
-  float dt[kScanWarps][kScanChunk][kC];  // after bias and softplus
+  static constexpr int kForward = 8;                    // tokens whose steps are formed together on the way forward through a chunk
+  static constexpr int kSpan = kN <= 64 ? 16 : kRun;    // tokens whose grad_B_t and grad_C_t the warps of a block add up together
+  static constexpr int kSlot = 2 * kQuads * kWarp * 4;  // a state of every lane
+  // What lanes have for four entries of a token; padded, so that lanes that read different tokens meet different banks.
+  static constexpr int kShareRow = kWarp * 4 + (Split::kLanes <= 4 ? 4 * Split::kLanes : 0);
+  static constexpr int kShares = kRun * kQuads * kShareRow;
   struct Step {
     float dt, dt_x, grad_r, unused;
   };
-  alignas(16) Step steps[kScanWarps][kForward][kC];
+  // The state in front of every run of the chunk, [2 * quads, lanes, 4]; while a run is walked back, what its lanes have for the gradients
+  // of the entries lies where its own state and those behind were, [kRun, quads, kShareRow].
+  alignas(16) float slots[kScanWarps][(kRuns - 1) * kSlot + (kShares > kSlot ? kShares : kSlot)];
+  alignas(16) float B_t[kScanChunk][kN], C_t[kScanChunk][kN];
+  float dt[kScanWarps][kScanChunk][kC];  // after bias and softplus
+  union alignas(16) Steps {
+    float2 forward[kForward][kC];  // dt, dt x
+    Step back[kRun][kC];
+  };
+  Steps steps[kScanWarps];
   alignas(16) float by_warp[kScanWarps][kSpan][2][kN];  // the warp's share of grad_B_t and of grad_C_t
 };
 
@@ -198,7 +204,7 @@ __global__ void __launch_bounds__(kScanThreads, kWalkBackBlocks<Split>)
   const bool gated = p.z.data != nullptr, graded = g.grad_y.data != nullptr;
   const int64_t in_segments = place.segment_index(p) * p.channels;
   float* const slots = shared.slots[warp];
-  constexpr int kSlot = Shared::kSlots / kRuns;
+  constexpr int kSlot = Shared::kSlot;
   auto& steps = shared.steps[warp];
 
   const float bias = own_real ? p.dt_bias[own_channel] : 0.0f;
@@ -214,30 +220,52 @@ __global__ void __launch_bounds__(kScanThreads, kWalkBackBlocks<Split>)
                         ? g.carries[(in_segments + channel[j]) * g.carries_row + n0 + e]
                         : 0.0f;
 
+  const bool all_channels = place.whole(p);
   for (int64_t chunk = (place.end - 1) / kScanChunk; chunk >= place.begin / kScanChunk; --chunk) {
     const int64_t begin = chunk * kScanChunk;
     const int tokens = static_cast<int>(min(static_cast<int64_t>(kScanChunk), place.end - begin)), runs = (tokens + kRun - 1) / kRun;
     const int own_tokens = own_real ? tokens : 0;  // without a channel there is no token either
-    __syncthreads();                               // everybody has done with the chunk before
-    stage_entries<Split>(p.B_t, p, place.b, begin, place.end, kScanChunk, shared.B_t[0]);
-    stage_entries<Split>(p.C_t, p, place.b, begin, place.end, kScanChunk, shared.C_t[0]);
-    __syncthreads();
+    float* const partials = kept(g.BC_partials + ((place.group * p.batch + place.b) * p.tokens + begin) * 2 * g.N4);
+    const float* const border = kept(g.borders + (place.b * p.chunks + chunk) * p.channels * kN);
+
+    // What a run needs is fetched while the one behind it is worked on, what the last one needs before the way forward.
+    OwnedAt<const T> x_at(p.x, place.b, begin + token0, own_channel), dt_at(p.dt, place.b, begin + token0, own_channel),
+        z_at(p.z, place.b, begin + token0, own_channel), grad_at(g.grad_y, place.b, begin + token0, own_channel);
+    OwnedAt<T> grad_x_at(g.grad_x, place.b, begin + token0, own_channel), grad_dt_at(g.grad_dt, place.b, begin + token0, own_channel),
+        grad_z_at(g.grad_z, place.b, begin + token0, own_channel);
+    OwnedBack<T, kOwned> next;
+    const auto fetch = [&](int run) {
+      choose(all_channels && (run + 1) * kRun <= tokens, [&](auto whole) {
+        const int left = own_tokens - run * kRun - token0;
+        x_at.template read<whole>(run * kRun, next.x, left, 0.0f);
+        dt_at.template read<whole>(run * kRun, next.dt, left, 0.0f);
+        if (gated) z_at.template read<whole>(run * kRun, next.z, left, 0.0f);
+        if (graded) grad_at.template read<whole>(run * kRun, next.grad_y, left, 0.0f);
+      });
+    };
+    fetch(runs - 1);
 
     // Forward: the state in front of every run.
     {
       constexpr int kForward = Shared::kForward, kForwardOwned = Split::template owned<kForward>();
       const int forward0 = first_owned<Split, kForward>();
-      float h[2][kEntries];
-      load_states<Split>(g.borders + (place.b * p.chunks + chunk) * p.channels * kN, channel, p.channels, h);
-      OwnedAt<const T> x_at(p.x, place.b, begin + forward0, own_channel), dt_at(p.dt, place.b, begin + forward0, own_channel);
+      OwnedAt<const T> forward_x(p.x, place.b, begin + forward0, own_channel), forward_dt(p.dt, place.b, begin + forward0, own_channel);
       Fetched<T> x[kForwardOwned], raw_dt[kForwardOwned];
-      const auto fetch = [&](int t) {
-        x_at.read(x, own_tokens - t - forward0, 0.0f);
-        dt_at.read(raw_dt, own_tokens - t - forward0, -INFINITY);
-        x_at.move(kForward);
-        dt_at.move(kForward);
+      const auto fetch_forward = [&](int t) {
+        choose(all_channels && t + kForward <= tokens, [&](auto whole) {
+          forward_x.template read<whole>(0, x, own_tokens - t - forward0, 0.0f);
+          forward_dt.template read<whole>(0, raw_dt, own_tokens - t - forward0, -INFINITY);
+        });
+        forward_x.move(kForward);
+        forward_dt.move(kForward);
       };
-      fetch(0);
+      fetch_forward(0);
+      float h[2][kEntries];
+      load_states<Split>(in_global_memory(border), channel, p.channels, h);
+      __syncthreads();  // everybody has done with the chunk before
+      stage_entries<Split>(p.B_t, p, place.b, begin, place.end, kScanChunk, shared.B_t[0]);
+      stage_entries<Split>(p.C_t, p, place.b, begin, place.end, kScanChunk, shared.C_t[0]);
+      __syncthreads();
 #pragma unroll 1
       for (int t = 0; t < tokens; t += kForward) {
         __syncwarp();
@@ -246,10 +274,10 @@ __global__ void __launch_bounds__(kScanThreads, kWalkBackBlocks<Split>)
           const float dt = softplus_approx(raw_dt[i].f32() + bias);
           if (Split::template owns<kForward>()) {
             shared.dt[warp][t + forward0 + i][own] = dt;
-            *reinterpret_cast<float2*>(&steps[forward0 + i][own]) = make_float2(dt, dt * x[i].f32());
+            steps.forward[forward0 + i][own] = make_float2(dt, dt * x[i].f32());
           }
         }
-        if (t + kForward < tokens) fetch(t + kForward);
+        if (t + kForward < tokens) fetch_forward(t + kForward);
         __syncwarp();
 #pragma unroll
         for (int k = 0; k < kForward; ++k) {
@@ -265,7 +293,7 @@ __global__ void __launch_bounds__(kScanThreads, kWalkBackBlocks<Split>)
           read_floats(&shared.B_t[t + k][n0], B_t);
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
-            const float2 step = *reinterpret_cast<const float2*>(&steps[k][own ^ j]);
+            const float2 step = steps.forward[k][own ^ j];
 #pragma unroll
             for (int e = 0; e < kEntries; ++e) h[j][e] = exp2_approx(step.x * A2[j][e]) * h[j][e] + step.y * B_t[e];
           }
@@ -273,22 +301,6 @@ __global__ void __launch_bounds__(kScanThreads, kWalkBackBlocks<Split>)
       }
     }
 
-    const int64_t last = begin + (runs - 1) * kRun + token0;
-    OwnedAt<const T> x_at(p.x, place.b, last, own_channel), dt_at(p.dt, place.b, last, own_channel), z_at(p.z, place.b, last, own_channel),
-        grad_at(g.grad_y, place.b, last, own_channel);
-    OwnedBack<T, kOwned> next;
-    const auto fetch = [&](int run) {
-      const int left = own_tokens - run * kRun - token0;
-      x_at.read(next.x, left, 0.0f);
-      dt_at.read(next.dt, left, 0.0f);
-      if (gated) z_at.read(next.z, left, 0.0f);
-      if (graded) grad_at.read(next.grad_y, left, 0.0f);
-      x_at.move(-kRun);
-      dt_at.move(-kRun);
-      z_at.move(-kRun);
-      grad_at.move(-kRun);
-    };
-    fetch(runs - 1);
 #pragma unroll 1
     for (int run = runs - 1; run >= 0; --run) {
       const OwnedBack<T, kOwned> in = next;
@@ -300,8 +312,9 @@ __global__ void __launch_bounds__(kScanThreads, kWalkBackBlocks<Split>)
         gate[i] = gated ? sigmoid(in.z[i].f32()) : 1.0f;
         grad_r[i] = graded ? in.grad_y[i].f32() : 0.0f;
         if (gated) grad_r[i] *= in.z[i].f32() * gate[i];
-        if (Split::template owns<kRun>()) steps[token0 + i][own] = {dt[i], dt[i] * in.x[i].f32(), grad_r[i], 0.0f};
+        if (Split::template owns<kRun>()) steps.back[token0 + i][own] = {dt[i], dt[i] * in.x[i].f32(), grad_r[i], 0.0f};
       }
+      float* const slot = slots + run * kSlot;
       // Forward through the run: states and decays stay in registers.
       float before[kRun][2][kEntries], decay[kRun][2][kEntries], along_C[kRun];
       {
@@ -310,7 +323,7 @@ __global__ void __launch_bounds__(kScanThreads, kWalkBackBlocks<Split>)
         for (int j = 0; j < 2; ++j)
 #pragma unroll
           for (int e = 0; e < kEntries; e += 4) {
-            const Pack<float, 4> pack = load_pack<4>(slots + run * kSlot + ((j * kEntries + e) / 4 * kWarp + lane) * 4);
+            const Pack<float, 4> pack = load_pack<4>(slot + ((j * kEntries + e) / 4 * kWarp + lane) * 4);
 #pragma unroll
             for (int k = 0; k < 4; ++k) h[j][e + k] = pack.at[k];
           }
@@ -322,7 +335,7 @@ __global__ void __launch_bounds__(kScanThreads, kWalkBackBlocks<Split>)
           read_floats(&shared.C_t[run * kRun + k][n0], C_t);
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
-            const auto step = steps[k][own ^ j];
+            const typename Shared::Step step = steps.back[k][own ^ j];
 #pragma unroll
             for (int e = 0; e < kEntries; ++e) {
               before[k][j][e] = h[j][e];
@@ -335,13 +348,13 @@ __global__ void __launch_bounds__(kScanThreads, kWalkBackBlocks<Split>)
           along_C[k] = along[0] + __shfl_xor_sync(0xffffffffu, along[1], 1);
 #pragma unroll
           for (int e = 0; e < kEntries; e += 4)
-            store_pack(slots + run * kSlot + (k * Shared::kQuads + e / 4) * Shared::kShareRow + lane * 4,
+            store_pack(slot + (k * Shared::kQuads + e / 4) * Shared::kShareRow + lane * 4,
                        Pack<float, 4>{{share[e], share[e + 1], share[e + 2], share[e + 3]}});
         }
       }
       const int in_span = run * kRun % Shared::kSpan;
       sum_over_owners<Split>(along_C);
-      sum_over_channels<Split>(slots + run * kSlot, shared.by_warp[warp] + in_span, 1);
+      sum_over_channels<Split>(slot, shared.by_warp[warp] + in_span, 1);
 
       // Back through the run with the gradient of the state. Tokens behind the end have dt = B = C = grad_r = 0: they pass the gradient on.
       float along_B[kRun], along_A[kRun];
@@ -352,7 +365,7 @@ __global__ void __launch_bounds__(kScanThreads, kWalkBackBlocks<Split>)
         read_floats(&shared.C_t[run * kRun + k][n0], C_t);
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-          const auto step = steps[k][own ^ j];
+          const typename Shared::Step step = steps.back[k][own ^ j];
 #pragma unroll
           for (int e = 0; e < kEntries; ++e) {
             const float lambda = C_t[e] * step.grad_r + carry[j][e];
@@ -368,16 +381,16 @@ __global__ void __launch_bounds__(kScanThreads, kWalkBackBlocks<Split>)
         along_A[k] = by_A[0] + __shfl_xor_sync(0xffffffffu, by_A[1], 1);
 #pragma unroll
         for (int e = 0; e < kEntries; e += 4)
-          store_pack(slots + run * kSlot + (k * Shared::kQuads + e / 4) * Shared::kShareRow + lane * 4,
+          store_pack(slot + (k * Shared::kQuads + e / 4) * Shared::kShareRow + lane * 4,
                      Pack<float, 4>{{share[e], share[e + 1], share[e + 2], share[e + 3]}});
       }
       if (run > 0) fetch(run - 1);
       sum_over_owners<Split>(along_B);
       sum_over_owners<Split>(along_A);
-      sum_over_channels<Split>(slots + run * kSlot, shared.by_warp[warp] + in_span, 0);
+      sum_over_channels<Split>(slot, shared.by_warp[warp] + in_span, 0);
 
       float grad_x[kOwned], grad_dt[kOwned], grad_z[kOwned];
-      const int left = Split::template owns<kRun>() ? own_tokens - run * kRun - token0 : 0;
+      const int left = own_tokens - run * kRun - token0;
 #pragma unroll
       for (int i = 0; i < kOwned; ++i) {
         const float x = in.x[i].f32();
@@ -388,23 +401,24 @@ __global__ void __launch_bounds__(kScanThreads, kWalkBackBlocks<Split>)
         sum_D += grad_r[i] * x;  // grad_r is 0 behind the end, grad_dt is not
         sum_bias += i < left ? grad_dt[i] : 0.0f;
       }
-      const int64_t t = begin + run * kRun + token0;
-      if (g.grad_x.data != nullptr) OwnedAt<T>(g.grad_x, place.b, t, own_channel).write(grad_x, left);
-      if (g.grad_dt.data != nullptr) OwnedAt<T>(g.grad_dt, place.b, t, own_channel).write(grad_dt, left);
-      if (g.grad_z.data != nullptr) {
+      if (g.grad_z.data != nullptr)
 #pragma unroll
         for (int i = 0; i < kOwned; ++i) grad_z[i] *= graded ? in.grad_y[i].f32() * silu_slope(in.z[i].f32(), gate[i]) : 0.0f;
-        OwnedAt<T>(g.grad_z, place.b, t, own_channel).write(grad_z, left);
-      }
+      if (Split::template owns<kRun>())
+        choose(all_channels && (run + 1) * kRun <= tokens, [&](auto whole) {
+          if (g.grad_x.data != nullptr) grad_x_at.template write<whole>(run * kRun, grad_x, left);
+          if (g.grad_dt.data != nullptr) grad_dt_at.template write<whole>(run * kRun, grad_dt, left);
+          if (g.grad_z.data != nullptr) grad_z_at.template write<whole>(run * kRun, grad_z, left);
+        });
 
       if (in_span != 0) continue;
       __syncthreads();
       constexpr int kQuadsPerRow = kN / 4, kTasks = 2 * Shared::kSpan * kQuadsPerRow;
-      const int rows = 2 * min(Shared::kSpan, tokens - run * kRun);  // of grad_B_t and grad_C_t in turn
-      float* const to = g.BC_partials + ((place.group * p.batch + place.b) * p.tokens + begin + run * kRun) * 2 * g.N4;
+      const int rows = 2 * (tokens - run * kRun), N4 = static_cast<int>(g.N4);  // grad_B_t and grad_C_t in turn
 #pragma unroll
-      for (int turn = 0; turn < kTasks / kScanThreads; ++turn) {
+      for (int turn = 0; turn < (kTasks + kScanThreads - 1) / kScanThreads; ++turn) {
         const int task = turn * kScanThreads + tid, row = task / kQuadsPerRow, n = task % kQuadsPerRow * 4;
+        if (task >= kTasks || row >= rows || n >= N4) continue;
         float sum[4] = {};
 #pragma unroll
         for (int w = 0; w < kScanWarps; ++w) {
@@ -413,7 +427,7 @@ __global__ void __launch_bounds__(kScanThreads, kWalkBackBlocks<Split>)
 #pragma unroll
           for (int i = 0; i < 4; ++i) sum[i] += share[i];
         }
-        if (row < rows && n < g.N4) store_pack(to + static_cast<int64_t>(row) * g.N4 + n, Pack<float, 4>{{sum[0], sum[1], sum[2], sum[3]}});
+        store_pack(in_global_memory(partials + (run * kRun * 2 + row) * N4 + n), Pack<float, 4>{{sum[0], sum[1], sum[2], sum[3]}});
       }
       __syncthreads();
     }

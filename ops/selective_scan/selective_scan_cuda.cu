@@ -11,7 +11,8 @@
 //         channel, and hands over half of a sum for the other: one exchange per token. 32 channels a warp; warps know nothing of each
 //         other. Wider states take 8 or 32 lanes for two channels, whose tokens their lanes own in turn. Few rows and channels: the
 //         sequence is cut into segments, whose end states (Walk::ends, a second set of exponentials) are connected first
-// needs   N <= 256, any strides over B and T (below 2^26 elements over T). B_t and C_t are read four at a time where addresses, strides
+// needs   N <= 256, any strides over B and T (how far tokens may be apart: scan_rows). B_t and C_t are read four at a time where addresses,
+// strides
 //         and widths allow it, else one by one
 // agrees  with the CPU reference: kSelectiveScanToleranceF32 (ex2.approx in decays, in softplus and in silu, rcp.approx in silu); bf16 adds
 //         one rounding of y
@@ -88,28 +89,31 @@ __global__ void __launch_bounds__(kScanThreads, kForwardCost<Split>.at_once)
 
   // B_t and C_t of the next tile, four entries at a time.
   constexpr int kEntryPacks = kTokens * kN / (4 * kWarp);
-  Pack<T, 4> entries[Tile::kEntryInputs][kEntryPacks];
+  FetchedFour<T> entries[Tile::kEntryInputs][kEntryPacks];
   const auto fetch_entries = [&](int64_t begin) {
 #pragma unroll
     for (int k = 0; k < kEntryPacks; ++k) {
       const int at = (k * kWarp + lane) * 4;
       const int64_t t = begin + at / kN;
-      entries[0][k] = load_four(p.B_t, place.b, t, at % kN, p.N, t < place.end);
-      if constexpr (outputs) entries[1][k] = load_four(p.C_t, place.b, t, at % kN, p.N, t < place.end);
+      entries[0][k].fetch(p.B_t, place.b, t, at % kN, p.N, t < place.end);
+      if constexpr (outputs) entries[1][k].fetch(p.C_t, place.b, t, at % kN, p.N, t < place.end);
     }
   };
   // Where the lane's own activations are, of the tile that is fetched next and of the tile that is written.
   const int64_t first = place.begin + token0;
   OwnedAt<const T> x_at(p.x, place.b, first, own_channel), dt_at(p.dt, place.b, first, own_channel), z_at(p.z, place.b, first, own_channel);
   OwnedAt<T> y_at(out.y, place.b, first, own_channel);
-  const auto owned_left = [&](int64_t begin) {  // a lane without a channel has no tokens
-    return own_real ? static_cast<int>(min(static_cast<int64_t>(kTokens), place.end - begin)) - token0 : 0;
+  const bool all_channels = place.whole(p);
+  const auto with_tile = [&](int64_t begin, auto&& f) {  // f(whole, how many tokens from its first one on are there for the lane)
+    const int tokens = static_cast<int>(min(static_cast<int64_t>(kTokens), place.end - begin));
+    choose(all_channels && tokens == kTokens, [&](auto whole) { f(whole, own_real ? tokens - token0 : 0); });
   };
   const auto fetch_owned = [&](int64_t begin, Owned<T, kOwned>& to) {
-    const int left = owned_left(begin);
-    x_at.read(to.x, left, 0.0f);
-    dt_at.read(to.dt, left, -INFINITY);  // a step of zero keeps the state: behind the last token
-    if (gated) z_at.read(to.z, left, 0.0f);
+    with_tile(begin, [&](auto whole, int left) {
+      x_at.template read<whole>(0, to.x, left, 0.0f);
+      dt_at.template read<whole>(0, to.dt, left, -INFINITY);  // a step of zero keeps the state: behind the last token
+      if (gated) z_at.template read<whole>(0, to.z, left, 0.0f);
+    });
     x_at.move(kTokens);
     dt_at.move(kTokens);
     z_at.move(kTokens);
@@ -137,7 +141,7 @@ __global__ void __launch_bounds__(kScanThreads, kForwardCost<Split>.at_once)
       for (int k = 0; k < kEntryPacks; ++k) {
         float widened[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) widened[i] = to_f32(entries[which][k].at[i]);
+        for (int i = 0; i < 4; ++i) widened[i] = entries[which][k].f32(i);
         write_floats(&tile.entries[which][0][0] + (k * kWarp + lane) * 4, widened);
       }
     fetch_owned(begin + kTokens, next);
@@ -172,7 +176,7 @@ __global__ void __launch_bounds__(kScanThreads, kForwardCost<Split>.at_once)
       if (gated)
 #pragma unroll
         for (int i = 0; i < kOwned; ++i) results[i] *= silu(now.z[i].f32());
-      if (Split::template owns<kTokens>()) y_at.write(results, owned_left(begin));
+      if (Split::template owns<kTokens>()) with_tile(begin, [&](auto whole, int left) { y_at.template write<whole>(0, results, left); });
       y_at.move(kTokens);
     }
   }

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "core/cuda_context.h"
 #include "core/error.h"
@@ -94,25 +95,20 @@ struct ScanRows {
   T* data = nullptr;
   int64_t batch = 0;
   int token = 0;
-  bool packs = false;  // may be moved by 4 elements
-  int widest = 1;      // elements that may be moved at once, of at most 16 bytes
+  bool fours = false;  // may be read by 4 elements
   __device__ T* at(int64_t b, int64_t t) const { return data + b * batch + t * token; }
 };
 template <class T>
 ScanRows<T> scan_rows(const Tensor& t) {
   if (!t.defined()) return {};
-  if (t.stride(1) > INT32_MAX / kScanChunk)
-    throw ValueError(
-        "selective_scan: the tokens of a view are too far apart",
-        {{"view", t.describe()}, {"limit", "a stride of " + std::to_string(INT32_MAX / kScanChunk) + " elements over T on CUDA"}});
-  ScanRows<T> rows{static_cast<T*>(t.raw()), t.stride(0), static_cast<int>(t.stride(1))};
-  const auto fits = [&](int elements) {
-    return reinterpret_cast<std::uintptr_t>(rows.data) % (static_cast<std::size_t>(elements) * sizeof(T)) == 0 &&
-           rows.batch % elements == 0 && rows.token % elements == 0 && t.dim(2) % elements == 0;
-  };
-  for (int elements = 2; elements * static_cast<int>(sizeof(T)) <= 16 && fits(elements); elements *= 2) rows.widest = elements;
-  rows.packs = rows.widest >= 4;
-  return rows;
+  constexpr int64_t kFarthest = INT32_MAX / (kScanChunk * static_cast<int64_t>(sizeof(T)));  // kernels reach over a chunk in 32 bits
+  const int64_t token = t.dim(1) > 1 ? t.stride(1) : 0;
+  if (token > kFarthest)
+    throw ValueError("selective_scan: the tokens of a view are too far apart",
+                     {{"view", t.describe()}, {"limit", "a stride of " + std::to_string(kFarthest) + " elements over T on CUDA"}});
+  T* const data = static_cast<T*>(t.raw());
+  return {data, t.stride(0), static_cast<int>(token),
+          reinterpret_cast<std::uintptr_t>(data) % (4 * sizeof(T)) == 0 && t.stride(0) % 4 == 0 && token % 4 == 0 && t.dim(2) % 4 == 0};
 }
 
 /// An element that has been fetched and is widened only when it is used, so that nothing waits for it before. Takes a register of its own:
@@ -126,47 +122,72 @@ struct Fetched {
   __device__ float f32() const { return __uint_as_float(bits << (32 - 8 * sizeof(T))); }
 };
 
-/// A lane's own elements of neighbouring tokens, those of one channel.
+/// An address that is kept: the compiler would rather form it anew, of a dozen instructions, wherever it is used.
+template <class T>
+__device__ T* kept(T* address) {
+  asm("" : "+l"(address));
+  return address;
+}
+/// Says that an address is one of global memory where the compiler can no longer see it.
+template <class T>
+__device__ T* in_global_memory(T* address) {
+  __builtin_assume(__isGlobal(address));
+  return address;
+}
+
+/// A lane's own elements of neighbouring tokens, those of one channel. `whole` says for a block that all of its tokens and channels are
+/// there; if not, a lane has `left` tokens, none without a channel.
 template <class T>
 struct OwnedAt {
-  T* at;      // of the first token
-  int token;  // from one token to the next
-  __device__ OwnedAt(const ScanRows<T>& rows, int64_t b, int64_t t, int64_t channel) : at(rows.at(b, t) + channel), token(rows.token) {}
-  __device__ void move(int tokens) { at += static_cast<int64_t>(tokens) * token; }
-  __device__ T* operator[](int i) const { return at + static_cast<int64_t>(token) * i; }
-  /// Tokens [0, n), of which `left` are there; `behind` for the others.
-  template <int n, class Element>
-  __device__ void read(Fetched<Element> (&to)[n], int left, float behind) const {
-    if (left >= n) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  Byte* at;    // of the first token
+  int stride;  // bytes from one token to the next; this way an address is one instruction
+  __device__ OwnedAt(const ScanRows<T>& rows, int64_t b, int64_t t, int64_t channel)
+      : at(kept(reinterpret_cast<Byte*>(rows.at(b, t) + channel))), stride(rows.token * static_cast<int>(sizeof(T))) {}
+  __device__ void move(int tokens) { at += static_cast<int64_t>(tokens) * stride; }
+  __device__ T* operator[](int i) const { return in_global_memory(reinterpret_cast<T*>(at + static_cast<int64_t>(i) * stride)); }
+  /// Tokens [first, first + n), of which `left` are there; `behind` for the others.
+  template <bool whole, int n, class Element>
+  __device__ void read(int first, Fetched<Element> (&to)[n], int left, float behind) const {
 #pragma unroll
-      for (int i = 0; i < n; ++i) to[i] = Fetched<Element>::from((*this)[i]);
-    } else {
-#pragma unroll
-      for (int i = 0; i < n; ++i) to[i] = i < left ? Fetched<Element>::from((*this)[i]) : Fetched<Element>::constant(behind);
-    }
+    for (int i = 0; i < n; ++i) to[i] = whole || i < left ? Fetched<Element>::from((*this)[first + i]) : Fetched<Element>::constant(behind);
   }
-  template <int n>
-  __device__ void write(const float (&from)[n], int left) const {
-    if (left >= n) {
+  template <bool whole, int n>
+  __device__ void write(int first, const float (&from)[n], int left) const {
 #pragma unroll
-      for (int i = 0; i < n; ++i) *(*this)[i] = static_cast<T>(from[i]);
-    } else {
-#pragma unroll
-      for (int i = 0; i < n; ++i)
-        if (i < left) *(*this)[i] = static_cast<T>(from[i]);
-    }
+    for (int i = 0; i < n; ++i)
+      if (whole || i < left) *(*this)[first + i] = static_cast<T>(from[i]);
   }
 };
 
-/// Elements [c, c + 4) of row (b, t); zeros at and behind `width`, where `there` is false, and of an absent tensor.
-template <class T>
-__device__ Pack<T, 4> load_four(const ScanRows<const T>& rows, int64_t b, int64_t t, int64_t c, int64_t width, bool there) {
-  Pack<T, 4> pack;
-  if (there && rows.data != nullptr && rows.packs && c < width) return load_pack<4>(rows.at(b, t) + c);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) pack.at[i] = there && rows.data != nullptr && c + i < width ? rows.at(b, t)[c + i] : static_cast<T>(0.0f);
-  return pack;
+/// f(std::true_type) or f(std::false_type)
+template <class F>
+__device__ void choose(bool condition, F&& f) {
+  condition ? f(std::true_type{}) : f(std::false_type{});
 }
+
+/// Four elements likewise.
+template <class T>
+struct FetchedFour {
+  Pack<uint32_t, sizeof(T)> words;  // lower element first
+  __device__ float f32(int i) const {
+    if constexpr (sizeof(T) == 4) return __uint_as_float(words.at[i]);
+    else return __uint_as_float(i % 2 == 0 ? words.at[i / 2] << 16 : words.at[i / 2] & 0xffff0000u);
+  }
+  /// Elements [c, c + 4) of row (b, t); zeros at and behind `width` and where `there` is false.
+  __device__ void fetch(const ScanRows<const T>& rows, int64_t b, int64_t t, int64_t c, int64_t width, bool there) {
+    words = {};
+    if (!there || c >= width) return;
+    const T* from = rows.at(b, t) + c;
+    if (rows.fours) {
+      words = load_pack<sizeof(T)>(reinterpret_cast<const uint32_t*>(from));
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (c + i < width) words.at[i * sizeof(T) / 4] |= Fetched<T>::from(from + i).bits << (i * 8 * sizeof(T) % 32);
+  }
+};
 
 /// Sizes, inputs, and how the sequence is cut: segment s holds the tokens from s * segment_tokens (a multiple of kScanChunk).
 template <class T>
@@ -242,6 +263,7 @@ struct ScanPlace {
     end = min(p.tokens, begin + p.segment_tokens);
   }
   __device__ int64_t segment_index(const ScanProblem<T>& p) const { return b * p.segments + segment; }
+  __device__ bool whole(const ScanProblem<T>& p) const { return first_channel + Split::kBlockChannels <= p.channels; }
 };
 
 /// log(1 + e^x) without a branch: max(x, 0) + log1p(e) with e = e^-|x| by exp2_approx and log1p(e) / e by a polynomial (1.9e-7 on [0, 1]).
@@ -318,8 +340,9 @@ __device__ void stage_entries(const ScanRows<const T>& rows, const ScanProblem<T
   constexpr int packs_per_row = Split::kN / 4;
   for (int i = static_cast<int>(threadIdx.x); i < count * packs_per_row; i += kScanThreads) {
     const int64_t at = t + i / packs_per_row, n = i % packs_per_row * 4;
-    const Pack<T, 4> in = load_four(rows, b, at, n, p.N, at < end);
-    store_pack(to + 4 * i, Pack<float, 4>{{to_f32(in.at[0]), to_f32(in.at[1]), to_f32(in.at[2]), to_f32(in.at[3])}});
+    FetchedFour<T> in;
+    in.fetch(rows, b, at, n, p.N, at < end);
+    store_pack(to + 4 * i, Pack<float, 4>{{in.f32(0), in.f32(1), in.f32(2), in.f32(3)}});
   }
 }
 

@@ -2,14 +2,17 @@
 #include "ops/selective_scan/selective_scan.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <filesystem>
+#include <random>
 #include <utility>
 
 #include "autograd/gradcheck.h"
 #include "core/error.h"
 #include "core/safetensors.h"
 #include "core/switches.h"
+#include "ops/common/bench_inputs.h"
 #include "ops/selective_scan/selective_scan_kernels.h"
 #include "tests/support/parity.h"
 
@@ -480,6 +483,63 @@ TEST("selective_scan on CUDA in segments: a long sequence of few channels") {
     expect_cuda_parity({s, {}, 0, -0.5});
 }
 
+TEST("selective_scan on CUDA agrees with the CPU at sixty shapes drawn at random") {
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  const SwitchScope scope = poison();
+  std::mt19937 draw(20261130);
+  const auto up_to = [&](int64_t most) {  // small numbers as often as large ones
+    const auto bits = static_cast<int64_t>(draw() % static_cast<unsigned>(std::bit_width(static_cast<uint64_t>(most))));
+    return std::min(most, (int64_t{1} << bits) + static_cast<int64_t>(draw()) % (int64_t{1} << bits));
+  };
+  for (int i = 0; i < 60; ++i) {
+    const int64_t N = i % 3 == 0 ? up_to(256) : 1 + static_cast<int64_t>(draw() % 20), D = up_to(200);
+    const Sizes s{up_to(5), std::max<int64_t>(1, std::min<int64_t>(up_to(700), 3'000'000 / (D * N))), D, N};
+    const Given given{.D = draw() % 4 != 0, .z = draw() % 4 != 0, .h0 = draw() % 2 != 0, .dt_shift = -static_cast<double>(draw() % 3)};
+    expect_cuda_parity({s, given, static_cast<int64_t>(draw() % 3 * (draw() % 5)), -0.5});
+  }
+}
+
+TEST("selective_scan on CUDA beyond 2^31 elements: the last tokens of the last row are those of a short sequence") {
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  const Device device = Device::cuda();
+  const int64_t B = 2, T = 702'000, D = 1536, N = 16, kRemembered = 20'000, kCompared = 300;
+  static_assert(2 * 702'000ll * 1536 > (1ll << 31));
+  try {
+    const auto make = [&](Dtype dtype, Shape shape, uint64_t seed, double scale, double mean = 0) {
+      return repeated_random_tensor(device, dtype, shape, seed, scale, mean);
+    };
+    const Dtype bf16 = Dtype::bf16, f32 = Dtype::f32;
+    const SelectiveScanInputs whole{make(bf16, {B, T, D}, 1, 1), make(bf16, {B, T, D}, 2, 1), make(f32, {D, N}, 3, 0.5),
+                                    make(bf16, {B, T, N}, 4, 1), make(bf16, {B, T, N}, 5, 1), make(f32, {D}, 6, 1),
+                                    make(bf16, {B, T, D}, 7, 1), make(f32, {D}, 8, 0.5),      {}};
+    const Tensor grad_y = make(bf16, {B, T, D}, 9, 1);
+    // Decays of about 1/2 a token: what was kRemembered tokens ago has no effect on the last kCompared.
+    const auto gradients = [&](SelectiveScanInputs in, const Tensor& grad) {
+      const auto v = leaves_of(in);
+      const auto [y, h_T] = run(v);
+      backward({y}, {grad});
+      const int64_t tokens = in.x.dim(1), row = in.x.dim(0) - 1;
+      std::vector<std::vector<double>> ends{numbers(h_T.value().slice(0, row, row + 1))};
+      const auto last = [&](const Tensor& t) {
+        return numbers(t.slice(0, row, row + 1).slice(1, tokens - kCompared, tokens).contiguous());
+      };
+      ends.push_back(last(y.value()));
+      for (std::size_t k : {0u, 1u, 3u, 4u, 6u}) ends.push_back(last(v[k].grad()));
+      return ends;
+    };
+    SelectiveScanInputs part = whole;
+    for (Tensor* t : {&part.x, &part.dt, &part.B_t, &part.C_t, &part.z})
+      *t = t->slice(0, B - 1, B).slice(1, T - kRemembered, T).contiguous();
+    const auto expected = gradients(part, grad_y.slice(0, B - 1, B).slice(1, T - kRemembered, T).contiguous());
+    const auto actual = gradients(whole, grad_y);
+    constexpr const char* kWhat[] = {"h_T", "y", "x", "dt", "B_t", "C_t", "z"};
+    for (std::size_t i = 0; i < actual.size(); ++i)
+      expect_close(actual[i], expected[i], i == 0 ? kSelectiveScanToleranceF32 : test::kBf16Rounding, 1e-30, kWhat[i]);
+  } catch (const MemoryError& error) {
+    SKIP(std::string("the GPU has too little memory: ") + error.what());
+  }
+}
+
 TEST("selective_scan on CUDA: -inf keeps the state, decays that leave nothing stay finite") {
   if (cuda_device_count() == 0) SKIP("no CUDA device");
   for (Dtype dtype : {Dtype::f32, Dtype::bf16})
@@ -515,8 +575,14 @@ TEST("selective_scan on CUDA gives the same bits twice, and refuses states that 
     for (const Variable& leaf : v) all.push_back(numbers(leaf.grad()));
     return all;
   };
-  for (const Sizes& s : {Sizes{2, 300, 200, 16}, Sizes{1, 4000, 24, 16}}) CHECK(results(s) == results(s));
+  for (const Sizes& s :
+       {Sizes{2, 300, 200, 16}, Sizes{1, 4000, 24, 16}, Sizes{30, 300, 700, 16}, Sizes{2, 200, 40, 60}, Sizes{1, 90, 20, 200}})
+    CHECK(results(s) == results(s));
   CHECK_THROWS_AS(results({1, 3, 2, 257}), ValueError);
+  SelectiveScanInputs far = random_inputs({1, 2, 4, 3}, 83, {}, Dtype::f32);
+  for (Tensor* t : members(far)) *t = t->to(Device::cuda());
+  far.x = Tensor::zeros(Device::cuda(), Dtype::f32, {1, 2, 20'000'000}).slice(2, 0, 4);
+  CHECK_THROWS_AS(run(far), ValueError);
 }
 
 TEST("selective_scan on CUDA of no tokens and of no rows") {
