@@ -1,8 +1,8 @@
 // losses: trains the model of each recipe with every initial-state strategy, alone or as one of several processes, and has process 0 print
-// the loss of every step, exactly. Usage: losses cpu|cuda|nccl STEPS RECIPE.toml..., started by mpirun or by itself; nccl: a
-// GPU joined by NCCL although it is alone.
-//   mamba2 state-passing 17 0x1.52ab3ap+2     family, strategy, step, loss
-//   mamba2 state-passing weights 5f3a9c01     check sum of all weights at the end
+// the loss of every step, exactly. Usage: losses DEVICE STEPS RECIPE.toml..., started by mpirun or by itself.
+//   DEVICE   cpu; cuda: a GPU each; nccl: a GPU joined by NCCL although it is alone; shared: one GPU for all, through the host
+//   prints   mamba2 state-passing 17 0x1.52ab3ap+2     family, strategy, step, loss
+//            mamba2 state-passing weights 5f3a9c01     check sum of the weights that products read, at the end
 #include <fmt/format.h>
 
 #include <cstdio>
@@ -22,11 +22,47 @@
 namespace longhand {
 namespace {
 
+// Processes on one GPU, which NCCL does not join: everything but NCCL is as between several. Each tensor goes to the host and back.
+class ThroughHost final : public Communicator {
+ public:
+  explicit ThroughHost(std::unique_ptr<Communicator> host) : Communicator(host->size(), host->rank()), host_(std::move(host)) {}
+  std::string describe() const override { return host_->describe() + " on one GPU"; }
+  void all_reduce_sum(const Tensor& t) override {
+    there_and_back(t, [&](const Tensor& h) { host_->all_reduce_sum(h); });
+  }
+  void reduce_scatter_sum(const Tensor& t, int64_t unit) override {
+    there_and_back(t, [&](const Tensor& h) { host_->reduce_scatter_sum(h, unit); });
+  }
+  void all_gather(const Tensor& whole, std::span<const int64_t> at) override {
+    there_and_back(whole, [&](const Tensor& h) { host_->all_gather(h, at); });
+  }
+  void broadcast(const Tensor& whole, int64_t root) override {
+    there_and_back(whole, [&](const Tensor& h) { host_->broadcast(h, root); });
+  }
+  Tensor gather(const Tensor& part) override { return host_->gather(part); }
+  std::vector<std::string> all_texts(const std::string& own_text) override { return host_->all_texts(own_text); }
+  int64_t all_reduce_max(int64_t value) override { return host_->all_reduce_max(value); }
+  void barrier() override { host_->barrier(); }
+
+ protected:
+  void end_all(int code) override { end_all_of(*host_, code); }
+
+ private:
+  template <class F>
+  static void there_and_back(const Tensor& t, F&& f) {
+    const Tensor host = t.to(Device::cpu());
+    f(host);
+    copy(t, host);
+  }
+  std::unique_ptr<Communicator> host_;
+};
+
 void train(const std::string& file, const std::string& strategy, const Device& device, int64_t steps, Communicator& processes,
            bool together) {
   std::vector<std::string> settings{"initial_state=" + strategy, fmt::format("train.steps={}", steps)};
   if (strategy == "tbtt") settings.push_back("data.arrangement=streams");
   Recipe recipe = read_recipe(file, settings);
+  if (dynamic_cast<const ThroughHost*>(&processes) != nullptr) recipe.train.graph = false;  // the host takes part in a step
   const std::shared_ptr<const Tokenizer> tokenizer = open_tokenizer(recipe.data.tokenizer);
   resolve_model(recipe, tokenizer->vocab_size());
   if (recipe.train.dtype == "auto") recipe.train.dtype = device.is_cuda() ? "bf16" : "f32";
@@ -58,9 +94,10 @@ int run(int argc, char** argv) {
   LocalPlace place;
   std::unique_ptr<Communicator> processes = join_processes(place);
   const std::string kind = argv[1];
-  const Device device = kind == "cpu" ? Device::cpu() : Device::cuda(static_cast<int>(place.rank));
-  const bool together = !processes->alone() || kind == "nccl";
-  processes = with_device(std::move(processes), device, together);
+  const bool shared = kind == "shared", together = !processes->alone() || kind == "nccl";
+  const Device device = kind == "cpu" ? Device::cpu() : Device::cuda(shared ? 0 : static_cast<int>(place.rank));
+  if (shared) processes = std::make_unique<ThroughHost>(std::move(processes));
+  else processes = with_device(std::move(processes), device, together);
   try {
     for (int i = 3; i < argc; ++i)
       for (const InitialStateStrategy& strategy : initial_state_strategies())
@@ -77,7 +114,7 @@ int run(int argc, char** argv) {
 
 int main(int argc, char** argv) {
   if (argc < 4) {
-    fmt::print(stderr, "usage: losses cpu|cuda|nccl STEPS RECIPE.toml...\n");
+    fmt::print(stderr, "usage: losses cpu|cuda|nccl|shared STEPS RECIPE.toml...\n");
     return 2;
   }
   try {
