@@ -29,7 +29,38 @@ SharedOutputFile::~SharedOutputFile() {
   ::close(descriptor_);
 }
 
+namespace {
+
+// A client of a network file system writes whole pages back, its neighbour's bytes as it last saw them; a lock on the pages makes it read
+// them anew and write them at once. Where files cannot be locked (local disks aside) the file system keeps its clients coherent by itself.
+class PageLock {
+ public:
+  PageLock(int descriptor, int64_t offset, std::size_t bytes) : descriptor_(descriptor) {
+    constexpr int64_t kPage = 1 << 16;  // the largest of today's machines
+    range_.l_type = F_WRLCK;
+    range_.l_whence = SEEK_SET;
+    range_.l_start = offset / kPage * kPage;
+    range_.l_len = (offset + static_cast<int64_t>(bytes) + kPage - 1) / kPage * kPage - range_.l_start;
+    locked_ = ::fcntl(descriptor_, F_OFD_SETLKW, &range_) == 0;
+  }
+  ~PageLock() {
+    range_.l_type = F_UNLCK;
+    if (locked_) ::fcntl(descriptor_, F_OFD_SETLK, &range_);
+  }
+  PageLock(const PageLock&) = delete;
+  PageLock& operator=(const PageLock&) = delete;
+
+ private:
+  int descriptor_;
+  struct flock range_ {};
+  bool locked_;
+};
+
+}  // namespace
+
 void SharedOutputFile::write_at(int64_t offset, const void* data, std::size_t bytes) {
+  if (bytes == 0) return;
+  const PageLock lock(descriptor_, offset, bytes);
   for (std::size_t done = 0; done < bytes;) {
     const ssize_t n = ::pwrite(descriptor_, static_cast<const char*>(data) + done, bytes - done, offset + static_cast<off_t>(done));
     if (n < 0 && errno == EINTR) continue;

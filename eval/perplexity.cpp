@@ -198,12 +198,12 @@ double ValidationLoss::bits_per_byte(int64_t bytes) const {
 
 ValidationLoss validation_loss(const LanguageModel& model, const NextBatch& next, int64_t max_batches, const ValidationPart& part) {
   const NoGrad no_grad;
-  std::vector<double> sums;  // of each batch: loss, weight and positions
+  std::vector<double> sums;  // of each row of each batch: loss, weight and positions
   TokenBatch batch;
   for (int64_t i = 0; i < max_batches && next(batch); ++i) {
-    sums.resize(sums.size() + 3);
-    if (i % part.parts != part.part) continue;
-    double* const sum = &sums[sums.size() - 3];
+    const int64_t rows = batch.tokens.dim(0), length = batch.tokens.dim(1), all_rows = part.all_rows > 0 ? part.all_rows : rows;
+    const auto begin = static_cast<std::size_t>(3 * part.first_row) + sums.size();
+    sums.resize(sums.size() + static_cast<std::size_t>(3 * all_rows));
     const std::vector<double> loss = model.loss(batch).token_loss.to_vector<double>();
     const std::vector<double> mask = batch.mask.defined() ? batch.mask.to_vector<double>() : std::vector<double>(loss.size(), 1.0);
     for (std::size_t j = 0; j < loss.size(); ++j) {
@@ -211,10 +211,11 @@ ValidationLoss validation_loss(const LanguageModel& model, const NextBatch& next
       if (!std::isfinite(loss[j]))
         throw NumericError("eval: the validation loss is not a finite number",
                            {{"loss", fmt::format("{}", loss[j])}, {"batch", std::to_string(i)}, {"element", std::to_string(j)}});
+      double* const sum = &sums[begin + 3 * (j / static_cast<std::size_t>(length))];
       sum[0] += mask[j] * loss[j], sum[1] += mask[j], sum[2] += 1;
     }
   }
-  if (part.parts > 1) part.sum_over_parts(sums);
+  if (part.sum_over_parts) part.sum_over_parts(sums);
   ValidationLoss result;
   double loss = 0, weight = 0;
   for (std::size_t i = 0; i < sums.size(); i += 3) {

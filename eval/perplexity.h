@@ -67,14 +67,14 @@ struct ValidationLoss {
 /// Fills `batch` with rows on the model's device; false when there are none left.
 using NextBatch = std::function<bool(TokenBatch& batch)>;
 
-/// What a process does of a validation that several share: the batches i with i % parts == part.
+/// What a process does of a validation that several share: some rows of every batch.
 struct ValidationPart {
-  int64_t part = 0, parts = 1;
-  std::function<void(std::vector<double>&)> sum_over_parts;  // replaces each number by the sum over all parts; needed when parts > 1
+  int64_t first_row = 0, all_rows = 0;                       // its first, and how many all have together; 0: it has all
+  std::function<void(std::vector<double>&)> sum_over_parts;  // replaces each number by the sum over all parts; empty: it has all
 };
 
 /// Mean loss over the first `max_batches` batches, every row from the zero state, each position weighted by its mask; sums in f64 on the
-/// host, first within a batch and then over the batches in their order, so that the same batches give the same bits in any number of parts.
+/// host, first within a row and then over the rows in their order, so that the same losses give the same bits in any number of parts.
 /// errors   ValueError when no position counts; NumericError for a loss that is no number
 ValidationLoss validation_loss(const LanguageModel& model, const NextBatch& next, int64_t max_batches, const ValidationPart& part = {});
 

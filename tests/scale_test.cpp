@@ -43,8 +43,10 @@ class Site {
     return all;
   }
   ProcessOptions here() const {
-    return {
-        .folder = folder_.path(), .input = {}, .environment = {{"OMPI_ALLOW_RUN_AS_ROOT", "1"}, {"OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"}}};
+    return {.folder = folder_.path(),
+            .input = {},
+            .environment = {{"OMPI_ALLOW_RUN_AS_ROOT", "1"}, {"OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"}},
+            .patience = std::chrono::seconds(300)};
   }
 
  private:
@@ -66,7 +68,7 @@ std::vector<std::string> with_data(std::vector<std::string> settings) {
 std::vector<nlohmann::json> metrics_of(const std::string& run) {
   std::ifstream in(run + "/metrics.jsonl");
   std::vector<nlohmann::json> rows;
-  for (std::string line; std::getline(in, line);) rows.push_back(nlohmann::json::parse(line));
+  for (std::string line; std::getline(in, line) && !in.eof();) rows.push_back(nlohmann::json::parse(line));  // whole lines
   return rows;
 }
 
@@ -74,18 +76,20 @@ void check_close(double a, double b, double tolerance = kSameLoss) {
   CHECK(std::abs(a - b) <= tolerance * std::abs(b));
 }
 
+// The first `steps` steps are all that `run` has.
 void check_same_run(const std::string& run, const std::string& expected, std::size_t steps) {
   const auto rows = metrics_of(run), wanted = metrics_of(expected);
   REQUIRE(rows.size() == steps);
-  REQUIRE(wanted.size() == steps);
+  REQUIRE(wanted.size() >= steps);
   for (std::size_t i = 0; i < steps; ++i) {
     CAPTURE(i);
     CHECK(rows[i]["step"] == wanted[i]["step"]);
     CHECK(rows[i]["tokens"] == wanted[i]["tokens"]);
-    for (const char* number : {"loss", "lr", "grad_norm", "val_loss"}) {
+    for (const std::string number : {"loss", "lr", "grad_norm", "val_loss"}) {
       CAPTURE(number);
       REQUIRE(rows[i].contains(number) == wanted[i].contains(number));
-      if (rows[i].contains(number)) check_close(rows[i][number], wanted[i][number], 1e-5);
+      // A gradient is a sum of terms of both signs, of which the norm feels the roundings more than the loss.
+      if (rows[i].contains(number)) check_close(rows[i][number], wanted[i][number], number == "grad_norm" ? 10 * kSameLoss : kSameLoss);
     }
   }
 }
@@ -103,33 +107,91 @@ std::map<std::string, double> losses_in(const std::string& text) {
   return losses;
 }
 
+// The recipes of all families with other keys of [train] and [data], as files of the site.
+std::vector<std::string> recipes(const Site& site, const std::string& name, const std::string& train, const std::string& data = "") {
+  std::vector<std::string> files;
+  for (const std::string& family : kFamilies) {
+    files.push_back(family + "-" + name + ".toml");
+    std::string text = tiny_text(family) + "[data]\nfiles = [\"shard.jsonl\"]\n" + data;
+    text.replace(text.find("batch_size = 4"), 14, train);
+    std::ofstream(site.file(files.back())) << text;
+  }
+  return files;
+}
+
+std::vector<std::string> losses_words(const std::string& device, int steps, const std::vector<std::string>& files) {
+  std::vector<std::string> words{LOSSES, device, std::to_string(steps)};
+  words.insert(words.end(), files.begin(), files.end());
+  return words;
+}
+
+std::string output_of(const ProcessResult& result) {
+  REQUIRE_MESSAGE(result.code == 0, result.err);
+  return result.out;
+}
+
+void check_same_losses(const std::string& out, const std::string& expected, int steps) {
+  const auto losses = losses_in(out), wanted = losses_in(expected);
+  REQUIRE(wanted.size() == static_cast<std::size_t>(3 * 5 * steps));
+  REQUIRE(losses.size() == wanted.size());
+  for (const auto& [step, loss] : losses) {
+    CAPTURE(step);
+    check_close(loss, wanted.at(step));
+  }
+}
+
 TEST("scale: 2 and 4 processes have the losses of one in every step, for every family and strategy, and the same bits twice") {
   if (std::string(MPIRUN).empty()) SKIP("this build has no MPI");
   const Site site;
-  std::vector<std::string> words{LOSSES, "cpu", std::to_string(kSteps)};
-  for (const std::string& family : kFamilies) {
-    words.push_back(family + "-8.toml");
-    std::ofstream(site.file(words.back())) << tiny_text(family) << "[data]\nfiles = [\"shard.jsonl\"]\n";
-    std::string text = text_of(site.file(words.back()));
-    text.replace(text.find("batch_size = 4"), 14, "batch_size = 8\ngrad_accumulation = 2");
-    std::ofstream(site.file(words.back())) << text;
-  }
-  const ProcessResult alone = site.run_alone(words);
-  REQUIRE_MESSAGE(alone.code == 0, alone.err);
-  const auto expected = losses_in(alone.out);
-  REQUIRE(expected.size() == 3 * 5 * kSteps);
+  const auto words = losses_words("cpu", kSteps, recipes(site, "even", "batch_size = 8\ngrad_accumulation = 2"));
+  const std::string alone = output_of(site.run_alone(words));
   for (const int processes : {2, 4}) {
     CAPTURE(processes);
-    const ProcessResult first = site.run(processes, words), second = site.run(processes, words);
-    REQUIRE_MESSAGE(first.code == 0, first.err);
-    CHECK(first.out == second.out);
-    const auto losses = losses_in(first.out);
-    REQUIRE(losses.size() == expected.size());
-    for (const auto& [step, loss] : losses) {
-      CAPTURE(step);
-      check_close(loss, expected.at(step));
-    }
+    const std::string first = output_of(site.run(processes, words));
+    CHECK(first == output_of(site.run(processes, words)));
+    check_same_losses(first, alone, kSteps);
   }
+}
+
+TEST("scale: parts of different sizes, and rows that end in padding, make no difference") {
+  if (std::string(MPIRUN).empty()) SKIP("this build has no MPI");
+  const Site site;
+  constexpr int kFew = 12;
+  // Five rows a micro-batch for four processes: 1, 1, 1 and 2. Streams of documents, for tbtt: rows are padded behind a document's end.
+  const auto words =
+      losses_words("cpu", kFew, recipes(site, "uneven", "batch_size = 10\ngrad_accumulation = 2", "stream_unit = \"document\"\n"));
+  check_same_losses(output_of(site.run(4, words)), output_of(site.run_alone(words)), kFew);
+}
+
+TEST("scale: on a GPU, NCCL in a captured step and outside one changes no bit of what one process does") {
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  const Site site;
+  constexpr int kFew = 20;
+  const auto captured = recipes(site, "gpu", "batch_size = 8\ngrad_accumulation = 2");
+  const auto launched = recipes(site, "gpu-launches", "batch_size = 8\ngrad_accumulation = 2\ngraph = false");
+  const std::string alone = output_of(site.run_alone(losses_words("cuda", kFew, captured)));
+  CHECK(output_of(site.run_alone(losses_words("nccl", kFew, captured))) == alone);
+  CHECK(output_of(site.run_alone(losses_words("nccl", kFew, launched))) == alone);
+}
+
+TEST("scale: two processes on GPUs have the losses of one, captured or not the same bits, and write its checkpoint") {
+  if (std::string(MPIRUN).empty()) SKIP("this build has no MPI");
+  if (cuda_device_count() < 2) SKIP("fewer than two CUDA devices");
+  const Site site;
+  const std::string train = "batch_size = 8\ngrad_accumulation = 2\ndtype = \"f32\"";
+  const auto captured = recipes(site, "gpus", train), launched = recipes(site, "gpus-launches", train + "\ngraph = false");
+  const std::string two = output_of(site.run(2, losses_words("cuda", kSteps, captured)));
+  check_same_losses(two, output_of(site.run_alone(losses_words("cuda", kSteps, captured))), kSteps);
+  CHECK(output_of(site.run(2, losses_words("cuda", kSteps, captured))) == two);
+  CHECK(output_of(site.run(2, losses_words("cuda", kSteps, launched))) == two);
+  auto words = train_words("one", with_data({"train.dtype=bf16"}));
+  words[4] = "cuda";
+  output_of(site.run_alone(words));
+  words[6] = "two";
+  output_of(site.run(2, words));
+  const std::string file = "/checkpoints/step-12/model.safetensors";
+  const NamedTensors a = read_safetensors(site.file("runs/one" + file)), b = read_safetensors(site.file("runs/two" + file));
+  for (const auto& [name, values] : a.tensors) expect_close(b.at(name).to_vector<double>(), values.to_vector<double>(), 1e-2, 1e-3, name);
 }
 
 TEST("scale: a run of three processes writes the checkpoint, the metrics and the validation of one") {
@@ -155,6 +217,7 @@ TEST("scale: a run of three processes writes the checkpoint, the metrics and the
       CHECK(fs::file_size(one + name) == fs::file_size(many + name));
       for (const auto& [tensor, values] : a.tensors) {
         CAPTURE(tensor);
+        // Where a gradient is all rounding AdamW makes steps of the size of the others out of it: 12 steps of 3e-3, but for a few.
         expect_close(b.at(tensor).to_vector<double>(), values.to_vector<double>(), 1e-3, 1e-5, tensor);
       }
     }
@@ -245,28 +308,30 @@ TEST("scale: an evaluation by several processes is that of one; other commands d
 
 // --- what goes wrong -----------------------------------------------------------------------------------------------
 
-TEST("scale: when a process is killed, the job ends with its number, and the run goes on from the last checkpoint") {
+// The process of a job of the site that the launcher numbered `rank`.
+pid_t process_of(const Site& site, const std::string& rank) {
+  for (const auto& entry : fs::directory_iterator("/proc")) {
+    const std::string name = entry.path().filename().string();
+    if (name.find_first_not_of("0123456789") != std::string::npos) continue;
+    std::ifstream command(entry.path() / "cmdline"), environment(entry.path() / "environ");
+    const std::string started((std::istreambuf_iterator<char>(command)), {}), variables((std::istreambuf_iterator<char>(environment)), {});
+    std::error_code gone;
+    if (started.starts_with(LONGHAND_BINARY) && variables.find("OMPI_COMM_WORLD_RANK=" + rank + '\0') != std::string::npos &&
+        fs::read_symlink(entry.path() / "cwd", gone) == fs::canonical(site.file(".")))
+      return std::stoi(name);
+  }
+  return 0;
+}
+
+TEST("scale: a job whose process is killed ends and names it; resumed, one that is asked to end writes a checkpoint; no step is lost") {
   if (std::string(MPIRUN).empty()) SKIP("this build has no MPI");
   const Site site;
-  const auto settings = with_data({"train.steps=100", "train.checkpoint_every=5", "initial_state=state-passing"});
-  const auto words = train_words("killed", settings);
+  const auto settings = with_data({"train.steps=1000000", "train.checkpoint_every=5", "initial_state=state-passing"});
+  const std::string run = site.file("runs/killed"), whole = site.file("runs/whole");
   {
-    Process job = site.start(2, words);
-    const std::string run = site.file("runs/killed");
+    Process job = site.start(2, train_words("killed", settings));
     REQUIRE(job.wait_until([&] { return fs::exists(run + "/checkpoints/latest"); }));
-    // The victim is the process that logs to rank-1.log: the child of mpirun whose environment says so.
-    pid_t victim = 0;
-    for (const auto& entry : fs::directory_iterator("/proc")) {
-      const std::string name = entry.path().filename().string();
-      if (name.find_first_not_of("0123456789") != std::string::npos) continue;
-      std::ifstream command(entry.path().string() + "/cmdline"), environment(entry.path().string() + "/environ");
-      const std::string started((std::istreambuf_iterator<char>(command)), {}),
-          variables((std::istreambuf_iterator<char>(environment)), {});
-      if (started.starts_with(LONGHAND_BINARY) && started.find("killed") != std::string::npos &&
-          variables.find("OMPI_COMM_WORLD_RANK=1") != std::string::npos &&
-          fs::read_symlink(entry.path() / "cwd") == fs::canonical(site.file(".")))
-        victim = std::stoi(name);
-    }
+    const pid_t victim = process_of(site, "1");
     REQUIRE(victim > 0);
     ::kill(victim, SIGKILL);
     const ProcessResult ended = job.finish();
@@ -274,14 +339,27 @@ TEST("scale: when a process is killed, the job ends with its number, and the run
     CHECK(ended.err.find("rank 1") != std::string::npos);
     CHECK(ended.err.find("signal 9") != std::string::npos);
   }
-  CHECK(fs::exists(site.file("runs/killed/checkpoints/latest/training.json")));
-  CHECK_FALSE(fs::exists(site.file("runs/killed/checkpoints/step-100")));  // or nothing was interrupted
-  const ProcessResult rest = site.run(2, {LONGHAND_BINARY, "train", "--device", "cpu", "--resume", "killed"});
-  REQUIRE_MESSAGE(rest.code == 0, rest.err);
-  CHECK(rest.err.find("resumed after step") != std::string::npos);
-  const ProcessResult whole = site.run_alone(train_words("whole", settings));
-  REQUIRE_MESSAGE(whole.code == 0, whole.err);
-  check_same_run(site.file("runs/killed"), site.file("runs/whole"), 100);
+  CHECK(fs::exists(run + "/checkpoints/latest/training.json"));
+  const std::size_t enough = metrics_of(run).size() + 10;
+  {
+    Process job = site.start(2, {LONGHAND_BINARY, "train", "--device", "cpu", "--resume", "killed"});
+    REQUIRE(job.wait_until([&] { return metrics_of(run).size() > enough; }));
+    ::kill(process_of(site, "1"), SIGTERM);
+    const ProcessResult ended = job.finish();
+    CHECK(ended.code == 128 + SIGTERM);
+    CHECK(ended.err.find("resumed after step") != std::string::npos);
+    CHECK(ended.err.find("interrupted after step") != std::string::npos);
+  }
+  const auto rows = metrics_of(run);
+  REQUIRE(rows.size() > 10);
+  CHECK(fs::read_symlink(run + "/checkpoints/latest").filename().string() == "step-" + rows.back()["step"].dump());
+  {
+    Process alone(train_words("whole", settings), site.here());
+    REQUIRE(alone.wait_until([&] { return metrics_of(whole).size() > rows.size(); }));
+    alone.send(SIGTERM);
+    CHECK(alone.finish().code == 128 + SIGTERM);
+  }
+  check_same_run(run, whole, rows.size());
 }
 
 TEST("scale: processes that would not train the same thing are refused with what differs") {
@@ -302,6 +380,14 @@ TEST("scale: processes that would not train the same thing are refused with what
   const std::string recipes = refused(train_words("a", kData, "mamba2"), train_words("a", kData, "gla"));
   CHECK(recipes.find("recipe: mamba2.toml") != std::string::npos);
   CHECK(recipes.find("recipe: gla.toml") != std::string::npos);
+  auto on_gpu = train_words("a", kData);
+  on_gpu[4] = "cuda";
+  const std::string devices = refused(train_words("a", kData), on_gpu);
+  CHECK(devices.find("cpu on") != std::string::npos);
+  CHECK(devices.find("cuda on") != std::string::npos);
+  auto switched = train_words("a", kData);
+  switched.insert(switched.begin(), {"/usr/bin/env", "LONGHAND_CHECK=1"});
+  CHECK(refused(train_words("a", kData), switched).find("environment: LONGHAND_CHECK=1") != std::string::npos);
   fs::create_directories(site.file("other"));
   std::ofstream(site.file("other/shard.jsonl")) << "{\"text\": \"something else\"}\n";
   fs::copy(site.file("mamba2.toml"), site.file("other/mamba2.toml"));

@@ -150,7 +150,7 @@ void add_bench_scale_options(CLI::App& command, BenchScaleOptions& o) {
 int run_bench_scale(const BenchScaleOptions& options) {
   return with_processes([&](std::unique_ptr<Communicator>& processes, const LocalPlace& place) {
     const Device device = device_of_process(options.device, *processes, place);
-    processes = with_device(std::move(processes), device, true);
+    with_device(processes, device, true);
     if (processes->leads()) fmt::print("{}, {}\n", processes->describe(), device.is_cuda() ? device.description() : "cpu");
     Bench bench(options, *processes, device);
     for (const std::string& path : options.recipes) bench.model(path);

@@ -89,8 +89,17 @@ PositionLoss merged(PositionLoss loss, Communicator& processes) {
   return loss;
 }
 
+// What decides the sums.
+std::string description_of(const EvalOptions& options) {
+  return fmt::format("model: {}\ncontext: {}\nsequences: {}\ndocuments: {}\ntokenizer: {}\ndtype: {}\n", options.model, options.context,
+                     options.sequences, options.packed ? "packed" : options.documents, options.tokenizer, options.dtype);
+}
+
 int measure(const PplOptions& options, Communicator& processes) {
   EvalSession session(options.eval, "ppl", &processes);
+  if (!processes.alone())
+    require_same_everywhere(processes, description_of_build() + description_of_files(options.eval.data) +
+                                           description_of_weights(session.model()) + description_of(options.eval));
   PositionLoss loss = position_loss(session.model(), session.next(),
                                     {.context = options.eval.context,
                                      .chunk = options.eval.chunk,

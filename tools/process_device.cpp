@@ -11,7 +11,10 @@
 #include <thread>
 #include <vector>
 
+#include "core/crc32.h"
 #include "core/error.h"
+#include "core/files.h"
+#include "train/data_record.h"
 
 namespace longhand {
 
@@ -22,13 +25,19 @@ int with_processes(const std::function<int(std::unique_ptr<Communicator>&, const
   const int64_t cores = ::sysconf(_SC_NPROCESSORS_ONLN), share = std::max<int64_t>(1, cores / place.size);
   if (std::getenv("OMP_NUM_THREADS") == nullptr)
     omp_set_num_threads(static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(omp_get_num_procs(), share))));
-  if (omp_get_num_procs() < share && processes->leads())
+  const bool started_by_openmpi = std::getenv("OMPI_COMM_WORLD_SIZE") != nullptr;  // srun gives what was asked for
+  if (started_by_openmpi && omp_get_num_procs() < share && processes->leads())
     fmt::print(stderr,
                "warning: the launcher lets a process use {} of the {} cores that are its share; mpirun --bind-to none gives it all\n",
                omp_get_num_procs(), share);
   try {
     return work(processes, place);
   } catch (const std::exception& problem) {
+    if (processes == nullptr) {  // it was lost on the way to the GPUs: the launcher ends the others
+      fmt::print(stderr, "error: {}\n", problem.what());
+      std::fflush(nullptr);
+      std::_Exit(1);
+    }
     // What is wrong for all is said once, by process 0, whose end is the end of all; what is wrong for one it says itself.
     if (!processes->leads()) std::this_thread::sleep_for(std::chrono::seconds(1));
     fmt::print(stderr, "error: {}\nprocess {} of {} ends the run\n", problem.what(), processes->rank(), processes->size());
@@ -51,7 +60,7 @@ Device device_of_process(const std::string& asked, Communicator& processes, cons
   const std::vector<std::string> names = processes.all_texts(name), places = processes.all_texts(mine);
   for (std::size_t p = 1; p < names.size(); ++p)
     if (names[p] != names[0])
-      throw ConfigError("processes: they do not all have a GPU",
+      throw ConfigError("processes: they are not all to work on the same kind of device",
                         {{"process 0", names[0] + " on " + places[0]},
                          {fmt::format("process {}", p), names[p] + " on " + places[p]},
                          {"try", "--device cpu, or as many GPUs as processes on every machine"}});
@@ -65,6 +74,23 @@ Device device_of_process(const std::string& asked, Communicator& processes, cons
       throw DeviceError("processes: a machine has fewer GPUs than processes",
                         {{fmt::format("process {}", p), problems[p]}, {"try", "one process a GPU, or --device cpu"}});
   return Device::cuda(gpus >= place.size ? static_cast<int>(place.rank) : 0);
+}
+
+std::string description_of_weights(const LanguageModel& model) {
+  const Tensor host = model.parameters().flat_master().to(Device::cpu());
+  return fmt::format("weights: check sum {:08x}\n", crc32(host.raw(), static_cast<std::size_t>(host.numel() * size_of(host.dtype()))));
+}
+
+std::string description_of_files(const std::vector<std::string>& files) {
+  std::string text;
+  for (const DataFileRecord& file : record_data(files))
+    text += fmt::format("data: {}, {} bytes, check {:08x}\n", file.file, file.bytes, file.check);
+  return text;
+}
+
+std::string description_of_build() {
+  const MappedFile program("/proc/self/exe");
+  return fmt::format("build: {:08x}, {} bytes\n", crc32(program.bytes().data(), program.size()), program.size());
 }
 
 }  // namespace longhand

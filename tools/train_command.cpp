@@ -3,11 +3,14 @@
 
 #include <fmt/format.h>
 
+#include <fcntl.h>
+#include <unistd.h>
+
 #include <algorithm>
+#include <exception>
 #include <filesystem>
 #include <memory>
 
-#include "core/crc32.h"
 #include "core/error.h"
 #include "core/files.h"
 #include "data/dataset.h"
@@ -17,7 +20,6 @@
 #include "models/checkpoint.h"
 #include "tools/process_device.h"
 #include "train/communicator.h"
-#include "train/data_record.h"
 #include "train/determinism.h"
 #include "train/recipe.h"
 #include "train/run_batches.h"
@@ -77,30 +79,44 @@ Recipe recipe_to_resume(const RunFolder& folder, const std::vector<std::string>&
 }
 
 // Mean loss over the first batches of validation_source(), every row from the zero state. Every process reads all batches and takes its
-// part of them.
+// rows of them, as in training.
 std::function<double(const LanguageModel&)> make_validation(const Recipe& recipe, std::shared_ptr<const Tokenizer> tokenizer,
                                                             Communicator& processes) {
   if (!has_validation(recipe)) return {};
   const std::function<BatchStream()> open = validation_source(recipe, tokenizer);
   const int64_t batches = recipe.train.val_batches * recipe.train.grad_accumulation;
+  const int64_t all_rows = recipe.train.batch_size / recipe.train.grad_accumulation;
   const auto said = std::make_shared<int64_t>(0);  // bad lines told of so far: the same ones come every time
-  const ValidationPart part{.part = processes.rank(), .parts = processes.size(), .sum_over_parts = [&processes](std::vector<double>& sums) {
-                              const Tensor all = Tensor::from(Device::cpu(), {static_cast<int64_t>(sums.size())}, sums);
-                              processes.all_reduce_sum(all);
-                              sums = all.to_vector<double>();
-                            }};
-  return [=, leads = processes.leads()](const LanguageModel& model) {
+  const Part own = processes.own(all_rows);
+  return [=, &processes](const LanguageModel& model) {
     BatchStream stream = open();
     auto next = [&](TokenBatch& out) {
       Batch batch;
       if (!stream.next(batch)) return false;
-      const Shape shape{batch.rows, batch.length};
-      out = {Tensor::from(model.device(), shape, batch.tokens), Tensor::from(model.device(), shape, batch.targets),
-             Tensor::from(model.device(), shape, std::vector<float>(batch.mask.begin(), batch.mask.end()))};
+      const Batch rows = rows_of(batch, own.begin, own.end);
+      const Shape shape{rows.rows, rows.length};
+      out = {Tensor::from(model.device(), shape, rows.tokens), Tensor::from(model.device(), shape, rows.targets),
+             Tensor::from(model.device(), shape, std::vector<float>(rows.mask.begin(), rows.mask.end()))};
       return true;
     };
-    const double loss = validation_loss(model, next, batches, part).loss;
-    if (const BadLines& bad = stream.bad_lines(); leads && bad.count() > *said) {
+    bool told = processes.alone();  // the others, whether this process could do its part
+    ValidationPart part{.first_row = own.begin, .all_rows = all_rows, .sum_over_parts = {}};
+    if (!processes.alone())
+      part.sum_over_parts = [&](std::vector<double>& sums) {
+        told = true;
+        together(processes, [] {});
+        const Tensor all = Tensor::from(Device::cpu(), {static_cast<int64_t>(sums.size())}, sums);
+        processes.all_reduce_sum(all);
+        sums = all.to_vector<double>();
+      };
+    double loss = 0;
+    try {
+      loss = validation_loss(model, next, batches, part).loss;
+    } catch (...) {
+      if (!told) together(processes, [failed = std::current_exception()] { std::rethrow_exception(failed); });
+      throw;
+    }
+    if (const BadLines& bad = stream.bad_lines(); processes.leads() && bad.count() > *said) {
       *said = bad.count();
       fmt::print(stderr, "{} bad lines of the validation data were left out, the first:\n{}\n", bad.count(), bad.first().front());
     }
@@ -111,7 +127,8 @@ std::function<double(const LanguageModel&)> make_validation(const Recipe& recipe
 // A run that fails before its first step leaves no folder behind that would stand in the way of the next try.
 void remove_if_nothing_happened(const RunFolder& folder) {
   const std::string metrics = folder.file("metrics.jsonl");
-  if (!folder.latest_step() && (!fs::exists(metrics) || fs::file_size(metrics) == 0)) fs::remove_all(folder.path());
+  std::error_code ignored;  // what ended the run is what has to be told
+  if (!folder.latest_step() && (!fs::exists(metrics) || fs::file_size(metrics) == 0)) fs::remove_all(folder.path(), ignored);
 }
 
 // The ids of a model mean the tokens it was trained with; a model of another library says nothing about them.
@@ -146,7 +163,9 @@ int verify(const Recipe& recipe, const std::shared_ptr<const Tokenizer>& tokeniz
 
 // The file that a process other than 0 tells its progress to.
 struct LogFile {
-  explicit LogFile(const std::string& path) : file(std::fopen(path.c_str(), "a")) {
+  explicit LogFile(const std::string& path) : file(nullptr) {
+    const int descriptor = ::open(path.c_str(), O_WRONLY | O_APPEND | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0644);
+    if (descriptor >= 0) file = ::fdopen(descriptor, "a");
     if (file == nullptr) throw FileError("train: the log of a process cannot be written", {{"file", path}});
     std::setvbuf(file, nullptr, _IOLBF, BUFSIZ);
   }
@@ -155,13 +174,6 @@ struct LogFile {
   LogFile& operator=(const LogFile&) = delete;
   std::FILE* file;
 };
-
-// Equal files are read everywhere, unless machines have different ones under the same name.
-void require_same_weights(const LanguageModel& model, Communicator& processes) {
-  const Tensor host = model.parameters().flat_master().to(Device::cpu());
-  const auto bytes = static_cast<std::size_t>(host.numel() * size_of(host.dtype()));
-  require_same_everywhere(processes, fmt::format("initial weights: check sum {:08x}\n", crc32(host.raw(), bytes)));
-}
 
 int train(TrainingJob& job, const Device& device, Communicator& processes, bool through_nccl) {
   const Dtype dtype = parse_dtype(job.recipe.train.dtype);
@@ -182,7 +194,8 @@ int train(TrainingJob& job, const Device& device, Communicator& processes, bool 
   if (!job.resume || !job.folder.latest_step()) {
     model.initialize(static_cast<uint64_t>(job.recipe.seed));
     if (!job.recipe.init_from.empty()) load_weights(model, job.recipe.init_from);
-    if (!processes.alone()) require_same_weights(model, processes);
+    // Equal files are read everywhere, unless machines have different ones under the same name.
+    if (!processes.alone()) require_same_everywhere(processes, description_of_weights(model));
   }
   if (job.resume && processes.leads()) write_file_atomically(job.folder.file("config.toml"), to_toml(job.recipe));
   job.evaluate = make_validation(job.recipe, job.tokenizer, processes);
@@ -194,22 +207,22 @@ int train(TrainingJob& job, const Device& device, Communicator& processes, bool 
 
 // What has to be the same for all processes, and is compared before anything begins: first what decides which questions are asked at all.
 std::string description_of(const TrainCommand& command) {
-  const MappedFile program("/proc/self/exe");
-  std::string text =
-      fmt::format("build: {:08x}, {} bytes\nrecipe: {}\n", crc32(program.bytes().data(), program.size()), program.size(), command.recipe);
+  std::string text = description_of_build() + fmt::format("recipe: {}\n", command.recipe);
   for (const auto& [name, value] : {std::pair("resume", command.resume), {"init-from", command.init_from}, {"name", command.name}})
     text += fmt::format("{}: {}\n", name, value);
   for (const std::string& setting : command.overrides) text += "setting: " + setting + "\n";
+  for (char** entry = environ; *entry != nullptr; ++entry)  // switches: some decide how a step is queued
+    if (const std::string variable = *entry; variable.starts_with("LONGHAND_")) text += "environment: " + variable + "\n";
   return text + fmt::format("verify-determinism: {}\n", command.verify_determinism);
 }
 
 // Then what they found.
-std::string description_of(const Recipe& recipe, const Device& device, const std::string& run) {
-  std::string text = fmt::format("device: {}\nrun: {}\n", device.is_cuda() ? device.description() : "cpu", run);
-  std::vector<std::string> files = recipe.data.files;
+std::string description_of(const Recipe& recipe, const Tokenizer& tokenizer, const Device& device, const std::string& run) {
+  std::string text =
+      fmt::format("device: {}\nrun: {}\ntokenizer: {}\n", device.is_cuda() ? device.description() : "cpu", run, tokenizer.fingerprint());
+  std::vector<std::string> files = training_files(recipe);
   files.insert(files.end(), recipe.data.val_files.begin(), recipe.data.val_files.end());
-  for (const DataFileRecord& file : record_data(files))
-    text += fmt::format("data: {}, {} bytes, check {:08x}\n", file.file, file.bytes, file.check);
+  text += description_of_files(files);
   std::string section;
   const std::string toml = to_toml(recipe);
   for (std::size_t at = 0; at < toml.size();) {
@@ -221,21 +234,6 @@ std::string description_of(const Recipe& recipe, const Device& device, const std
   }
   return text;
 }
-
-int train_together(const TrainCommand& command, std::unique_ptr<Communicator>& processes, const LocalPlace& place);
-
-}  // namespace
-
-int run_train(const TrainCommand& command) {
-  if (command.help_recipe) {
-    print_recipe_keys();
-    return 0;
-  }
-  return with_processes(
-      [&](std::unique_ptr<Communicator>& processes, const LocalPlace& place) { return train_together(command, processes, place); });
-}
-
-namespace {
 
 int train_together(const TrainCommand& command, std::unique_ptr<Communicator>& processes, const LocalPlace& place) {
   if (!processes->alone()) require_same_everywhere(*processes, description_of(command));
@@ -251,9 +249,9 @@ int train_together(const TrainCommand& command, std::unique_ptr<Communicator>& p
   if (command.verify_determinism > 0 && !processes->alone())
     throw ConfigError("train: determinism is verified in one process", {{"processes", std::to_string(processes->size())}});
   const Device device = device_of_process(command.device, *processes, place);
-  const auto agree = [&](const Recipe& recipe, const std::string& run) {
-    if (!processes->alone()) require_same_everywhere(*processes, description_of(recipe, device, run));
-    processes = with_device(std::move(processes), device, command.nccl);
+  const auto agree = [&](const Recipe& recipe, const Tokenizer& tokenizer, const std::string& run) {
+    if (!processes->alone()) require_same_everywhere(*processes, description_of(recipe, tokenizer, device, run));
+    with_device(processes, device, command.nccl);
   };
 
   if (resume) {
@@ -270,7 +268,7 @@ int train_together(const TrainCommand& command, std::unique_ptr<Communicator>& p
                     .evaluate = {},
                     .on_step = {}};
     const auto step = folder.latest_step();
-    agree(recipe, fmt::format("{}, after step {}", folder.path(), step ? *step : 0));
+    agree(recipe, *job.tokenizer, fmt::format("{}, after step {}", folder.path(), step ? *step : 0));
     return train(job, device, *processes, command.nccl);
   }
   auto settings = command.overrides;
@@ -282,7 +280,7 @@ int train_together(const TrainCommand& command, std::unique_ptr<Communicator>& p
   resolve_model(recipe, tokenizer->vocab_size());
   if (recipe.train.dtype == "auto") recipe.train.dtype = device.is_cuda() ? "bf16" : "f32";
   if (command.verify_determinism > 0) return verify(recipe, tokenizer, device, command.verify_determinism);
-  agree(recipe, recipe.name);
+  agree(recipe, *tokenizer, recipe.name);
   std::optional<RunFolder> own;
   if (processes->leads()) own = RunFolder::create(kRuns, recipe.name);
   TrainingJob job{.recipe = recipe,
@@ -300,5 +298,14 @@ int train_together(const TrainCommand& command, std::unique_ptr<Communicator>& p
 }
 
 }  // namespace
+
+int run_train(const TrainCommand& command) {
+  if (command.help_recipe) {
+    print_recipe_keys();
+    return 0;
+  }
+  return with_processes(
+      [&](std::unique_ptr<Communicator>& processes, const LocalPlace& place) { return train_together(command, processes, place); });
+}
 
 }  // namespace longhand

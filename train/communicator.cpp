@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <exception>
 #include <sstream>
 
 #include "core/error.h"
@@ -101,15 +102,31 @@ std::unique_ptr<Communicator> join_processes(LocalPlace& place) {
 #endif
 }
 
-std::unique_ptr<Communicator> with_device(std::unique_ptr<Communicator> host, const Device& device, bool always) {
-  if (!device.is_cuda() || (host->alone() && !always)) return host;
+void with_device(std::unique_ptr<Communicator>& processes, const Device& device, bool always) {
+  if (!device.is_cuda() || (processes->alone() && !always)) return;
 #if LONGHAND_WITH_NCCL
-  return nccl_processes(std::move(host), device);
+  processes = nccl_processes(std::move(processes), device);
 #else
   throw DeviceError(
       "processes: this build has no NCCL, through which GPUs exchange gradients",
-      {{"processes", std::to_string(host->size())}, {"try", "install NCCL (libnccl-dev) and configure again, or train on one GPU"}});
+      {{"processes", std::to_string(processes->size())}, {"try", "install NCCL (libnccl-dev) and configure again, or train on one GPU"}});
 #endif
+}
+
+void together(Communicator& processes, const std::function<void()>& f) {
+  std::string problem;
+  std::exception_ptr failed;
+  try {
+    f();
+  } catch (const std::exception& error) {
+    problem = error.what();
+    failed = std::current_exception();
+  }
+  const std::vector<std::string> problems = processes.all_texts(problem);
+  if (failed) std::rethrow_exception(failed);
+  for (std::size_t p = 0; p < problems.size(); ++p)
+    if (!problems[p].empty())
+      throw FileError("processes: another one could not do its part", {{"process", std::to_string(p)}, {"because", problems[p]}});
 }
 
 void require_same_everywhere(Communicator& processes, const std::string& text) {

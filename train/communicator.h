@@ -6,6 +6,7 @@
 #pragma once
 #include <cstdint>
 #include <cstdlib>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -105,8 +106,13 @@ int64_t launched_processes();
 std::unique_ptr<Communicator> join_processes(LocalPlace& place);
 
 /// The same processes with tensors of `device` in reach: on a GPU through NCCL, where there are several processes or `always` says so.
-/// errors  DeviceError when that takes NCCL and this build has none
-std::unique_ptr<Communicator> with_device(std::unique_ptr<Communicator> host, const Device& device, bool always = false);
+/// errors  DeviceError when that takes NCCL and this build has none, where `processes` stays as it was; NCCL's own, where it is null
+/// afterwards
+void with_device(std::unique_ptr<Communicator>& processes, const Device& device, bool always = false);
+
+/// Does something of which all processes must know whether it went well: where it throws for one, this throws on all.
+/// errors  those of f; FileError naming the process and its error on the others
+void together(Communicator& processes, const std::function<void()>& f);
 
 /// Compares a text that describes a process ("key: value" lines) over all processes.
 /// errors  ConfigError naming the first process that differs from process 0, and the lines in which it does; on every process

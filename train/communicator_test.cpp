@@ -11,16 +11,17 @@ TEST("communicator: parts are neighbours that cover everything and differ by one
   for (const int64_t n : {0, 1, 5, 64, 1000, 1 << 20})
     for (const int64_t parts : {1, 2, 3, 8})
       for (const int64_t unit : {1, 4, 64}) {
-        int64_t at = 0, least = n, most = 0;
+        int64_t at = 0, least = n, most = 0;  // units
         for (int64_t p = 0; p < parts; ++p) {
           const Part part = part_of(n, p, parts, unit);
           CHECK(part.begin == at);
           CHECK((part.begin % unit == 0 || part.begin == n));
           at = part.end;
-          least = std::min(least, part.size()), most = std::max(most, part.size());
+          const int64_t units = (part.size() + unit - 1) / unit;
+          least = std::min(least, units), most = std::max(most, units);
         }
         CHECK(at == n);
-        CHECK(most - least <= 2 * unit - 1);  // one unit, and what the last one lacks of a unit
+        CHECK(most - least <= 1);
       }
 }
 

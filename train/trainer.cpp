@@ -2,7 +2,6 @@
 #include "train/trainer.h"
 
 #include <algorithm>
-#include <exception>
 #include <filesystem>
 
 #include "autograd/gradient_arrival.h"
@@ -207,28 +206,6 @@ void Trainer::learn(const MicroBatch& micro, bool last, Tensor& loss) {
   }
   initial_state_->end(micro.info, h_T);
 }
-
-namespace {
-
-// Does something of which all processes must know whether it went well: it fails for all when it fails for one.
-template <class F>
-void together(Communicator& processes, F&& f) {
-  std::string problem;
-  std::exception_ptr failed;
-  try {
-    f();
-  } catch (const std::exception& error) {
-    problem = error.what();
-    failed = std::current_exception();
-  }
-  const std::vector<std::string> problems = processes.all_texts(problem);
-  if (failed) std::rethrow_exception(failed);
-  for (std::size_t p = 0; p < problems.size(); ++p)
-    if (!problems[p].empty())
-      throw FileError("train: another process could not do its part", {{"process", std::to_string(p)}, {"because", problems[p]}});
-}
-
-}  // namespace
 
 void Trainer::save(const std::string& own_folder, std::optional<int64_t> end_of_text) const {
   const auto carried = initial_state_->save();

@@ -2,11 +2,11 @@
 #include "train/training_loop.h"
 
 #include <fmt/format.h>
-#include <exception>
 
 #include <chrono>
 #include <cmath>
 #include <deque>
+#include <exception>
 #include <nlohmann/json.hpp>
 
 #include "core/allocator.h"
@@ -29,13 +29,6 @@ constexpr double kFirstLossMargin = 1;  // nats around log(vocabulary) in which 
 
 double now_s() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
-
-// All that the batches are made from.
-std::vector<std::string> training_files(const Recipe& recipe) {
-  std::vector<std::string> files = recipe.data.files;
-  if (recipe.data.task != kTextRows) files.insert(files.end(), recipe.task.babi.begin(), recipe.task.babi.end());
-  return files;
 }
 
 // What a checkpoint knows beside its tensors.
@@ -223,7 +216,6 @@ class Loop {
       try {
         not_counted([&] { val_loss = job_.evaluate(model_); });
       } catch (...) {
-        if (!processes_.alone()) throw;  // the others are not here to save
         failed = std::current_exception();
       }
     }
@@ -246,8 +238,14 @@ class Loop {
     paused_s_ += now_s() - before;
   }
 
+  // None goes on, or ends, before the checkpoint has its name.
   void save() {
-    if (!processes_.leads()) return trainer_.save({});
+    if (processes_.leads()) write_checkpoint();
+    else trainer_.save({});
+    processes_.barrier();
+  }
+
+  void write_checkpoint() {
     metrics_file_->sync();  // no checkpoint without the metrics before it
     const KeptCheckpoints keep{recipe_.train.keep_last, recipe_.train.keep_every};
     job_.folder.write_checkpoint(done_.step, keep, [&](const std::string& folder) {
@@ -318,6 +316,12 @@ class Loop {
 };
 
 }  // namespace
+
+std::vector<std::string> training_files(const Recipe& recipe) {
+  std::vector<std::string> files = recipe.data.files;
+  if (recipe.data.task != kTextRows) files.insert(files.end(), recipe.task.babi.begin(), recipe.task.babi.end());
+  return files;
+}
 
 DataOptions training_data(const Recipe& r) {
   DataOptions options;

@@ -19,11 +19,12 @@ struct TrainingJob {
   Recipe recipe;     // resolved
   RunFolder folder;  // its config.toml is written already
   std::shared_ptr<const Tokenizer> tokenizer;
-  bool resume = false;                                   // go on from the folder's latest checkpoint, if it has one
-  std::function<double(const LanguageModel&)> evaluate;  // validation loss in nats per token; may be empty
-  std::FILE* messages = stderr;                          // null: silent
-  std::function<void(const LoggedStep&)> on_step;        // after every step, in order; may be empty
-  Communicator* processes = nullptr;                     // that train together: process 0 writes the run; null: this one is alone
+  bool resume = false;  // go on from the folder's latest checkpoint, if it has one
+  std::function<double(const LanguageModel&)>
+      evaluate;                                    // validation loss in nats per token; may be empty; of all processes or none it throws
+  std::FILE* messages = stderr;                    // null: silent
+  std::function<void(const LoggedStep&)> on_step;  // after every step, in order; may be empty
+  Communicator* processes = nullptr;               // that train together: process 0 writes the run; null: this one is alone
 };
 
 struct TrainingOutcome {
@@ -40,6 +41,9 @@ struct TrainingOutcome {
 /// errors   NumericError naming the last checkpoint after kMostSkippedInARow steps in a row whose loss or gradient was not finite;
 ///          those of the data room and of the file system
 TrainingOutcome run_training(const TrainingJob& job, LanguageModel& model);
+
+/// The files that a run trains on.
+std::vector<std::string> training_files(const Recipe& recipe);
 
 /// The batches that a recipe trains on.
 DataOptions training_data(const Recipe& recipe);

@@ -97,7 +97,7 @@ int run(int argc, char** argv) {
   const bool shared = kind == "shared", together = !processes->alone() || kind == "nccl";
   const Device device = kind == "cpu" ? Device::cpu() : Device::cuda(shared ? 0 : static_cast<int>(place.rank));
   if (shared) processes = std::make_unique<ThroughHost>(std::move(processes));
-  else processes = with_device(std::move(processes), device, together);
+  else with_device(processes, device, together);
   try {
     for (int i = 3; i < argc; ++i)
       for (const InitialStateStrategy& strategy : initial_state_strategies())

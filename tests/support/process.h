@@ -34,12 +34,13 @@ struct ProcessOptions {
   std::string folder;                              // to start in; empty: this program's
   std::string input;                               // all of stdin
   std::map<std::string, std::string> environment;  // beside this program's; one compute thread unless it says otherwise
+  std::chrono::seconds patience{60};               // with what is waited for
 };
 
 /// A running program. It is killed when the object goes before finish().
 class Process {
  public:
-  explicit Process(std::vector<std::string> words, const ProcessOptions& options = {}) {
+  explicit Process(std::vector<std::string> words, const ProcessOptions& options = {}) : patience_(options.patience) {
     std::ofstream(scratch_.file("in"), std::ios::binary) << options.input;
     // Everything that allocates happens before fork().
     const std::string in = scratch_.file("in"), out = scratch_.file("out"), err = scratch_.file("err");
@@ -74,7 +75,7 @@ class Process {
     REQUIRE(::kill(id_, signal) == 0);
   }
 
-  /// Waits until stderr holds `text`; false when the program ended or a minute went by without it.
+  /// Waits until stderr holds `text`; false when the program ended or the patience was over without it.
   bool wait_for_message(const std::string& text) {
     return wait_until([&] {
       std::ifstream in(scratch_.file("err"), std::ios::binary);
@@ -82,26 +83,25 @@ class Process {
     });
   }
 
-  /// Waits until `condition` holds; false when the program ended or a minute went by before.
+  /// Waits until `condition` holds; false when the program ended or the patience was over before.
   bool wait_until(const std::function<bool()>& condition) {
-    for (const auto end = Clock::now() + kPatience; Clock::now() < end; std::this_thread::sleep_for(std::chrono::milliseconds(1))) {
+    for (const auto end = Clock::now() + patience_; Clock::now() < end; std::this_thread::sleep_for(std::chrono::milliseconds(1))) {
       if (condition()) return true;
       if (ended()) return condition();
     }
     return false;
   }
 
-  /// Waits for the end; a program that takes longer than a minute fails the test.
+  /// Waits for the end; a program that takes longer fails the test.
   ProcessResult finish() {
     const bool in_time = wait_until([&] { return ended(); });
-    REQUIRE_MESSAGE(in_time, "the program did not end within a minute");
+    REQUIRE_MESSAGE(in_time, "the program did not end in time");
     return {WIFEXITED(status_) ? WEXITSTATUS(status_) : 128 + WTERMSIG(status_), text_of(scratch_.file("out")),
             text_of(scratch_.file("err"))};
   }
 
  private:
   using Clock = std::chrono::steady_clock;
-  static constexpr std::chrono::seconds kPatience{60};
 
   static std::vector<char*> pointers(std::vector<std::string>& words) {
     std::vector<char*> out;
@@ -118,6 +118,7 @@ class Process {
     return ended_;
   }
 
+  std::chrono::seconds patience_;
   ScratchFolder scratch_;
   pid_t id_ = -1;
   int status_ = 0;
