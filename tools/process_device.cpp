@@ -33,11 +33,6 @@ int with_processes(const std::function<int(std::unique_ptr<Communicator>&, const
   try {
     return work(processes, place);
   } catch (const std::exception& problem) {
-    if (processes == nullptr) {  // it was lost on the way to the GPUs: the launcher ends the others
-      fmt::print(stderr, "error: {}\n", problem.what());
-      std::fflush(nullptr);
-      std::_Exit(1);
-    }
     // What is wrong for all is said once, by process 0, whose end is the end of all; what is wrong for one it says itself.
     if (!processes->leads()) std::this_thread::sleep_for(std::chrono::seconds(1));
     fmt::print(stderr, "error: {}\nprocess {} of {} ends the run\n", problem.what(), processes->rank(), processes->size());
@@ -55,25 +50,27 @@ Device device_of_process(const std::string& asked, Communicator& processes, cons
                       {{"given", "--device " + name}, {"try", "--device cuda, and CUDA_VISIBLE_DEVICES to leave some out"}});
   char host[256] = "";
   ::gethostname(host, sizeof host - 1);
-  const char* visible = std::getenv("CUDA_VISIBLE_DEVICES");
-  const std::string mine = fmt::format("{}, CUDA_VISIBLE_DEVICES={}", host, visible == nullptr ? "" : visible);
-  const std::vector<std::string> names = processes.all_texts(name), places = processes.all_texts(mine);
+  const std::vector<std::string> names = processes.all_texts(name), hosts = processes.all_texts(host);
   for (std::size_t p = 1; p < names.size(); ++p)
     if (names[p] != names[0])
       throw ConfigError("processes: they are not all to work on the same kind of device",
-                        {{"process 0", names[0] + " on " + places[0]},
-                         {fmt::format("process {}", p), names[p] + " on " + places[p]},
+                        {{"process 0", names[0] + " on " + hosts[0]},
+                         {fmt::format("process {}", p), names[p] + " on " + hosts[p]},
                          {"try", "--device cpu, or as many GPUs as processes on every machine"}});
   if (name == "cpu") return Device::cpu();
-  // A launcher may show each process of a machine a GPU of its own.
-  const bool own_gpu = gpus == 1 && std::count(places.begin(), places.end(), mine) == 1;
-  const std::string problem = gpus >= place.size || own_gpu ? "" : fmt::format("{} GPUs for {} processes on {}", gpus, place.size, host);
-  const std::vector<std::string> problems = processes.all_texts(problem);
-  for (std::size_t p = 0; p < problems.size(); ++p)
-    if (!problems[p].empty())
+  // A launcher may show each process of a machine all GPUs, or its own alone, which then has number 0 for each.
+  const int index = gpus >= place.size ? static_cast<int>(place.rank) : gpus == 1 ? 0 : -1;
+  const std::vector<std::string> taken =
+      processes.all_texts(index < 0 ? fmt::format("{} GPUs for {} processes", gpus, place.size) : gpu_identity(index));
+  for (std::size_t p = 0; p < taken.size(); ++p)
+    for (std::size_t other = 0; other <= p; ++other) {
+      if (taken[p].starts_with("GPU") && (other == p || taken[p] != taken[other] || hosts[p] != hosts[other])) continue;
       throw DeviceError("processes: a machine has fewer GPUs than processes",
-                        {{fmt::format("process {}", p), problems[p]}, {"try", "one process a GPU, or --device cpu"}});
-  return Device::cuda(gpus >= place.size ? static_cast<int>(place.rank) : 0);
+                        {{fmt::format("process {} on {}", other, hosts[other]), taken[other]},
+                         {fmt::format("process {} on {}", p, hosts[p]), taken[p]},
+                         {"try", "one process a GPU, or --device cpu"}});
+    }
+  return Device::cuda(index);
 }
 
 std::string description_of_weights(const LanguageModel& model) {

@@ -12,8 +12,10 @@
 
 namespace longhand {
 
-std::unique_ptr<Communicator> mpi_processes(LocalPlace& place);                                          // communicator_mpi.cpp
-std::unique_ptr<Communicator> nccl_processes(std::unique_ptr<Communicator> host, const Device& device);  // communicator_nccl_cuda.cpp
+std::unique_ptr<Communicator> mpi_processes(LocalPlace& place);  // communicator_mpi.cpp
+// communicator_nccl_cuda.cpp
+std::unique_ptr<Communicator> nccl_processes(std::unique_ptr<Communicator>& host, const Device& device);
+std::string nccl_gpu_identity(int index);
 
 namespace {
 
@@ -105,11 +107,19 @@ std::unique_ptr<Communicator> join_processes(LocalPlace& place) {
 void with_device(std::unique_ptr<Communicator>& processes, const Device& device, bool always) {
   if (!device.is_cuda() || (processes->alone() && !always)) return;
 #if LONGHAND_WITH_NCCL
-  processes = nccl_processes(std::move(processes), device);
+  processes = nccl_processes(processes, device);
 #else
   throw DeviceError(
       "processes: this build has no NCCL, through which GPUs exchange gradients",
       {{"processes", std::to_string(processes->size())}, {"try", "install NCCL (libnccl-dev) and configure again, or train on one GPU"}});
+#endif
+}
+
+std::string gpu_identity(int index) {
+#if LONGHAND_WITH_NCCL
+  return nccl_gpu_identity(index);
+#else
+  return "GPU " + std::to_string(index);
 #endif
 }
 

@@ -106,9 +106,11 @@ int64_t launched_processes();
 std::unique_ptr<Communicator> join_processes(LocalPlace& place);
 
 /// The same processes with tensors of `device` in reach: on a GPU through NCCL, where there are several processes or `always` says so.
-/// errors  DeviceError when that takes NCCL and this build has none, where `processes` stays as it was; NCCL's own, where it is null
-/// afterwards
+/// errors  DeviceError when that takes NCCL and this build has none, or NCCL fails; `processes` stays as it was then
 void with_device(std::unique_ptr<Communicator>& processes, const Device& device, bool always = false);
+
+/// What tells a GPU from the others of its machine, whatever number a process knows it by; only its number in a build without NCCL.
+std::string gpu_identity(int index);
 
 /// Does something of which all processes must know whether it went well: where it throws for one, this throws on all.
 /// errors  those of f; FileError naming the process and its error on the others

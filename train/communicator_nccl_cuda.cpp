@@ -27,32 +27,18 @@ ncclDataType_t sum_type_of(const Tensor& t) {
 
 class NcclProcesses final : public Communicator {
  public:
-  NcclProcesses(std::unique_ptr<Communicator> host, const Device& device)
-      : Communicator(host->size(), host->rank()), host_(std::move(host)), cuda_(device.cuda_context()) {
-    cuda_check(cudaSetDevice(cuda_.index), "cudaSetDevice");
-    ncclUniqueId id{};
-    if (leads()) check(ncclGetUniqueId(&id), "ncclGetUniqueId");
-    const Tensor shared = Tensor::empty(Device::cpu(), Dtype::u8, {static_cast<int64_t>(sizeof id)});
-    std::memcpy(shared.raw(), &id, sizeof id);
-    host_->broadcast(shared, 0);
-    std::memcpy(&id, shared.raw(), sizeof id);
-    check(ncclCommInitRank(&nccl_, static_cast<int>(size()), id, static_cast<int>(rank())), "ncclCommInitRank");
-    int least = 0, greatest = 0;  // reductions go first: the kernels beside them are many, and fill what is left
-    cuda_check(cudaDeviceGetStreamPriorityRange(&least, &greatest), "cudaDeviceGetStreamPriorityRange");
-    cuda_check(cudaStreamCreateWithPriority(&queue_, cudaStreamNonBlocking, greatest), "cudaStreamCreateWithPriority");
-    for (cudaEvent_t* event : {&before_, &after_})
-      cuda_check(cudaEventCreateWithFlags(event, cudaEventDisableTiming), "cudaEventCreateWithFlags");
-  }
-  ~NcclProcesses() override {
-    if (std::uncaught_exceptions() > 0) {
-      if (nccl_ != nullptr) (void)ncclCommAbort(nccl_);  // the others may be gone
-    } else {
-      (void)cudaStreamSynchronize(cuda_.stream);
-      if (nccl_ != nullptr) (void)ncclCommDestroy(nccl_);
+  NcclProcesses(Communicator& host, const Device& device)
+      : Communicator(host.size(), host.rank()), host_(&host), cuda_(device.cuda_context()) {
+    try {
+      connect();
+    } catch (...) {
+      release(true);
+      throw;
     }
-    (void)cudaStreamDestroy(queue_);
-    for (const cudaEvent_t event : {before_, after_}) (void)cudaEventDestroy(event);
   }
+  ~NcclProcesses() override { release(std::uncaught_exceptions() > 0); }
+  void keep(std::unique_ptr<Communicator> host) { owned_ = std::move(host); }
+
   std::string describe() const override {
     int version = 0;
     (void)ncclGetVersion(&version);
@@ -83,31 +69,27 @@ class NcclProcesses final : public Communicator {
               "ncclReduceScatter");
         return;
       }
-      check(ncclGroupStart(), "ncclGroupStart");
-      each_part(at, [&](int root, int64_t begin, int64_t n) {
-        check(ncclReduce(place(t, begin), place(t, begin), static_cast<size_t>(n), sum_type_of(t), ncclSum, root, nccl_, queue_),
-              "ncclReduce");
+      grouped([&] {
+        each_part(at, [&](int root, int64_t begin, int64_t n) {
+          check(ncclReduce(place(t, begin), place(t, begin), static_cast<size_t>(n), sum_type_of(t), ncclSum, root, nccl_, queue_),
+                "ncclReduce");
+        });
       });
-      check(ncclGroupEnd(), "ncclGroupEnd");
     });
   }
 
   void all_gather(const Tensor& whole, std::span<const int64_t> at) override {
     if (!on_gpu(whole)) return host_->all_gather(whole, at);
-    queued([&] {
-      check(ncclGroupStart(), "ncclGroupStart");
-      gather_one(whole, at);
-      check(ncclGroupEnd(), "ncclGroupEnd");
-    });
+    queued([&] { grouped([&] { gather_one(whole, at); }); });
   }
 
   void all_gather_each(std::span<const Tensor> wholes, int64_t unit) override {
     if (wholes.empty()) return;
     if (!on_gpu(wholes[0])) return host_->all_gather_each(wholes, unit);
     queued([&] {
-      check(ncclGroupStart(), "ncclGroupStart");
-      for (const Tensor& whole : wholes) gather_one(whole, cuts(whole.numel(), unit));
-      check(ncclGroupEnd(), "ncclGroupEnd");
+      grouped([&] {
+        for (const Tensor& whole : wholes) gather_one(whole, cuts(whole.numel(), unit));
+      });
     });
   }
 
@@ -127,6 +109,44 @@ class NcclProcesses final : public Communicator {
   void end_all(int code) override { end_all_of(*host_, code); }
 
  private:
+  void connect() {
+    cuda_check(cudaSetDevice(cuda_.index), "cudaSetDevice");
+    ncclUniqueId id{};
+    if (leads()) check(ncclGetUniqueId(&id), "ncclGetUniqueId");
+    const Tensor shared = Tensor::empty(Device::cpu(), Dtype::u8, {static_cast<int64_t>(sizeof id)});
+    std::memcpy(shared.raw(), &id, sizeof id);
+    host_->broadcast(shared, 0);
+    std::memcpy(&id, shared.raw(), sizeof id);
+    check(ncclCommInitRank(&nccl_, static_cast<int>(size()), id, static_cast<int>(rank())), "ncclCommInitRank");
+    int least = 0, greatest = 0;  // reductions go first: the kernels beside them are many, and fill what is left
+    cuda_check(cudaDeviceGetStreamPriorityRange(&least, &greatest), "cudaDeviceGetStreamPriorityRange");
+    cuda_check(cudaStreamCreateWithPriority(&queue_, cudaStreamNonBlocking, greatest), "cudaStreamCreateWithPriority");
+    for (cudaEvent_t* event : {&before_, &after_})
+      cuda_check(cudaEventCreateWithFlags(event, cudaEventDisableTiming), "cudaEventCreateWithFlags");
+  }
+
+  // abort  the others may be gone
+  void release(bool abort) {
+    if (!abort) (void)cudaStreamSynchronize(cuda_.stream);
+    if (nccl_ != nullptr) (void)(abort ? ncclCommAbort(nccl_) : ncclCommDestroy(nccl_));
+    if (queue_ != nullptr) (void)cudaStreamDestroy(queue_);
+    for (const cudaEvent_t event : {before_, after_})
+      if (event != nullptr) (void)cudaEventDestroy(event);
+  }
+
+  // Calls that NCCL runs together. An exception inside leaves no group open, into which everything later would fall.
+  template <class F>
+  static void grouped(F&& f) {
+    check(ncclGroupStart(), "ncclGroupStart");
+    try {
+      f();
+    } catch (...) {
+      (void)ncclGroupEnd();
+      throw;
+    }
+    check(ncclGroupEnd(), "ncclGroupEnd");
+  }
+
   static bool on_gpu(const Tensor& t) {
     if (t.device().is_cuda() && !t.is_contiguous()) throw ShapeError("nccl: a contiguous tensor is needed", {{"tensor", t.describe()}});
     return t.device().is_cuda();
@@ -168,7 +188,8 @@ class NcclProcesses final : public Communicator {
       if (at[p + 1] > at[p]) f(static_cast<int>(p), at[p], at[p + 1] - at[p]);
   }
 
-  std::unique_ptr<Communicator> host_;
+  Communicator* host_;
+  std::unique_ptr<Communicator> owned_;  // host_, once this stands
   const CudaContext& cuda_;
   ncclComm_t nccl_ = nullptr;
   cudaStream_t queue_ = nullptr;
@@ -178,8 +199,18 @@ class NcclProcesses final : public Communicator {
 
 }  // namespace
 
-std::unique_ptr<Communicator> nccl_processes(std::unique_ptr<Communicator> host, const Device& device) {
-  return std::make_unique<NcclProcesses>(std::move(host), device);
+std::unique_ptr<Communicator> nccl_processes(std::unique_ptr<Communicator>& host, const Device& device) {
+  auto processes = std::make_unique<NcclProcesses>(*host, device);
+  processes->keep(std::move(host));
+  return processes;
+}
+
+std::string nccl_gpu_identity(int index) {
+  cudaDeviceProp properties{};
+  cuda_check(cudaGetDeviceProperties(&properties, index), "cudaGetDeviceProperties");
+  std::string text = "GPU-";
+  for (const char byte : properties.uuid.bytes) text += fmt::format("{:02x}", static_cast<unsigned char>(byte));
+  return text;
 }
 
 }  // namespace longhand

@@ -118,6 +118,7 @@ void Trainer::step(const Batch& batch) {
   const bool streams = recipe_.data.arrangement == "streams";
   places_.resize(static_cast<std::size_t>(train.grad_accumulation));
   micro_batches_.clear();
+  form_.clear();
   for (int64_t m = 0; m < train.grad_accumulation; ++m) {
     const bool whole = train.grad_accumulation == 1 && (processes_ == nullptr || processes_->alone());
     const Batch cut = whole ? Batch{} : micro_batch(batch, m);
@@ -132,6 +133,7 @@ void Trainer::step(const Batch& batch) {
     TokenBatch& place = places_[static_cast<std::size_t>(m)];
     upload(rows, place);
     const int64_t counted = positions_that_count(rows);
+    form_of_all(batch, m, positions);
     micro_batches_.push_back(
         {.info = {.step = info.step, .micro = m, .rows = info.rows, .resets = {}, .row_ids = {}, .all_rows = info.all_rows},
          .counted = counted,
@@ -144,33 +146,54 @@ void Trainer::step(const Batch& batch) {
   ++steps_done_;
 }
 
+// Of the rows of every process, not of its own alone: whether a step is recorded, replayed or neither has to be the same for all.
+void Trainer::form_of_all(const Batch& batch, int64_t m, int64_t positions) {
+  const int64_t rows = batch.rows / recipe_.train.grad_accumulation, processes = processes_ != nullptr ? processes_->size() : 1;
+  for (int64_t p = 0; p < processes; ++p) {
+    const Part part = part_of(rows, p, processes);
+    const auto begin = batch.mask.begin() + (m * rows + part.begin) * batch.length,
+               end = batch.mask.begin() + (m * rows + part.end) * batch.length;
+    const int64_t counted = std::count_if(begin, end, [](uint8_t mask) { return mask != 0; });
+    form_.emplace_back(static_cast<double>(counted) / static_cast<double>(positions), counted < part.size() * batch.length);
+  }
+}
+
+// Whether a recording failed here, or on another process: then there is none.
+bool Trainer::failed_anywhere(bool failed) {
+  return processes_ != nullptr ? processes_->all_reduce_max(failed ? 1 : 0) != 0 : failed;
+}
+
 void Trainer::queue_step() {
-  Form form;
-  for (const MicroBatch& micro : micro_batches_) form.emplace_back(micro.share, micro.tokens.mask.defined());
   const bool watched = switches().check || switches().trace != 0 || OpLedger::running();
   if (graphs_ && !watched) {
-    if (graph_ && form == recorded_) return graph_->replay();
-    if (form == launched_) {  // whatever such a step makes once is there, and another like it is likely
+    if (graph_ && form_ == recorded_) return graph_->replay();
+    if (form_ == launched_) {  // whatever such a step makes once is there, and another like it is likely
+      std::string problem;
+      graph_.reset();
       try {
-        graph_.reset();
         graph_ = record_graph(model_.device(), [this] { run_step(); });
-        recorded_ = form;
+      } catch (const Error& error) {
+        problem = error.what();
+      }
+      graphs_ = !failed_anywhere(!graph_);
+      if (graphs_) {
+        recorded_ = form_;
         queued_ = "a graph of " + std::to_string(graph_->size()) + " launches";
         return graph_->replay();
-      } catch (const Error& error) {
-        graphs_ = false;
-        queued_ = "launch by launch: no graph could be recorded\n" + std::string(error.what());
       }
+      graph_.reset();
+      queued_ = "launch by launch: no graph could be recorded\n" + (problem.empty() ? "by another process" : problem);
     }
   }
   run_step();
-  launched_ = form;
+  launched_ = form_;
 }
 
 void Trainer::run_step() {
   begun_.clear();
   model_.parameters().clear_grads();
-  Tensor loss;  // of this process's rows
+  if (processes_ != nullptr) processes_->end_overlap();  // which a recording that failed may have left open
+  Tensor loss;                                           // of this process's rows
   for (const MicroBatch& micro : micro_batches_) learn(micro, &micro == &micro_batches_.back(), loss);
   if (exchange_) exchange_->end();
   // Where no position counts, other processes have some.

@@ -89,6 +89,8 @@ class Trainer {
   void run_step();                                         // the device's part
   void learn(const MicroBatch& micro, bool last, Tensor& loss);
   void queue_step();  // run_step() or its graph
+  void form_of_all(const Batch& batch, int64_t m, int64_t positions);
+  bool failed_anywhere(bool failed);
 
   Recipe recipe_;
   LanguageModel& model_;
@@ -103,8 +105,9 @@ class Trainer {
   std::vector<MicroBatch> micro_batches_;  // of the step in hand
   std::vector<TokenBatch> places_;         // on the device, by micro-batch
   std::unique_ptr<DeviceGraph> graph_;
-  // What a graph holds fast of a step's batch: the share of each micro-batch in the loss, and whether it has a mask.
+  // What graphs hold fast of a step's batch, on any process: the share of each one's micro-batch in the loss, and whether it has a mask.
   using Form = std::vector<std::pair<double, bool>>;
+  Form form_;                 // of the step in hand
   Form recorded_, launched_;  // of graph_, and of the latest step that was queued launch by launch
   bool graphs_;
   std::string queued_;
