@@ -102,7 +102,7 @@ TEST("soak: memory, file handles and threads stay flat over many epochs of chang
     for (; begin != end; ++begin) result = std::max(result, (*begin).*what);
     return result;
   };
-  constexpr int64_t kNoiseKib = 2048;      // pages that the allocator holds back
+  constexpr int64_t kNoiseKib = 2048;     // pages that the allocator holds back
   constexpr int64_t kHeldNoiseKib = 256;  // documents and batches that happen to be on their way
   const int64_t early_held = most(watched.begin(), quarter, &Usage::held_kib), late_held = most(quarter, watched.end(), &Usage::held_kib);
   const int64_t early = most(watched.begin(), quarter, &Usage::resident_kib), late = most(quarter, watched.end(), &Usage::resident_kib);

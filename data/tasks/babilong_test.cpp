@@ -129,8 +129,7 @@ TEST("babilong: the tokens are length - 300, facts keep their order, sentences a
     CHECK(text == babilong_text(kStory, book, {.length = 1500}, *bytes, key));
   }
   CHECK(places.size() > 15);
-  CHECK(babilong_text(kStory, book, {.length = 1500}, *bytes, 7).find("Ann went to the barn.") ==
-        81);  // in every version
+  CHECK(babilong_text(kStory, book, {.length = 1500}, *bytes, 7).find("Ann went to the barn.") == 81);  // in every version
   CHECK(babilong_text(kStory, book, {.length = 200}, *bytes, 0) == "Ann went to the barn. Bob left.");
 }
 
