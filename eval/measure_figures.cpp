@@ -203,6 +203,8 @@ void read_measurements(RunData& run) {
   read_all(run, "state", run.states, [](const std::string& path, StateMeasurement& state) {
     for (StateLine& line : read_state_csv(path))
       if (line.head == kAllHeads) state.lines.push_back(std::move(line));
+    if (const fs::path counts = fs::path(path).replace_extension(".histogram.csv"); fs::exists(counts))
+      state.histograms = read_state_histogram_csv(counts.string());
   });
   read_all(run, "forget", run.forgetting,
            [](const std::string& path, ForgettingMeasurement& forgetting) { forgetting.lines = read_forgetting_csv(path); });
@@ -297,6 +299,56 @@ void add_remembrance_figures(const Runs& runs, std::vector<Figure>& figures) {
   }
 }
 
+namespace {
+
+// One figure for each position at which magnitudes were counted.
+void add_magnitude_figures(const std::vector<Member<StateMeasurement>>& members, std::vector<Figure>& figures) {
+  std::set<int64_t> positions;
+  for (const auto& m : members)
+    for (const auto& [key, histogram] : m.what->histograms) positions.insert(key.position);
+  for (const int64_t position : positions) {
+    LinePlot plot{.id = fmt::format("magnitudes-{}", figures.size()),
+                  .title = fmt::format("Magnitudes of the state after {} tokens", format_count(position)),
+                  .x = {"|h|, from this value to its double (log scale)", Scale::log2},
+                  .y = {"percent of the elements"},
+                  .series = {},
+                  .markers = {},
+                  .height = 300};
+    ColumnTable table("|h| from", members.size());
+    for (std::size_t i = 0; i < members.size(); ++i) {
+      Series series{.name = members[i].name, .points = {}, .color = members[i].color, .dashed = members[i].dashed};
+      table.name(members[i].name);
+      const auto found = members[i].what->histograms.find({position, "ssm", kAllLayers});
+      if (found != members[i].what->histograms.end()) {
+        const MagnitudeHistogram& h = found->second;
+        int64_t all = 0;
+        int first = MagnitudeHistogram::kBins, last = -1;
+        for (int bin = 0; bin < MagnitudeHistogram::kBins; ++bin) {
+          const auto b = static_cast<std::size_t>(bin);
+          if (const int64_t count = h.negative[b] + h.positive[b]; count > 0) all += count, first = std::min(first, bin), last = bin;
+        }
+        for (int bin = first; bin <= last; ++bin) {
+          const auto b = static_cast<std::size_t>(bin);
+          const double percent = 100 * static_cast<double>(h.negative[b] + h.positive[b]) / static_cast<double>(all);
+          // The lowest bin begins at 0, which has no place on the axis: it is drawn as one more octave.
+          const double from = bin == 0 ? MagnitudeHistogram::from(1) / 2 : MagnitudeHistogram::from(bin);
+          series.points.emplace_back(from, percent);
+          table.set({bin, 0}, bin == 0 ? "0" : fmt::format("{:.3g}", from), i, fmt::format("{:.2f}", percent));
+        }
+      }
+      plot.series.push_back(std::move(series));
+    }
+    figures.push_back(
+        {plot.title,
+         data_text(*members.front().what) +
+             " How large the elements of the recurrent state of all layers are, of both signs together, counted in octaves. A "
+             "curve further right than at the training length is a state that the model was never trained with.",
+         legend_html(plot.series), line_plot_svg(plot), table.finish()});
+  }
+}
+
+}  // namespace
+
 void add_state_figures(const Runs& runs, std::vector<Figure>& figures) {
   for (const auto& members : groups_of(runs, &RunData::states)) {
     const StateMeasurement& any = *members.front().what;
@@ -332,6 +384,7 @@ void add_state_figures(const Runs& runs, std::vector<Figure>& figures) {
              "on growing behind the training length is one that the model was never trained with." +
              counts_text(members),
          legend_html(plot.series), line_plot_svg(plot), table.finish()});
+    add_magnitude_figures(members, figures);
 
     // Layer by position, each layer relative to what it has at the training length (at the first position where that is unknown).
     for (const auto& m : members) {

@@ -6,6 +6,7 @@
 // in read_run (evaluations: read_measurements of measure_figures.h), which writes down in `problems` what is there but cannot be read.
 #pragma once
 #include <cstdint>
+#include <map>
 #include <optional>
 #include <string>
 #include <vector>
@@ -43,7 +44,8 @@ struct RemembranceCurve : Measurement {
 };
 
 struct StateMeasurement : Measurement {
-  std::vector<StateLine> lines;  // of whole layers and of the model
+  std::vector<StateLine> lines;                                // of whole layers and of the model
+  std::map<StateHistogramKey, MagnitudeHistogram> histograms;  // where the measurement has them
 };
 
 struct ForgettingMeasurement : Measurement {

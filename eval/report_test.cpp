@@ -301,6 +301,8 @@ void add_measures(const std::string& run, double level) {
       state.lines.push_back({position, "ssm", layer, kAllHeads, 4, 0, std * (layer == 1 ? static_cast<double>(position) : 1), 0, 1, 1});
     state.lines.push_back({position, "ssm", 0, 0, 4, 0, 7777, 0, 1, 1});
   }
+  for (const int64_t position : {512, 8192})
+    for (const double value : {0.25, -0.3, 0.6, level}) state.histograms[{position, "ssm", kAllLayers}].add(value);
   add_table(run, "state-val", state_csv(state), json);
   write_file_atomically(run + "/eval/state-val.histogram.csv", state_histogram_csv(state));
   Forgetting forgetting;
@@ -328,10 +330,14 @@ TEST("the measures of several runs stand side by side, each with its table; laye
   const std::string page = report_html(runs, "2000-01-01");
   for (const char* title : {"<h2>Effective remembrance: val", "<h2>Size of the recurrent state: val", "<h2>Half-life of the state: val"})
     CHECK_MESSAGE(count(page, title) == 1, title);
+  for (const char* title : {"<h2>Magnitudes of the state after 512 tokens", "<h2>Magnitudes of the state after 8,192 tokens"})
+    CHECK_MESSAGE(count(page, title) == 1, title);
+  CHECK(count(page, "data-points=\"0.25,50 0.5,25 1,0 2,25\"") == 2);  // of state-passing, at both positions
+  CHECK(page.find("<th scope=\"row\">0.25</th><td>50.00</td><td>50.00</td>") != std::string::npos);
   for (const char* title : {"<h2>Growth of the state by layer: base", "<h2>Half-life by layer and head: state-passing"})
     CHECK_MESSAGE(count(page, title) == 1, title);
-  CHECK(count(page, "data-name=\"base\"") == 3 + 3);  // the measures; learning rate, gradient norm, speed
-  CHECK(count(page, "training length 512") == 2);     // in remembrance and state
+  CHECK(count(page, "data-name=\"base\"") == 3 + 2 + 3);  // the measures, magnitudes at two positions; learning rate, gradient norm, speed
+  CHECK(count(page, "training length 512") == 2);         // in remembrance and state
   CHECK(page.find("data-points=\"1,0.29996 2048,0.225 4096,0.15 8192,0\"") != std::string::npos);
   CHECK(page.find("total variation between") != std::string::npos);
   CHECK(page.find("<th scope=\"row\">6,144 (2,048)</th><td>0.225 ± 0.075</td>") != std::string::npos);

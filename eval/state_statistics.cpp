@@ -16,6 +16,7 @@
 namespace longhand {
 namespace {
 
+constexpr const char* kHistogramHeader = "position,tensor,layer,magnitude_from,magnitude_to,negative,positive";
 constexpr const char* kHeader = "position,tensor,layer,head,sequences,mean,std,std_error,norm,max_abs";
 
 // Sums over sequences of a line's values.
@@ -220,7 +221,7 @@ std::string state_csv(const StateCurve& curve) {
 }
 
 std::string state_histogram_csv(const StateCurve& curve) {
-  std::string text = "position,tensor,layer,magnitude_from,magnitude_to,negative,positive\n";
+  std::string text = std::string(kHistogramHeader) + "\n";
   for (const auto& [key, histogram] : curve.histograms)
     for (int bin = 0; bin < MagnitudeHistogram::kBins; ++bin) {
       const auto i = static_cast<std::size_t>(bin);
@@ -240,6 +241,22 @@ std::vector<StateLine> read_state_csv(const std::string& path) {
                      row.finite(8), row.finite(9)});
   });
   return lines;
+}
+
+std::map<StateHistogramKey, MagnitudeHistogram> read_state_histogram_csv(const std::string& path) {
+  std::map<StateHistogramKey, MagnitudeHistogram> histograms;
+  read_csv(path, kHistogramHeader, [&](const CsvRow& row) {
+    const double from = row.finite(3);
+    int bin = 0;
+    while (bin < MagnitudeHistogram::kBins && MagnitudeHistogram::from(bin) < from * (1 - 1e-6)) ++bin;  // as written with nine digits
+    if (bin == MagnitudeHistogram::kBins || std::abs(MagnitudeHistogram::from(bin) - from) > from * 1e-6)
+      row.refuse(fmt::format("{} is not the lower end of an octave", row.text(3)));
+    const int64_t layer = row.text(2) == "all" ? kAllLayers : row.count(2);
+    MagnitudeHistogram& histogram = histograms[{row.count(0), std::string(row.text(1)), layer}];
+    histogram.negative[static_cast<std::size_t>(bin)] = row.count(5);
+    histogram.positive[static_cast<std::size_t>(bin)] = row.count(6);
+  });
+  return histograms;
 }
 
 }  // namespace longhand

@@ -89,5 +89,6 @@ std::string state_histogram_csv(const StateCurve& curve);
 
 /// errors   FileError naming file, line and reason
 std::vector<StateLine> read_state_csv(const std::string& path);
+std::map<StateHistogramKey, MagnitudeHistogram> read_state_histogram_csv(const std::string& path);
 
 }  // namespace longhand

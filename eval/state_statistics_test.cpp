@@ -155,6 +155,20 @@ TEST("state: histograms count magnitudes in octaves, signs apart, every element 
   CHECK(csv.starts_with("position,tensor,layer,magnitude_from,magnitude_to,negative,positive\n5,ssm,all,"));
   CHECK(csv.find("\n20,ssm,1,") != std::string::npos);
   for (const StateLine& line : curve.lines) CHECK(line.position == 20);
+
+  StateCurve every_bin = curve;
+  every_bin.histograms[{5, "ssm", 0}] = h;
+  const ScratchFolder scratch;
+  const std::string path = scratch.file("state-a.histogram.csv");
+  write_file_atomically(path, state_histogram_csv(every_bin));
+  const auto read = read_state_histogram_csv(path);
+  CHECK(read.size() == every_bin.histograms.size());
+  for (const auto& [key, histogram] : every_bin.histograms) {
+    CHECK(read.at(key).negative == histogram.negative);
+    CHECK(read.at(key).positive == histogram.positive);
+  }
+  write_file_atomically(path, csv + "20,ssm,1,3,6,1,1\n");
+  CHECK(message_of<FileError>([&] { read_state_histogram_csv(path); }).find("3 is not the lower end of an octave") != std::string::npos);
 }
 
 TEST("state: device memory does not grow with the context") {

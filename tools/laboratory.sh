@@ -42,7 +42,11 @@ measure() {
   local run=$1 device=$2 length at jobs=() failed=0
   length=$(length_of "$run")
   at=(--model "runs/$run" --data "$VAL" --documents packed --threads 2 --device "$device")
-  one() { [ -e "runs/$run/measures/$1.csv" ] || logged "$run" "$LONGHAND" eval "$1" "${at[@]}" --context $(($2 * length)) --sequences "$3" --out "runs/$run/measures/$1.csv"; }
+  one() {
+    local more=()
+    [ "$1" != state ] || more=(--histograms "$length,$((64 * length))")
+    [ -e "runs/$run/measures/$1.csv" ] || logged "$run" "$LONGHAND" eval "$1" "${at[@]}" --context $(($2 * length)) --sequences "$3" "${more[@]}" --out "runs/$run/measures/$1.csv"
+  }
   mkdir -p "runs/$run/measures"
   for what in "ppl 64 $SEQUENCES" "remember 4 64" "state 64 16" "forget 16 8"; do
     # shellcheck disable=SC2086
