@@ -21,6 +21,7 @@ namespace longhand {
 namespace {
 
 constexpr int64_t kFarBeyond = 16;      // training lengths
+constexpr double kFewPercent = 0.05;    // of a state's elements; octaves at the ends of a histogram that hold less are not shown
 constexpr std::size_t kFewPoints = 16;  // a longer curve has only the powers of two in its table
 
 namespace fs = std::filesystem;
@@ -321,15 +322,16 @@ void add_magnitude_figures(const std::vector<Member<StateMeasurement>>& members,
       const auto found = members[i].what->histograms.find({position, "ssm", kAllLayers});
       if (found != members[i].what->histograms.end()) {
         const MagnitudeHistogram& h = found->second;
-        int64_t all = 0;
-        int first = MagnitudeHistogram::kBins, last = -1;
-        for (int bin = 0; bin < MagnitudeHistogram::kBins; ++bin) {
-          const auto b = static_cast<std::size_t>(bin);
-          if (const int64_t count = h.negative[b] + h.positive[b]; count > 0) all += count, first = std::min(first, bin), last = bin;
-        }
+        const auto count = [&h](int bin) {
+          return static_cast<double>(h.negative[static_cast<std::size_t>(bin)] + h.positive[static_cast<std::size_t>(bin)]);
+        };
+        double all = 0;
+        for (int bin = 0; bin < MagnitudeHistogram::kBins; ++bin) all += count(bin);
+        int first = 0, last = MagnitudeHistogram::kBins - 1;
+        while (first < last && 100 * count(first) < kFewPercent * all) ++first;
+        while (last > first && 100 * count(last) < kFewPercent * all) --last;
         for (int bin = first; bin <= last; ++bin) {
-          const auto b = static_cast<std::size_t>(bin);
-          const double percent = 100 * static_cast<double>(h.negative[b] + h.positive[b]) / static_cast<double>(all);
+          const double percent = 100 * count(bin) / all;
           // The lowest bin begins at 0, which has no place on the axis: it is drawn as one more octave.
           const double from = bin == 0 ? MagnitudeHistogram::from(1) / 2 : MagnitudeHistogram::from(bin);
           series.points.emplace_back(from, percent);
@@ -341,8 +343,10 @@ void add_magnitude_figures(const std::vector<Member<StateMeasurement>>& members,
     figures.push_back(
         {plot.title,
          data_text(*members.front().what) +
-             " How large the elements of the recurrent state of all layers are, of both signs together, counted in octaves. A "
-             "curve further right than at the training length is a state that the model was never trained with.",
+             fmt::format(" How large the elements of the recurrent state of all layers are, of both signs together, counted in octaves; "
+                         "those at the ends with less than {}% are left out. A curve further right than at the training length "
+                         "is a state that the model was never trained with.",
+                         kFewPercent),
          legend_html(plot.series), line_plot_svg(plot), table.finish()});
   }
 }
