@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # The length-generalisation laboratory: trains the base of every recipe tools/recipes/NAME.toml named, post-trains it from each initial state (lab-post.toml), measures all of them far
-# beyond the training length, and writes runs/NAME.html for each base, runs/laboratory.html with all bases beside their State Passing, and a table of numbers. One task on each
-# device at a time; what is there already is not done again, so a laboratory that was interrupted or gets more seeds goes on. A few minutes on two GPUs.
+# beyond the training length, and writes runs/NAME.html for each base, runs/PAGE.html with all bases beside their State Passing, and runs/PAGE.md, a table of numbers. One task
+# on each device at a time; what is there already is not done again, so a laboratory that was interrupted or gets more seeds goes on. A few minutes on two GPUs.
 #   tools/laboratory.sh PILE/train PILE/val.jsonl.zst 20B_tokenizer.json lab-mamba1 lab-mamba2 lab-gla
-#   SEEDS="2 3" STATES="state-passing tbtt" tools/laboratory.sh PILE/train PILE/val.jsonl.zst 20B_tokenizer.json lab-mamba2
+#   PAGE=seeds SEEDS="2 3" STATES="state-passing tbtt" tools/laboratory.sh PILE/train PILE/val.jsonl.zst 20B_tokenizer.json lab-mamba2
 # Settings, from the environment:
 #   LONGHAND   the program                              (build/cuda/longhand, else build/cpu/longhand)
 #   DEVICES    where to work                            (every GPU, cuda:0 cuda:1 .., else cpu)
 #   SEEDS      seeds of the bases; S > 1 is run NAME-seedS                                         (1)
 #   STATES     initial states to post-train from        (zero random-noise fitted-noise state-passing tbtt)
 #   SEQUENCES  how many are read for the perplexity at 64 training lengths                         (48)
+#   PAGE       name of the page and table of all                                                   (laboratory)
 #   BASE, POST more settings of the bases' recipes and of lab-post.toml: KEY=VALUE ...
 set -euo pipefail
 if [ $# -lt 4 ]; then sed -n '2,/^set/{/^#/p}' "$0" >&2; exit 2; fi
@@ -107,7 +108,7 @@ row() {
     }' "runs/$1/measures/ppl.spread.csv" "runs/$2/measures/ppl.spread.csv" "runs/$1/measures/remember.csv" "runs/$1/measures/state.csv"
 }
 
-names=("$@") seeds=${SEEDS:-1} states=${STATES:-zero random-noise fitted-noise state-passing tbtt}
+names=("$@") page=${PAGE:-laboratory} seeds=${SEEDS:-1} states=${STATES:-zero random-noise fitted-noise state-passing tbtt}
 say "on $DEVICES"
 for seed in $seeds; do for name in "${names[@]}"; do echo "$name $seed -"; done; done | in_parallel
 for seed in $seeds; do for name in "${names[@]}"; do for state in $states; do echo "$name $seed $state"; done; done; done | in_parallel
@@ -120,7 +121,7 @@ for seed in $seeds; do for name in "${names[@]}"; do
   "$LONGHAND" report "${runs[@]}" --out "runs/$base.html"
   [ ! -d "runs/$base-state-passing" ] || pairs+=("runs/$base" "runs/$base-state-passing")
 done; done
-[ ${#pairs[@]} -lt 4 ] || "$LONGHAND" report "${pairs[@]}" --out runs/laboratory.html
+[ ${#pairs[@]} -lt 4 ] || "$LONGHAND" report "${pairs[@]}" --out "runs/$page.html"
 {
   echo '| run | 1 to T | T | 32 T | 64 T | 32 T / T | 64 T / T | beside its base, 1 to T | beside its base, T | EffRem, T left | std at T | std at 64 T |'
   echo '|---|---|---|---|---|---|---|---|---|---|---|---|'
@@ -129,5 +130,5 @@ done; done
     row "$base" "$base"
     for state in $states; do row "$base-$state" "$base"; done
   done; done
-} | tee runs/laboratory.md
+} | tee "runs/$page.md"
 say "done"
