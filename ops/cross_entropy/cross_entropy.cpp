@@ -101,6 +101,9 @@ CrossEntropyOutput linear_cross_entropy(const Variable& x, const Variable& weigh
   const int64_t chunk_rows = std::min(
       count, options.chunk_rows > 0 ? options.chunk_rows : choose_chunk_rows(count, stride * size_of(logits_dtype), device.is_cuda()));
   const Tensor chunk_memory = Tensor::empty(device, logits_dtype, {chunk_rows, stride});
+  // The kernel reads a row in pieces of 16 bytes and leaves out what lies behind the last column; nothing unwritten is read all the same.
+  if (const int64_t read = round_up(vocab, 16 / size_of(logits_dtype)); device.is_cuda() && vocab < read)
+    fill(chunk_memory.slice(1, vocab, read), 0);
   for (int64_t begin = 0; begin < count; begin += chunk_rows) {
     const int64_t end = std::min(begin + chunk_rows, count);
     const Tensor chunk_x = rows.slice(0, begin, end);  // [chunk, d]

@@ -9,7 +9,7 @@
 #include "core/error.h"
 #include "core/philox.h"
 #include "core/switches.h"
-#include "tests/support/check.h"
+#include "tests/support/parity.h"
 
 using namespace longhand;
 using namespace longhand::test;
@@ -78,6 +78,7 @@ TEST("embedding: CUDA agrees with the CPU at runs around the pieces, odd widths 
       for (const int64_t width : {1, 33, 64, 1100}) {
         for (const int64_t vocab : {1, 3, 97}) {
           for (const int64_t count : {1, 31, 32, 33, 65, 1000}) {
+            if (is_left_out()) continue;
             const Tensor tokens = random_ids(count, vocab, static_cast<uint64_t>(count));
             const Tensor table = random_tensor(cpu, w_dtype, {vocab, width}, 1), g = random_tensor(cpu, y_dtype, {1, count, width}, 2);
             const Tensor sink = Tensor::full(gpu, Dtype::f32, {vocab, width}, std::nan(""));
