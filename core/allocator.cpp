@@ -25,8 +25,9 @@ std::string memory_report(const MemoryUse& use) {
 
 void* CachingAllocator::allocate(std::size_t bytes) {
   const std::lock_guard lock(mutex_);
-  const bool exact = switches().exact && !reserving_;  // a graph's memory outlives its tensors
-  const std::size_t size = exact ? std::max<std::size_t>(bytes, 1) : free_->block_size(bytes);
+  const bool exact = switches().exact && !reserving_;         // a graph's memory outlives its tensors
+  const std::size_t least = std::max<std::size_t>(bytes, 1);  // no bytes have a place of their own, too: blocks are told apart by address
+  const std::size_t size = exact ? least : free_->block_size(least);
   void* block = exact ? nullptr : free_->take(size);
   if (block == nullptr) {
     auto from_system = [&]() -> std::size_t {

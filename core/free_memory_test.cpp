@@ -173,3 +173,18 @@ TEST("reserved stretches of an arena count once, whatever lay in them one after 
   CHECK(memory.use().reserved_bytes == 0);
   CHECK_THROWS_AS(memory.allocate(kPages * kPage + 1), MemoryError);
 }
+
+TEST("an arena gives a tensor of no bytes a place of its own") {
+  const SwitchScope shared([](Switches& s) { s.exact = false; });
+  Addresses addresses;
+  TestAllocator memory(addresses);
+  void* const nothing = memory.allocate(0);  // the first of all: nothing is mapped yet
+  void* const block = memory.allocate(4096);
+  void* const nothing_again = memory.allocate(0);
+  CHECK(nothing != block);
+  CHECK(nothing_again != block);
+  CHECK(nothing_again != nothing);
+  memory.release(nothing);
+  memory.release(nothing_again);
+  CHECK(memory.allocate(4096) != block);  // still in use
+}
