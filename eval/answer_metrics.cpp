@@ -47,11 +47,12 @@ bool babilong_correct(const std::string& output, const std::string& question, co
   std::string said = lower(output);
   for (const char* end : {".", "<context>", "<example>"}) said = said.substr(0, said.find(end));
   const std::string asked = lower(question);
-  std::set<std::string> remain, expected;
+  const std::vector<std::string> parts = babilong_parts(target);
+  std::set<std::string> remain;
   for (const std::string& label : labels)
     if (const std::string word = lower(label); holds(said, word) && !holds(asked, word)) remain.insert(word);
-  for (const std::string& part : babilong_parts(target)) expected.insert(lower(part));
-  return remain == expected;
+  return remain.size() == parts.size() &&
+         std::all_of(parts.begin(), parts.end(), [&](const std::string& part) { return remain.contains(lower(part)); });
 }
 
 }  // namespace longhand

@@ -12,7 +12,7 @@ bool passkey_correct(const std::string& continuation, const std::string& key);
 /// Whether exactly the target's labels remain of those in the output.
 ///   output   lower case, up to the first ".", then up to "<context>", then up to "<example>"
 ///   remain   = labels that are part of the output, without those that are part of the question
-///   right    remain = {target}; of a target with a comma and more than 3 characters: remain = the set of its parts
+///   right    remain = {target}; of a target with a comma and more than 3 characters: every part in remain, and no more than they are
 /// labels   any case, each once
 /// source   Kuratov et al. 2024
 bool babilong_correct(const std::string& output, const std::string& question, const std::string& target,

@@ -42,7 +42,8 @@ std::vector<ContinuationScore> score_continuations(const LanguageModel& model, c
   }
   // Scoring needs no final states, so rows may be padded behind their last token: nothing looks back at it.
   std::size_t longest = 0;
-  for (const auto& row : read) longest = std::max(longest, row.size());
+  std::vector<int64_t> sizes;
+  for (const auto& row : read) longest = std::max(longest, row.size()), sizes.push_back(std::ssize(row));
   for (auto& row : read) row.resize(longest, 0);
 
   std::vector<ContinuationScore> scores(rows.size());
@@ -61,7 +62,9 @@ std::vector<ContinuationScore> score_continuations(const LanguageModel& model, c
                       rows[i].target[static_cast<std::size_t>(p - first)], scores[i]);
       }
     }
-    if (options.progress) options.progress(std::ssize(chunk.rows) * chunk.width);
+    int64_t tokens = 0;
+    for (const std::size_t i : chunk.rows) tokens += std::clamp<int64_t>(sizes[i] - chunk.begin, 0, chunk.width);
+    if (options.progress) options.progress(tokens);
   });
   for (std::size_t i = 0; i < rows.size(); ++i) scores[i].greedy = scores[i].predicted == rows[i].target;
   return scores;

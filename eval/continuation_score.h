@@ -21,13 +21,15 @@ struct ContinuationScore {
 
 struct ContinuationOptions {
   int64_t chunk = 2048;
-  std::function<void(int64_t tokens)> progress = {};  // after each chunk: tokens read by all rows together
+  std::function<void(int64_t tokens)> progress = {};  // after each chunk: tokens read by all rows together, padding left out
 };
 
-/// Teacher-forced scores of some rows, read together: context and target go in once, whatever their length.
+/// Teacher-forced scores of some rows, read together: context and target go in once, whatever their length. Rows are padded to the longest,
+/// so rows of about one length belong together.
 ///   log softmax over all padded_vocab columns, in f64 from f32 logits
 /// holds    rows do not mix
-/// memory   one chunk of hidden values, the logits of at most 64 positions, one state per row
+/// memory   of the device: one chunk of hidden values, the logits of at most 64 positions, one state per row, whatever the rows' length;
+///          of the host: the padded tokens
 /// errors   ValueError for a row without context or target, or a token outside the vocabulary; NumericError for a score that is not finite
 std::vector<ContinuationScore> score_continuations(const LanguageModel& model, const std::vector<ScoredRow>& rows,
                                                    const ContinuationOptions& options = {});

@@ -16,7 +16,7 @@ struct AnswerOptions {
 };
 
 /// The continuation of every prompt, up to max_tokens tokens or the end of text; prompts of any lengths are read together.
-/// memory   one chunk, one state per prompt
+/// memory   of the device: one chunk and one state per prompt, whatever the prompts' length; of the host: the tokens, twice
 /// errors   ValueError for an empty prompt or a token outside the vocabulary
 std::vector<std::string> greedy_answers(const LanguageModel& model, const std::vector<std::vector<int32_t>>& prompts,
                                         const Tokenizer& tokenizer, const AnswerOptions& options = {});

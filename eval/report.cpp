@@ -138,17 +138,10 @@ void add_speed(const Runs& runs, std::vector<Figure>& figures) {
 }
 
 // In the order of the page.
-constexpr void (*kFigures[])(const Runs&, std::vector<Figure>&) = {add_perplexity_figures,
-                                                                   add_remembrance_figures,
-                                                                   add_state_figures,
-                                                                   add_forgetting_figures,
-                                                                   add_passkey_figures,
-                                                                   add_copy_figures,
-                                                                   add_babilong_figures,
-                                                                   add_loss,
-                                                                   add_learning_rate,
-                                                                   add_grad_norm,
-                                                                   add_speed};
+constexpr void (*kFigures[])(const Runs&, std::vector<Figure>&) = {
+    add_perplexity_figures, add_remembrance_figures, add_state_figures,  add_forgetting_figures, add_passkey_figures,
+    add_copy_figures,       add_babilong_figures,    add_lambada_tables, add_choices_tables,     add_loss,
+    add_learning_rate,      add_grad_norm,           add_speed};
 
 // --- the page --------------------------------------------------------------------------------------------------
 
@@ -352,10 +345,10 @@ std::string report_html(const std::vector<RunData>& runs, const std::string& dat
       fmt::format("<header>\n<h1>{}</h1>\n<p class=\"soft\">longhand report, {}</p>\n</header>\n", escape_html(heading), escape_html(date));
   html += notes_html(runs) + overview_html(runs);
   for (const Figure& figure : figures) {
-    html += fmt::format(
-        "<section>\n<figure>\n<figcaption><h2>{}</h2>\n<p>{}</p></figcaption>\n{}<div class=\"scroll\"><div "
-        "class=\"box\">{}</div></div>\n</figure>\n{}</section>\n",
-        escape_html(figure.title), escape_html(figure.caption), figure.legend, figure.svg, table_html(figure.table));
+    const std::string drawn =
+        figure.svg.empty() ? "" : fmt::format("<div class=\"scroll\"><div class=\"box\">{}</div></div>\n", figure.svg);
+    html += fmt::format("<section>\n<figure>\n<figcaption><h2>{}</h2>\n<p>{}</p></figcaption>\n{}{}</figure>\n{}</section>\n",
+                        escape_html(figure.title), escape_html(figure.caption), figure.legend, drawn, table_html(figure.table));
   }
   html += configuration_html(runs);
   return html + "</main>\n<script>" + kReportScript + "</script>\n</body>\n</html>\n";

@@ -54,17 +54,20 @@ struct ForgettingMeasurement : Measurement {
 
 /// A line of a task's table.
 struct TaskLine {
-  std::string row;  // passkey: "depth 0.1"; babilong: "qa1"
-  int64_t length = 0, samples = 0;
-  double accuracy = 0;  // copy: of characters
+  std::string row;                  // passkey: "depth 0.1"; babilong: "qa1"
+  int64_t length = 0, samples = 0;  // choices: questions, and those with a label
+  double accuracy = 0;              // copy: of characters
   double string_accuracy = 0;
+  std::vector<double> scores = {};  // lambada: accuracy, perplexity; choices: three accuracies, greedy; NaN: no question has a label
 };
 
 /// One RUN/eval/TASK-NAME.csv and what its .json says.
 struct TaskResult {
   std::string task, file;
-  std::string settings;  // results with the same share a figure
-  int64_t step = -1;     // of the checkpoint; -1: unknown
+  std::string settings;   // results with the same share a figure
+  std::string unit = {};  // of passkey's lengths: "tokens", "characters"
+  std::string data = {};  // lambada, choices: the file, without its folder
+  int64_t step = -1;      // of the checkpoint; -1: unknown
   std::vector<TaskLine> lines;
 };
 
@@ -100,7 +103,7 @@ struct Table {
 struct Figure {
   std::string title;
   std::string caption;      // a sentence or two; plain text
-  std::string legend, svg;  // HTML; legend may be empty
+  std::string legend, svg;  // HTML; either may be empty
   Table table;
 };
 

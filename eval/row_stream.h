@@ -20,7 +20,7 @@ struct RowChunk {
 /// rows      may be of any lengths; an empty one is never read
 /// on_chunk  may be empty
 /// returns   the state behind the last token of each row, in the order of `rows` (zero for an empty one)
-/// memory    one chunk, and one state per row
+/// memory    of the device: one chunk, and one state per row
 /// errors    ValueError for a token outside the vocabulary
 RecurrentState read_rows(const LanguageModel& model, const std::vector<std::vector<int32_t>>& rows, int64_t chunk,
                          const std::function<void(const RowChunk&)>& on_chunk = {});

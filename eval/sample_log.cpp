@@ -2,7 +2,10 @@
 #include "eval/sample_log.h"
 
 #include <fmt/format.h>
+#include <sys/file.h>
 
+#include <cerrno>
+#include <cstring>
 #include <filesystem>
 #include <string_view>
 
@@ -24,13 +27,13 @@ class Fnv {
   uint64_t hash_ = 0xcbf29ce484222325u;
 };
 
-std::string hash_of(std::string_view text) {
+}  // namespace
+
+std::string settings_hash(const nlohmann::ordered_json& settings) {
   Fnv hash;
-  for (const char c : text) hash.add(static_cast<uint8_t>(c));
+  for (const char c : settings.dump()) hash.add(static_cast<uint8_t>(c));
   return hash.text();
 }
-
-}  // namespace
 
 std::string prompt_hash(const std::vector<int32_t>& tokens) {
   Fnv hash;
@@ -39,13 +42,21 @@ std::string prompt_hash(const std::vector<int32_t>& tokens) {
   return hash.text();
 }
 
-SampleLog::SampleLog(const std::string& path, const nlohmann::ordered_json& settings, int64_t samples)
-    : path_(path), settings_(hash_of(settings.dump())), results_(static_cast<std::size_t>(samples)) {
+SampleLog::SampleLog(const std::string& path, const nlohmann::ordered_json& settings, int64_t samples, bool fresh)
+    : path_(path), settings_(settings_hash(settings)), results_(static_cast<std::size_t>(samples)) {
   if (path_.empty()) return;
   if (const fs::path folder = fs::path(path_).parent_path(); !folder.empty()) fs::create_directories(folder);
-  if (fs::exists(path_)) read();
   file_ = std::fopen(path_.c_str(), "ab");
-  if (file_ == nullptr) throw FileError("eval: the file of samples cannot be written", {{"file", path_}});
+  if (file_ == nullptr) throw FileError("eval: the file of samples cannot be written", {{"file", path_}, {"reason", std::strerror(errno)}});
+  try {
+    if (::flock(::fileno(file_), LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK)
+      throw FileError("eval: another process writes the file of samples", {{"file", path_}, {"try", "wait for its end, or another --out"}});
+    if (fresh) fs::resize_file(path_, 0);
+    read();
+  } catch (...) {
+    std::fclose(file_);
+    throw;
+  }
 }
 
 SampleLog::~SampleLog() {
@@ -63,14 +74,20 @@ void SampleLog::read() {
     const auto end = rest.find('\n');
     ++line;
     const auto refuse = [&](const std::string& reason) {
-      throw FileError("eval: a line of the file of samples cannot be used",
-                      {{"file", path_}, {"line", std::to_string(line)}, {"reason", reason}, {"try", "another --out, or remove the file"}});
+      throw FileError("eval: a line of the file of samples cannot be used", {{"file", path_},
+                                                                             {"line", std::to_string(line)},
+                                                                             {"reason", reason},
+                                                                             {"try", "--fresh, which writes it anew, or another --out"}});
     };
-    nlohmann::ordered_json result = parse_strict_json<nlohmann::ordered_json>(rest.substr(0, end), "eval: the file of samples", path_);
+    auto result = parse_strict_json<nlohmann::ordered_json>(rest.substr(0, end), fmt::format("eval: line {} of the samples", line), path_);
     rest.remove_prefix(end + 1);
     const auto sample = result.find("sample"), settings = result.find("settings");
     if (sample == result.end() || !sample->is_number_integer() || settings == result.end() || !settings->is_string())
       refuse("it has no sample or no settings");
+    const auto target = result.find("target"), correct = result.find("correct");
+    if (!result.contains("output") || (target == result.end()) != (correct == result.end()) ||
+        (correct != result.end() && !correct->is_boolean()))
+      refuse("it has no result");
     if (settings->get<std::string>() != settings_) refuse("it was written with other settings, another model or other data");
     const auto number = sample->get<int64_t>();
     if (number < 0 || number >= std::ssize(results_)) refuse("there is no such sample");

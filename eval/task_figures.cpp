@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cmath>
 #include <filesystem>
 #include <limits>
 #include <map>
@@ -22,13 +23,32 @@ namespace fs = std::filesystem;
 using Json = nlohmann::json;
 using Runs = std::vector<RunData>;
 
-constexpr const char *kPasskey = "passkey", *kCopy = "copy", *kBabilong = "babilong";
+constexpr const char *kPasskey = "passkey", *kCopy = "copy", *kBabilong = "babilong", *kLambada = "lambada", *kChoices = "choices";
 
 // What a group of results shares: the settings of its task, without those of the model and of the machine.
 std::string shared_settings(const Json& description) {
   Json shared;
-  for (const char* key : {"unit", "lengths", "depths", "digits", "prompts", "seed", "variant", "alphabet", "ngram", "answer_length",
-                          "samples_per_length", "tasks", "book_set", "facts_from", "facts_to", "questions"})
+  for (const char* key : {"unit",
+                          "lengths",
+                          "depths",
+                          "digits",
+                          "prompts",
+                          "seed",
+                          "variant",
+                          "alphabet",
+                          "ngram",
+                          "answer_length",
+                          "samples_per_length",
+                          "tasks",
+                          "books",
+                          "book_set",
+                          "facts_from",
+                          "facts_to",
+                          "questions",
+                          "prompts",
+                          "labels",
+                          "data",
+                          "tokenizer"})
     if (description.contains(key)) shared[key] = description[key];
   return shared.dump();
 }
@@ -40,19 +60,34 @@ TaskResult read_result(const std::string& task, const fs::path& csv) {
     if (description.is_object()) {
       result.settings = shared_settings(description);
       if (const auto step = description.find("step"); step != description.end() && step->is_number_integer()) result.step = *step;
+      const auto text_of = [&](const char* key) {
+        const auto found = description.find(key);
+        return found != description.end() && found->is_string() ? found->get<std::string>() : std::string();
+      };
+      result.unit = text_of("unit");
+      result.data = fs::path(text_of("data_file")).filename().string();
     }
   }
   if (task == kPasskey)
     read_csv(csv.string(), "length,depth,samples,accuracy", [&](const CsvRow& row) {
-      result.lines.push_back({fmt::format("depth {}", row.text(1)), row.count(0), row.count(2), row.finite(3), 0});
+      result.lines.push_back({fmt::format("depth {}", row.text(1)), row.count(0), row.count(2), row.finite(3)});
     });
   if (task == kBabilong)
     read_csv(csv.string(), "task,length,samples,accuracy", [&](const CsvRow& row) {
-      result.lines.push_back({std::string(row.text(0)), row.count(1), row.count(2), row.finite(3), 0});
+      result.lines.push_back({std::string(row.text(0)), row.count(1), row.count(2), row.finite(3)});
     });
   if (task == kCopy)
     read_csv(csv.string(), "length,samples,string_accuracy,character_accuracy", [&](const CsvRow& row) {
       result.lines.push_back({"", row.count(0), row.count(1), row.finite(3), row.finite(2)});
+    });
+  if (task == kLambada)
+    read_csv(csv.string(), "samples,accuracy,perplexity", [&](const CsvRow& row) {
+      result.lines.push_back({"", 0, row.count(0), row.finite(1), 0, {row.finite(1), row.number(2)}});
+    });
+  if (task == kChoices)
+    read_csv(csv.string(), "questions,labelled,accuracy,accuracy_per_character,accuracy_per_token,greedy", [&](const CsvRow& row) {
+      const auto share = [&](std::size_t column) { return row.count(1) > 0 ? row.finite(column) : row.number(column); };
+      result.lines.push_back({"", row.count(0), row.count(1), share(2), 0, {share(2), share(3), share(4), share(5)}});
     });
   return result;
 }
@@ -107,13 +142,13 @@ std::string in_thousands(int64_t length) {
 
 // A row for each run and `row` of its lines, a column for each length.
 void add_heat_map(const std::vector<Member>& members, const std::string& title, const std::string& caption, const std::string& y_label,
-                  std::vector<Figure>& figures, std::string (*length_text)(int64_t)) {
+                  const std::string& unit, std::vector<Figure>& figures, std::string (*length_text)(int64_t)) {
   std::set<int64_t> lengths;
   for (const Member& m : members)
     for (const TaskLine& line : m.result->lines) lengths.insert(line.length);
   HeatMap map{.id = fmt::format("task-{}", figures.size()),
               .title = title,
-              .x_label = "length",
+              .x_label = unit.empty() ? "length" : "length in " + unit,
               .y_label = y_label,
               .columns = {},
               .rows = {},
@@ -156,7 +191,7 @@ void read_task_results(RunData& run) {
     if (entry.path().extension() == ".csv") tables.push_back(entry.path());
   std::sort(tables.begin(), tables.end());
   for (const fs::path& table : tables)
-    for (const char* task : {kPasskey, kCopy, kBabilong}) {
+    for (const char* task : {kPasskey, kCopy, kBabilong, kLambada, kChoices}) {
       if (!table.filename().string().starts_with(std::string(task) + "-")) continue;
       try {
         run.tasks.push_back(read_result(task, table));
@@ -168,20 +203,68 @@ void read_task_results(RunData& run) {
 }
 
 void add_passkey_figures(const Runs& runs, std::vector<Figure>& figures) {
-  for (const auto& members : groups_of(runs, kPasskey))
+  for (const auto& members : groups_of(runs, kPasskey)) {
+    const std::string& unit = members.front().result->unit;
+    const std::string of = unit.empty() ? "length of the text" : unit == "characters" ? "characters of the filler" : "tokens of the prompt";
     add_heat_map(members, "Passkey retrieval" + (members.size() == 1 ? ": " + members.front().name : std::string()),
-                 "Share of prompts whose number was said, by length of the text and depth of the number (0: at its beginning), " +
+                 "Share of prompts whose number was said, by " + of + " and depth of the number (0: at its beginning), " +
                      samples_text(members, "in each cell") + ".",
-                 "depth", figures,
-                 members.front().result->settings.find("\"unit\":\"characters\"") != std::string::npos ? in_thousands : in_binary);
+                 "depth", unit, figures, unit == "characters" ? in_thousands : in_binary);
+  }
 }
 
 void add_babilong_figures(const Runs& runs, std::vector<Figure>& figures) {
   for (const auto& members : groups_of(runs, kBabilong))
     add_heat_map(members, "BABILong" + (members.size() == 1 ? ": " + members.front().name : std::string()),
-                 "Share of right answers, by length of the text that the facts are scattered over (0: the facts alone), " +
+                 "Share of right answers, by length in tokens of the text that the facts are scattered over (0: the facts alone), " +
                      samples_text(members, "in each cell") + ".",
-                 "task", figures, in_thousands);
+                 "task", "tokens", figures, in_thousands);
+}
+
+namespace {
+
+// A row for each result. `rest` are the columns behind the run's name, `cells` their texts.
+void add_score_table(const Runs& runs, const char* task, const std::string& title, const std::string& caption,
+                     const std::vector<std::string>& rest, std::vector<std::string> (*cells)(const TaskLine&),
+                     std::vector<Figure>& figures) {
+  for (const auto& members : groups_of(runs, task)) {
+    const std::string& data = members.front().result->data;
+    Table table{{"Run"}, {}};
+    table.header.insert(table.header.end(), rest.begin(), rest.end());
+    for (const Member& m : members)
+      for (const TaskLine& line : m.result->lines) {
+        table.rows.push_back({m.name});
+        for (std::string& cell : cells(line)) table.rows.back().push_back(std::move(cell));
+      }
+    figures.push_back({data.empty() ? title : title + ": " + data, caption, "", "", table});
+  }
+}
+
+}  // namespace
+
+void add_lambada_tables(const Runs& runs, std::vector<Figure>& figures) {
+  add_score_table(
+      runs, kLambada, "LAMBADA", "The last word of passages: the share of them where it was the most likely one, and perplexity per word.",
+      {"Passages", "Accuracy", "Perplexity"},
+      [](const TaskLine& line) {
+        return std::vector<std::string>{format_count(line.samples), fmt::format("{:.2f}%", 100 * line.scores[0]),
+                                        format_number(line.scores[1])};
+      },
+      figures);
+}
+
+void add_choices_tables(const Runs& runs, std::vector<Figure>& figures) {
+  add_score_table(
+      runs, kChoices, "Multiple choice",
+      "The share of questions whose right choice has the largest log-likelihood: as a sum, by its characters, by its tokens; and the share "
+      "whose right choice is what the model would have said itself.",
+      {"Questions", "With a label", "Accuracy", "per character", "per token", "Said itself"},
+      [](const TaskLine& line) {
+        std::vector<std::string> out{format_count(line.length), format_count(line.samples)};
+        for (const double score : line.scores) out.push_back(std::isfinite(score) ? percent(score) : "–");
+        return out;
+      },
+      figures);
 }
 
 void add_copy_figures(const Runs& runs, std::vector<Figure>& figures) {

@@ -1,4 +1,5 @@
-// The figures of a report that come from tasks: heat maps by length for passkey and BABILong, curves by length for copying.
+// The figures of a report that come from tasks: heat maps by length for passkey and BABILong, curves by length for copying, tables of
+// LAMBADA and of multiple choice.
 #pragma once
 #include <vector>
 
@@ -10,6 +11,8 @@ namespace longhand {
 void add_passkey_figures(const std::vector<RunData>& runs, std::vector<Figure>& figures);
 void add_copy_figures(const std::vector<RunData>& runs, std::vector<Figure>& figures);
 void add_babilong_figures(const std::vector<RunData>& runs, std::vector<Figure>& figures);
+void add_lambada_tables(const std::vector<RunData>& runs, std::vector<Figure>& figures);
+void add_choices_tables(const std::vector<RunData>& runs, std::vector<Figure>& figures);
 
 /// Reads every RUN/eval/TASK-*.csv of these tasks into the run, newest step last; what cannot be read becomes an entry of `problems`.
 void read_task_results(RunData& run);

@@ -63,6 +63,66 @@ TEST("task figures: copying and babilong, and several steps of a run") {
   CHECK(none.empty());
 }
 
+TEST("task figures: LAMBADA and multiple choice are tables, a row for each run, one for each data") {
+  const ScratchFolder scratch;
+  constexpr const char* kLambadaCsv = "samples,accuracy,perplexity\n5153,0.0041,44012.5\n";
+  constexpr const char* kChoicesHeader = "questions,labelled,accuracy,accuracy_per_character,accuracy_per_token,greedy\n";
+  std::vector<RunData> runs{
+      run_with(scratch, "a", "lambada-x", kLambadaCsv, R"({"data": "11", "data_file": "/d/lambada_test.jsonl", "weights": "1"})"),
+      run_with(scratch, "b", "lambada-x", "samples,accuracy,perplexity\n5153,0.5,10\n", R"({"data": "11", "weights": "2"})"),
+      run_with(scratch, "c", "lambada-x", kLambadaCsv, R"({"data": "12"})"),
+      run_with(scratch, "d", "choices-piqa", kChoicesHeader + std::string("7,4,0.75,0.5,0.25,0\n"),
+               R"({"data": "3", "data_file": "piqa.jsonl"})"),
+      run_with(scratch, "e", "choices-mine", kChoicesHeader + std::string("7,0,nan,nan,nan,nan\n"), R"({"data": "4"})"),
+      run_with(scratch, "f", "choices-mine", kChoicesHeader + std::string("7,2,nan,nan,nan,nan\n"), R"({"data": "5"})")};
+  for (RunData& run : runs) read_task_results(run);
+  CHECK(runs[5].problems.size() == 1);
+  std::vector<Figure> lambada, choices;
+  add_lambada_tables(runs, lambada);
+  add_choices_tables(runs, choices);
+  REQUIRE(lambada.size() == 2);
+  const Figure& both = lambada[lambada[0].table.rows.size() == 2 ? 0 : 1];
+  CHECK(both.title == "LAMBADA: lambada_test.jsonl");
+  CHECK(both.svg.empty());
+  CHECK(both.table.header == std::vector<std::string>{"Run", "Passages", "Accuracy", "Perplexity"});
+  REQUIRE(both.table.rows.size() == 2);
+  CHECK(both.table.rows[0] == std::vector<std::string>{"a", "5,153", "0.41%", "44,012"});
+  CHECK(both.table.rows[1] == std::vector<std::string>{"b", "5,153", "50.00%", "10"});
+  REQUIRE(choices.size() == 2);
+  const Figure& piqa = choices[choices[0].title == "Multiple choice: piqa.jsonl" ? 0 : 1];
+  CHECK(piqa.table.rows[0] == std::vector<std::string>{"d", "7", "4", "75.0%", "50.0%", "25.0%", "0.0%"});
+  const Figure& mine = choices[&piqa == &choices[0] ? 1 : 0];
+  CHECK(mine.table.rows[0] == std::vector<std::string>{"e", "7", "0", "–", "–", "–", "–"});
+  const std::string page = report_html(runs, "today");
+  CHECK(page.find("<h2>LAMBADA: lambada_test.jsonl</h2>") != std::string::npos);
+  CHECK(page.find("<div class=\"box\"></div>") == std::string::npos);
+}
+
+TEST("task figures: other books, another tokenizer or other prompts are no comparison, and captions say the unit") {
+  const ScratchFolder scratch;
+  const std::string csv = "task,length,samples,accuracy\nqa1,4000,4,0.5\n";
+  std::vector<RunData> runs{run_with(scratch, "a", "babilong-x", csv, R"({"books": "1", "tokenizer": "x", "prompts": "0"})"),
+                            run_with(scratch, "b", "babilong-x", csv, R"({"books": "2", "tokenizer": "x", "prompts": "0"})"),
+                            run_with(scratch, "c", "babilong-x", csv, R"({"books": "1", "tokenizer": "y", "prompts": "0"})"),
+                            run_with(scratch, "d", "babilong-x", csv, R"({"books": "1", "tokenizer": "x", "prompts": "1"})"),
+                            run_with(scratch, "e", "babilong-x", csv, R"({"books": "1", "tokenizer": "x", "prompts": "0"})"),
+                            run_with(scratch, "f", "passkey-x", kPasskeyCsv, R"({"unit": "tokens"})"),
+                            run_with(scratch, "g", "passkey-x", kPasskeyCsv, R"({"unit": "characters"})")};
+  for (RunData& run : runs) read_task_results(run);
+  std::vector<Figure> babilong, passkey;
+  add_babilong_figures(runs, babilong);
+  add_passkey_figures(runs, passkey);
+  CHECK(babilong.size() == 4);
+  CHECK(babilong[0].svg.find("length in tokens") != std::string::npos);
+  REQUIRE(passkey.size() == 2);
+  const Figure& tokens = passkey[passkey[0].title.ends_with("f") ? 0 : 1];
+  const Figure& characters = passkey[passkey[0].title.ends_with("f") ? 1 : 0];
+  CHECK(tokens.caption.find("by tokens of the prompt and depth") != std::string::npos);
+  CHECK(tokens.svg.find("length in tokens") != std::string::npos);
+  CHECK(characters.caption.find("by characters of the filler and depth") != std::string::npos);
+  CHECK(characters.svg.find("length in characters") != std::string::npos);
+}
+
 TEST("task figures: lengths are written as the task counts them") {
   const ScratchFolder scratch;
   std::vector<RunData> runs{

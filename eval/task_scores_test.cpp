@@ -1,10 +1,15 @@
 // What the scorers of tasks are made of: rows read together, continuations, greedy answers, metrics, the log of samples.
 #include <algorithm>
 #include <cmath>
+#include <filesystem>
 #include <fstream>
+#include <set>
 
+#include "core/allocator.h"
 #include "core/error.h"
 #include "core/files.h"
+#include "data/tasks/babi.h"
+#include "data/tasks/babilong.h"
 #include "data/tokenizer.h"
 #include "eval/answer_metrics.h"
 #include "eval/continuation_score.h"
@@ -83,6 +88,48 @@ TEST("continuations: log-likelihoods and hits are those of the whole logits, for
   CHECK_THROWS_AS(score_continuations(*model, {{{1}, {kSmallVocab}}}), ValueError);
 }
 
+TEST("continuations: padding is not counted as read") {
+  const auto model = small_model(Dtype::f64);
+  int64_t read = 0;
+  score_continuations(*model, {{{1, 2, 3}, {4}}, {{1}, {2, 3, 4, 5, 6, 7, 8}}}, {.chunk = 4, .progress = [&](int64_t n) { read += n; }});
+  CHECK(read == 3 + 7);
+}
+
+TEST("task memory: what the device holds depends on rows and chunk, not on the length of prompts and continuations") {
+  CachingAllocator& allocator = Device::cpu().allocator();
+  const auto model = small_model(Dtype::f32);
+  const auto letters = open_tokenizer("letters:5");
+  const auto peak_of = [&](const auto& work) {
+    allocator.reset_peak();
+    const int64_t before = allocator.use().live_bytes;
+    work();
+    return allocator.use().peak_bytes - before;
+  };
+  const auto answers = [&](std::size_t length, int64_t chunk) {
+    return peak_of([&] {
+      std::vector<std::vector<int32_t>> prompts{random_tokens(length, 1), random_tokens(length / 2, 2)};
+      for (auto& prompt : prompts)
+        for (int32_t& token : prompt) token %= 9;
+      greedy_answers(*model, prompts, *letters, {.max_tokens = 2, .chunk = chunk});
+    });
+  };
+  const auto scores = [&](std::size_t length, int64_t chunk, bool long_target) {
+    return peak_of([&] {
+      const auto context = random_tokens(long_target ? 10 : length, 1), target = random_tokens(long_target ? length : 10, 2);
+      score_continuations(*model, {{context, target}, {{1}, {2}}}, {.chunk = chunk});
+    });
+  };
+  const int64_t one = answers(500, 100);
+  CHECK(answers(4000, 100) == one);
+  CHECK(answers(4000, 1000) > 4 * one);
+  for (const bool long_target : {false, true}) {
+    CAPTURE(long_target);
+    const int64_t score = scores(500, 100, long_target);
+    CHECK(scores(4000, 100, long_target) == score);
+    CHECK(scores(4000, 1000, long_target) > 4 * score);
+  }
+}
+
 TEST("greedy answers: of ragged prompts read together, those of each prompt alone") {
   ModelConfig config = small_config("mamba2");
   config.vocab_size = 257;
@@ -141,6 +188,37 @@ TEST("babilong metric: exactly the target is left") {
   CHECK_FALSE(babilong_correct("milk, apple, football", "What is Mary carrying?", "apple,milk", things));
   CHECK(babilong_parts("apple,milk,football") == std::vector<std::string>{"apple", "milk", "football"});
   CHECK(babilong_parts("s,e") == std::vector<std::string>{"s,e"});
+  CHECK_FALSE(babilong_correct("apple", "What is Mary carrying?", "apple,apple", things));  // two parts, and one label is left
+  // Part of another label: no answer can be right.
+  CHECK_FALSE(babilong_correct("none", "How many?", "none", {"none", "one", "three", "two"}));
+}
+
+TEST("babilong metric: of the 20 tasks all but counting let a right answer be right, and labels are those of the published files") {
+  const auto folder = folder_from("LONGHAND_DATA");
+  if (!folder) SKIP("LONGHAND_DATA is not set");
+  int files = 0;
+  for (const auto& entry : std::filesystem::directory_iterator(*folder + "/babi")) {
+    const std::string path = entry.path().string();
+    if (!path.ends_with("_test.txt")) continue;
+    CAPTURE(path);
+    ++files;
+    const std::string task = babi_task_of(path);
+    const std::vector<std::string> labels = babilong_labels(task);
+    std::set<std::string> seen;
+    int right = 0, none = 0;
+    const auto samples = read_babi(path);
+    for (const BabiSample& s : samples) {
+      for (const std::string& part : babilong_parts(s.answer)) seen.insert(part);
+      right += babilong_correct("It is " + s.answer + ".", s.question, s.answer, labels) ? 1 : 0;
+      none += s.answer == "none" ? 1 : 0;
+    }
+    CHECK(seen == std::set<std::string>(labels.begin(), labels.end()));
+    CHECK(samples.size() == 1000);
+    CHECK(none == (task == "qa7" ? 468 : 0));
+    CHECK(right == 1000 - none);
+  }
+  CHECK(files == 20);
+  CHECK(babilong_labels("qa21").empty());
 }
 
 TEST("sample log: goes on where it stopped, and refuses lines of other settings") {
@@ -149,29 +227,43 @@ TEST("sample log: goes on where it stopped, and refuses lines of other settings"
   {
     SampleLog log(path, {{"task", "x"}}, 3);
     CHECK(log.found() == 0);
-    log.add(1, {{"output", "one\xC3"}, {"correct", true}});
+    log.add(1, {{"output", "one\xC3"}, {"target", "one"}, {"correct", true}});
+    CHECK_THROWS_WITH_AS(SampleLog(path, {{"task", "x"}}, 3), doctest::Contains("another process"), FileError);
     CHECK(log.done(1));
     CHECK_FALSE(log.done(0));
   }
   const std::string line = read_text_file(path);
   CHECK(line.starts_with("{\"sample\":1,\"settings\":\""));
-  CHECK(line.ends_with("\"output\":\"one\xEF\xBF\xBD\",\"correct\":true}\n"));
+  CHECK(line.ends_with("\"output\":\"one\xEF\xBF\xBD\",\"target\":\"one\",\"correct\":true}\n"));
   std::ofstream(path, std::ios::app) << "{\"sample\":2,\"sett";  // the program was killed here
   {
     SampleLog log(path, {{"task", "x"}}, 3);
     CHECK(log.found() == 1);
     CHECK(log.result(1).at("correct") == true);
     CHECK(read_text_file(path) == line);
-    log.add(0, {{"correct", false}});
+    log.add(0, {{"output", "zero"}});
     CHECK(log.count() == 2);
   }
   CHECK(SampleLog(path, {{"task", "x"}}, 3).found() == 2);
   CHECK_THROWS_AS(SampleLog(path, {{"task", "y"}}, 3), FileError);
   CHECK_THROWS_AS(SampleLog(path, {{"task", "x"}}, 1), FileError);
-  for (const std::string& bad : {line, std::string("{}\n"), std::string("x\n")}) {
+  const std::string begin = line.substr(0, line.find(",\"output\"")), other = "{\"sample\":2" + begin.substr(begin.find(','));
+  for (const std::string& bad : {line, std::string("{}\n"), std::string("x\n"), other + "}\n", other + ",\"output\":1,\"target\":2}\n",
+                                 other + ",\"output\":1,\"target\":2,\"correct\":1}\n"}) {
+    CAPTURE(bad);
     std::ofstream(path, std::ios::trunc) << line << bad;
-    CHECK_THROWS_AS(SampleLog(path, {{"task", "x"}}, 3), FileError);
+    try {
+      const SampleLog log(path, {{"task", "x"}}, 3);
+      FAIL("accepted");
+    } catch (const FileError& error) {
+      const std::string message = error.what();
+      CHECK_MESSAGE((message.find("line 2 of") != std::string::npos || message.find("line    2\n") != std::string::npos), message);
+    }
   }
+  std::ofstream(path, std::ios::trunc) << line << other << ",\"output\":1}\n";
+  CHECK(SampleLog(path, {{"task", "x"}}, 3).found() == 2);
+  CHECK(SampleLog(path, {{"task", "y"}}, 3, true).found() == 0);
+  CHECK(read_text_file(path).empty());
   SampleLog nowhere("", {}, 2);
   nowhere.add(1, {{"correct", true}});
   CHECK(nowhere.done(1));

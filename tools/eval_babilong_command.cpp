@@ -53,7 +53,8 @@ std::vector<Cell> cells_of(const BabilongCommand& o) {
       throw ConfigError("eval: two bAbI files of one task", {{"file", file}, {"task", task}, {"try", "one file of each task"}});
     if (!o.prompts.empty() && !prompts.contains(task))
       throw ConfigError("eval: the file of prompts has none for a task", {{"prompts", o.prompts}, {"task", task}});
-    std::set<std::string> labels;
+    const std::vector<std::string> published = babilong_labels(task);
+    std::set<std::string> labels(published.begin(), published.end());
     for (const BabiSample& story : read_babi(file))
       for (const std::string& part : babilong_parts(story.answer)) labels.insert(part);
     for (const std::string& label : labels)
@@ -86,6 +87,7 @@ int run(const BabilongCommand& o) {
   const bool needs_books = std::any_of(cells.begin(), cells.end(), [](const Cell& cell) { return cell.length > 0; });
   if (needs_books && o.books.empty())
     throw ConfigError("eval: these lengths need a background", {{"try", "--books with shards that hold books, or --lengths 0k"}});
+  if (!needs_books && !o.books.empty()) fmt::print(stderr, "the books are not read: length 0 is the facts alone\n");
   TaskSession session(o.session, "babilong");
   const Background background = needs_books ? Background(BackgroundOptions{.files = o.books, .set_name = o.book_set}) : Background();
   std::string tasks;
@@ -115,7 +117,7 @@ int run(const BabilongCommand& o) {
                                     {{"tasks", tasks},
                                      {"lengths", o.lengths},
                                      {"samples_per_length", o.samples},
-                                     {"books", o.books},
+                                     {"books", background.fingerprint()},
                                      {"book_set", o.book_set},
                                      {"facts_from", o.facts_from},
                                      {"facts_to", o.facts_to},
@@ -157,7 +159,9 @@ int run(const BabilongCommand& o) {
     table.rows.push_back(
         {cells[c].task, std::to_string(cells[c].length), std::to_string(o.samples), share_text(correct / static_cast<double>(o.samples))});
   }
-  session.finish("babilong", table, {{"accuracy", all_correct / static_cast<double>(std::ssize(cells) * o.samples)}});
+  session.finish(
+      "babilong", table,
+      {{"babi_files", o.babi}, {"book_files", o.books}, {"accuracy", all_correct / static_cast<double>(std::ssize(cells) * o.samples)}});
   return 0;
 }
 
@@ -169,9 +173,9 @@ void add_eval_babilong(CLI::App& eval, std::function<int()>& action) {
   options->session.batch = 8;
   add_task_options(*command, options->session);
   command->add_option("--babi", options->babi, "bAbI files, named qaN_..., plain or .zst")->required()->type_name("FILE");
-  command->add_option("--books", options->books, "Shards whose long documents are the background (not needed for length 0k)")
-      ->type_name("FILE");
-  command->add_option("--book-set", options->book_set, "Only documents of this meta.pile_set_name")->type_name("NAME");
+  auto* books = command->add_option("--books", options->books, "Shards whose long documents are the background (not needed for length 0k)")
+                    ->type_name("FILE");
+  command->add_option("--book-set", options->book_set, "Only documents of this meta.pile_set_name")->type_name("NAME")->needs(books);
   command->add_option("--lengths", options->lengths, "Lengths in tokens, such as 0k,16k,1M; k is 1000")
       ->delimiter(',')
       ->type_name("LIST")

@@ -108,10 +108,14 @@ void add_eval_copy(CLI::App& eval, std::function<int()>& action) {
   count("--max-length", options->max_length, "Letters of the longest words", 1);
   count("--every", options->every, "Step between lengths", 1);
   count("--samples", options->samples, "Words of each length", 1);
-  count("--ngram", options->ngram, "Letters of the n-grams", 1);
+  count("--ngram", options->ngram, "Letters of the n-grams, of all variants but copy", 1);
   count("--answer-length", options->answer_length, "Letters of the answer (0: all)", 0);
   count("--seed", options->seed, "Of the words", 0);
-  command->callback([=, &action] { action = [=] { return run(*options); }; });
+  command->callback([=, &action] {
+    if (command->count("--ngram") > 0 && options->variant == "copy")
+      throw ConfigError("eval: copying whole words has no n-grams", {{"try", "--variant prefix-ngram, or leave --ngram out"}});
+    action = [=] { return run(*options); };
+  });
 }
 
 }  // namespace longhand

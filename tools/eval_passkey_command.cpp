@@ -27,28 +27,24 @@ struct PasskeyCommand {
   bool any_depth = false;
 };
 
-// In tokens k = 1024, as models' lengths are; in characters k = 1000.
-int64_t length_of(const std::string& text, bool tokens) {
-  if (!tokens || !text.ends_with('k')) return parse_length(text);
-  const std::string number = text.substr(0, text.size() - 1);
-  if (number.find_first_not_of("0123456789") != std::string::npos)
-    throw ConfigError("eval: not a length", {{"given", text}, {"expected", "a number, or a number and k, such as 512, 16k"}});
-  return parse_length(number) * 1024;
-}
-
 int run(const PasskeyCommand& o) {
   const bool tokens = o.unit == "tokens";
   std::vector<PasskeyOptions> cells;  // length by length, depth by depth
   for (const std::string& length : o.lengths)
     for (std::size_t d = 0; d < (o.any_depth ? 1 : o.depths.size()); ++d)
       cells.push_back({.unit = tokens ? PasskeyUnit::tokens : PasskeyUnit::characters,
-                       .length = length_of(length, tokens),
+                       .length = parse_length(length, tokens ? 1024 : 1000),  // tokens as models' lengths are counted
                        .depth = o.any_depth ? std::nullopt : std::optional(o.depths[d]),
                        .digits = o.digits,
                        .seed = static_cast<uint64_t>(o.seed)});
   TaskSession session(o.session, "passkey");
+  const int64_t least = tokens ? least_passkey_tokens(session.tokenizer(), o.digits) : 0;
+  for (const PasskeyOptions& cell : cells)
+    if (cell.length < least)
+      throw ConfigError("eval: a length that leaves no room for every key",
+                        {{"length", std::to_string(cell.length)}, {"expected", "at least " + std::to_string(least) + " tokens"}});
   nlohmann::ordered_json lengths = nlohmann::ordered_json::array(), depths = nlohmann::ordered_json::array(), first_prompts = lengths;
-  for (std::size_t c = 0; c < cells.size(); ++c)  // says what cannot be made, too
+  for (std::size_t c = 0; c < cells.size(); ++c)
     first_prompts.push_back(prompt_hash(passkey_sample(cells[c], session.tokenizer(), c * static_cast<uint64_t>(o.prompts)).prompt));
   for (const PasskeyOptions& cell : cells)
     lengths.push_back(cell.length), depths.push_back(cell.depth ? fmt::format("{}", *cell.depth) : "any");

@@ -81,26 +81,26 @@ TaskSession::TaskSession(const TaskSessionOptions& options, std::string name)
                       {{"out", options_.out}, {"try", "a name that ends in .jsonl"}});
   tokenizer_ = tokenizer_for(options_, read_run_record(place_));
   model_ = load_model(place_.model_folder, device_.device, device_.dtype, device_.master_dtype());
-  if (model_->config().padded_vocab() < tokenizer_->vocab_size())
+  if (model_->config().vocab_size < tokenizer_->vocab_size())
     throw ConfigError("eval: the tokenizer has more tokens than the model",
                       {{"tokenizer", tokenizer_->name() + ", " + std::to_string(tokenizer_->vocab_size()) + " tokens"},
-                       {"model", std::to_string(model_->config().padded_vocab()) + " tokens"}});
+                       {"model", std::to_string(model_->config().vocab_size) + " tokens"}});
 }
 
 SampleLog& TaskSession::open_log(const std::string& tag, nlohmann::ordered_json settings, int64_t samples) {
+  const std::string hash = settings_hash(settings).substr(0, 6);
   settings_ = nlohmann::ordered_json{{"task", name_}};
   settings_.update(settings);
   settings_.update(
       {{"tokenizer", tokenizer_->fingerprint()}, {"weights", weights_fingerprint(*model_)}, {"dtype", name_of(device_.dtype)}});
   path_ = options_.out;
   if (path_.empty() && !place_.run_folder.empty()) {
-    std::string file = name_ + (tag.empty() ? "" : "-" + tag) + "-" + name_of(device_.dtype);
+    std::string file = name_ + (tag.empty() ? "" : "-" + tag) + "-" + hash + "-" + name_of(device_.dtype);
     if (place_.step >= 0) file += fmt::format("-step-{}", place_.step);
     path_ = (fs::path(place_.run_folder) / "eval" / (file + ".jsonl")).string();
   }
-  if (options_.fresh && !path_.empty()) fs::remove(path_);
   samples_ = samples;
-  log_ = std::make_unique<SampleLog>(path_, settings_, samples);
+  log_ = std::make_unique<SampleLog>(path_, settings_, samples, options_.fresh);
   fmt::print(stderr, "{} on {}, {}; {} samples{}\n", place_.model_folder, device_.device.description(), name_of(device_.dtype),
              format_count(samples), log_->found() > 0 ? fmt::format(", {} of them done before", format_count(log_->found())) : "");
   start_ = printed_ = Clock::now();

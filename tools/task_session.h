@@ -45,7 +45,8 @@ class TaskSession {
   int64_t batch() const { return options_.batch; }
   int64_t chunk() const { return options_.chunk; }
 
-  /// Opens the log: --out, or for a model that belongs to a run RUN/eval/NAME-TAG-TYPE[-step-N].jsonl, or none.
+  /// Opens the log: --out, or for a model that belongs to a run RUN/eval/NAME-TAG-HASH-TYPE[-step-N].jsonl, or none.
+  /// tag       what a reader wants to see of the settings; HASH is of all of them
   /// settings  of the task; those of the model are added
   SampleLog& open_log(const std::string& tag, nlohmann::ordered_json settings, int64_t samples);
 

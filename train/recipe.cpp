@@ -86,6 +86,7 @@ constexpr Key kKeys[] = {
     {"task.answer_length", FIELD(task.answer_length), "copy: letters of the answer; 0: all", 0},
     {"task.digits", FIELD(task.digits), "passkey: digits of the key; 0: a number from 1 to 50000", 0, 18},
     {"task.babi", FIELD(task.babi), "babilong: bAbI files; every sample takes one of them"},
+    {"task.book_set", FIELD(task.book_set), "babilong: only documents of data.files with this meta.pile_set_name; empty: all"},
     {"task.lengths", FIELD(task.lengths), "babilong: lengths such as 0k, 16k (k is 1000 tokens); every sample takes one of them; none: 0k"},
 
     {"train.steps", FIELD(train.steps), "optimizer steps", 1, kAny, nullptr, true},
@@ -412,6 +413,35 @@ Given parse_setting(const std::string& setting, Recipe& recipe) {
   return {key, where, value_of(*table.get("value"), key, where)};
 }
 
+// A key of [task] or [data] that the rows of the run have no use for is never what was meant. Keys that were given with their default say
+// nothing: the config.toml of a run gives all of them.
+void require_keys_of_task(const Recipe& r, const std::string& origin) {
+  const TaskKind* kind = nullptr;
+  for (const TaskKind& task : task_kinds())
+    if (r.data.task == task.name) kind = &task;
+  const bool is_copy = kind != nullptr && r.data.task == std::string_view("copy");
+  const auto is_read = [&](const std::string& key) {
+    if (key == "data.val_files" || key == "data.shuffle_rows" || key == "data.skip_bad_lines" || key == "data.stream_unit")
+      return kind == nullptr;
+    if (key == "data.files") return kind == nullptr || kind->reads_files;
+    if (section_of(key) != "task") return true;
+    if (is_copy && key == "task.ngram" && r.task.variant == "copy") return false;
+    return kind != nullptr && std::string_view(kind->settings).find(" " + key.substr(5) + " ") != std::string_view::npos;
+  };
+  Recipe given = r, defaults;
+  for (const Key& key : kKeys) {
+    if (is_read(key.name) || !r.given.contains(key.name)) continue;
+    const std::string value = written(key.field(given));
+    if (value == written(key.field(defaults))) continue;
+    throw ConfigError("recipe: a key that this task does not look at", {{"where", origin},
+                                                                        {"key", key.name},
+                                                                        {"given", value},
+                                                                        {"data.task", r.data.task},
+                                                                        {"meaning", key.meaning},
+                                                                        {"try", "leave the key out"}});
+  }
+}
+
 void require_consistent(const Recipe& r, const std::string& origin) {
   auto refuse_values = [&](const std::string& sentence, std::vector<ErrorRow> rows) {
     rows.insert(rows.begin(), {"where", origin});
@@ -431,8 +461,7 @@ void require_consistent(const Recipe& r, const std::string& origin) {
                                                                                  {"data.arrangement", r.data.arrangement},
                                                                                  {"expected", strategy.arrangement},
                                                                                  {"because", strategy.because}});
-  if (r.data.task != kTextRows && r.data.stream_unit != "packed")
-    refuse_values("the streams of a task are packed", {{"data.task", r.data.task}, {"data.stream_unit", r.data.stream_unit}});
+  require_keys_of_task(r, origin);
   if (r.name.find_first_of("/\\") != std::string::npos || r.name == "." || r.name == "..")
     refuse_values("a run's name is one folder name", {{"name", r.name}});
 }

@@ -132,6 +132,39 @@ TEST("recipe: an initial state that needs another arrangement of the data is ref
     CHECK(parse_recipe("", "r.toml", {std::string("initial_state=") + accepted}).initial_state == accepted);
 }
 
+TEST("recipe: a key that the task does not look at is refused by name") {
+  const auto refused = [](const std::string& task, const std::string& setting) {
+    CAPTURE(task);
+    CAPTURE(setting);
+    const std::string key = setting.substr(0, setting.find('='));
+    expect_refused("[data]\ntask = \"" + task + "\"\n", {"does not look at", "key        " + key, "data.task  " + task}, {setting});
+  };
+  const auto taken = [](const std::string& task, const std::vector<std::string>& settings) {
+    CAPTURE(task);
+    CHECK_NOTHROW(parse_recipe("[data]\ntask = \"" + task + "\"\n", "r.toml", settings));
+  };
+  for (const char* setting : {"task.min_length=3", "task.max_length=3", "task.variant=prefix-ngram", "task.ngram=2", "task.answer_length=1",
+                              "task.digits=5", "task.babi=qa1_x.txt", "task.lengths=1k", "task.book_set=PG"})
+    refused("text", setting);
+  for (const char* setting : {"task.digits=5", "task.babi=qa1_x.txt", "task.lengths=1k", "task.book_set=PG", "task.ngram=2",
+                              "data.files=a.jsonl", "data.val_files=a.jsonl", "data.shuffle_rows=7", "data.skip_bad_lines=true"})
+    refused("copy", setting);
+  for (const char* setting :
+       {"task.variant=prefix-ngram", "task.ngram=2", "task.answer_length=1", "task.babi=qa1_x.txt", "task.lengths=1k", "task.book_set=PG",
+        "data.files=a.jsonl", "data.val_files=a.jsonl", "data.shuffle_rows=7", "data.skip_bad_lines=true"})
+    refused("passkey", setting);
+  for (const char* setting : {"task.variant=prefix-ngram", "task.ngram=2", "task.answer_length=1", "task.digits=5", "task.min_length=3",
+                              "task.max_length=3", "data.val_files=a.jsonl", "data.shuffle_rows=7", "data.skip_bad_lines=true"})
+    refused("babilong", setting);
+  taken("text", {"data.files=a.jsonl", "data.val_files=a.jsonl", "data.shuffle_rows=7", "data.skip_bad_lines=true"});
+  taken("copy", {"task.min_length=3", "task.max_length=9", "task.variant=prefix-ngram", "task.ngram=2", "task.answer_length=1"});
+  taken("passkey", {"task.min_length=300", "task.max_length=400", "task.digits=5"});
+  taken("babilong", {"task.babi=qa1_x.txt", "task.lengths=1k", "task.book_set=PG", "data.files=a.jsonl"});
+  // A run's own configuration gives every key.
+  for (const char* task : {"text", "copy", "passkey", "babilong"})
+    CHECK_NOTHROW(parse_recipe(to_toml(parse_recipe(std::string("data.task = \"") + task + "\"\n", "r.toml")), "config.toml"));
+}
+
 TEST("recipe: the vocabulary is the tokenizer's unless it is given") {
   Recipe r = parse_recipe(kSmall, "small.toml");
   resolve_model(r, 300);

@@ -2,8 +2,10 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <set>
 
 #include "core/error.h"
+#include "models/checkpoint.h"
 #include "tests/support/tiny_training.h"
 #include "train/run_batches.h"
 
@@ -14,12 +16,14 @@ using namespace test;
 
 // run() of tiny_training.h with the model and the tokenizer of a task.
 RunResult run_task(const ScratchFolder& scratch, const std::string& name, const std::vector<std::string>& settings, bool resume,
-                   int64_t interrupt_at = 0) {
+                   int64_t interrupt_at = 0, double* last_grad_norm = nullptr) {
   Recipe recipe = parse_recipe(tiny_text("mamba2"), "tiny.toml", settings);
   const std::shared_ptr<const Tokenizer> tokenizer = open_tokenizer(recipe.data.tokenizer);
   resolve_model(recipe, tokenizer->vocab_size());
   const auto model = tiny_model(recipe);
+  if (!recipe.init_from.empty() && !resume) load_weights(*model, recipe.init_from);
   RunResult result;
+  double grad_norm = 0;
   TrainingJob job{.recipe = recipe,
                   .folder = resume ? RunFolder::open(scratch.path(), name) : RunFolder::create(scratch.path(), name),
                   .tokenizer = tokenizer,
@@ -27,11 +31,12 @@ RunResult run_task(const ScratchFolder& scratch, const std::string& name, const 
                   .evaluate = {},
                   .messages = nullptr,
                   .on_step = [&](const LoggedStep& step) {
-                    result.losses.push_back(step.loss);
+                    result.losses.push_back(step.loss), grad_norm = step.grad_norm;
                     if (step.step == interrupt_at) ::raise(SIGINT);
                   }};
   write_file_atomically(job.folder.file("config.toml"), to_toml(recipe));
   result.outcome = run_training(job, *model);
+  if (last_grad_norm != nullptr) *last_grad_norm = grad_norm;
   result.weights = model->parameters().flat_master().to_vector<float>();
   return result;
 }
@@ -53,21 +58,97 @@ TEST("task training: a tiny model learns to copy short words") {
   CHECK(mean(190) < 0.2);  // a model that only knew the alphabet would stay above 0.4: of the answers' tokens a half are letters, at log 2
 }
 
-TEST("task training: interrupted and resumed equals uninterrupted, bit for bit, with every initial state") {
+// The three tasks in rows so short that training on them takes no time.
+struct TaskCase {
+  std::string name;
+  std::vector<std::string> settings;
+};
+
+std::vector<TaskCase> task_cases(const ScratchFolder& scratch) {
+  std::string book;
+  for (int i = 1000; i < 4000; ++i) book += "Sentence " + std::to_string(i) + " of the book. ";
+  write_file_atomically(scratch.file("books.jsonl"), "{\"text\": \"" + book + "\"}\n");
+  write_file_atomically(scratch.file("qa1_x.txt"),
+                        "1 Ann ran.\n2 Where is Ann? \tbarn\t1\n1 Bob ate.\n2 Where is Bob? \thall\t1\n1 Eve.\n2 Eve? \tyes\t1\n");
+  return {{"copy", {"data.task=copy", "data.tokenizer=letters:4", "task.min_length=2", "task.max_length=5", "train.length=40"}},
+          {"passkey", {"data.task=passkey", "task.digits=2", "task.min_length=280", "train.length=320", "train.batch_size=2"}},
+          {"babilong",
+           {"data.task=babilong", "data.files=" + scratch.file("books.jsonl"), "task.babi=" + scratch.file("qa1_x.txt"),
+            "task.lengths=[\"0k\", \"400\"]", "train.length=160", "train.batch_size=2"}}};
+}
+
+std::vector<std::string> with_strategy(std::vector<std::string> settings, const InitialStateStrategy& strategy) {
+  settings.push_back(std::string("initial_state=") + strategy.name);
+  settings.push_back(std::string("data.arrangement=") + (strategy.arrangement != nullptr ? strategy.arrangement : "packed"));
+  return settings;
+}
+
+TEST("task training: every task with every initial state: interrupted and resumed equals uninterrupted, bit for bit") {
+  std::set<std::vector<float>> weights;
   for (const InitialStateStrategy& strategy : initial_state_strategies()) {
     CAPTURE(strategy.name);
-    std::vector<std::string> settings{"data.task=copy",    "data.tokenizer=letters:4", "task.min_length=2",
-                                      "task.max_length=5", "train.length=40",          std::string("initial_state=") + strategy.name};
-    settings.push_back(std::string("data.arrangement=") + (strategy.arrangement != nullptr ? strategy.arrangement : "packed"));
     const ScratchFolder scratch;
-    const RunResult whole = run_task(scratch, "whole", settings, false);
-    const RunResult first = run_task(scratch, "parts", settings, false, 6);
-    REQUIRE(first.outcome.step < 12);
-    const RunResult second = run_task(scratch, "parts", settings, true);
-    auto losses = first.losses;
-    losses.insert(losses.end(), second.losses.begin(), second.losses.end());
-    CHECK(losses == whole.losses);
-    CHECK(second.weights == whole.weights);
+    for (const TaskCase& task : task_cases(scratch)) {
+      CAPTURE(task.name);
+      auto settings = with_strategy(task.settings, strategy);
+      settings.emplace_back("train.steps=6");
+      const RunResult whole = run_task(scratch, task.name, settings, false);
+      CHECK(whole.outcome.step == 6);
+      const RunResult first = run_task(scratch, task.name + "-parts", settings, false, 3);
+      REQUIRE(first.outcome.step < 6);
+      const RunResult second = run_task(scratch, task.name + "-parts", settings, true);
+      auto losses = first.losses;
+      losses.insert(losses.end(), second.losses.begin(), second.losses.end());
+      CHECK(losses == whole.losses);
+      CHECK(second.weights == whole.weights);
+      weights.insert(whole.weights);
+    }
+  }
+  CHECK(std::ssize(weights) == 3 * std::ssize(initial_state_strategies()));  // no strategy is another one in disguise
+}
+
+TEST("task training: every task goes on from a trained base with every initial state") {
+  const ScratchFolder scratch;
+  const std::vector<TaskCase> cases = task_cases(scratch);
+  for (const TaskCase& task : cases) {
+    CAPTURE(task.name);
+    auto base_settings = task.settings;
+    base_settings.insert(base_settings.end(), {"train.steps=2"});
+    if (task.name == "passkey" || task.name == "babilong") {  // a base trained on text
+      write_shard(scratch.file("text.jsonl"));
+      base_settings = {"train.steps=2", "data.files=" + scratch.file("text.jsonl")};
+    }
+    const RunResult base = run_task(scratch, "base-" + task.name, base_settings, false);
+    for (const InitialStateStrategy& strategy : initial_state_strategies()) {
+      CAPTURE(strategy.name);
+      auto settings = with_strategy(task.settings, strategy);
+      settings.insert(settings.end(), {"init_from=" + scratch.file("base-" + task.name), "train.steps=2", "optimizer.lr=1e-5"});
+      const RunResult tuned = run_task(scratch, task.name + "-" + strategy.name, settings, false);
+      CHECK(tuned.outcome.step == 2);
+      for (const double loss : tuned.losses) CHECK(std::isfinite(loss));
+      // Two small steps from the base: close to its weights, and not the same.
+      double most = 0;
+      REQUIRE(tuned.weights.size() == base.weights.size());
+      for (std::size_t i = 0; i < base.weights.size(); ++i)
+        most = std::max(most, std::abs(static_cast<double>(tuned.weights[i]) - static_cast<double>(base.weights[i])));
+      CHECK(most > 0);
+      CHECK(most < 1e-3);
+    }
+  }
+}
+
+TEST("task training: micro-batches with unequally many answers weigh by their answers") {
+  const ScratchFolder scratch;
+  for (const TaskCase& task : task_cases(scratch)) {
+    CAPTURE(task.name);
+    auto settings = task.settings;
+    settings.insert(settings.end(), {"train.steps=1", "train.batch_size=4"});
+    double norm_of_one = 0, norm_of_four = 0;
+    const RunResult one = run_task(scratch, task.name + "-1", settings, false, 0, &norm_of_one);
+    settings.emplace_back("train.grad_accumulation=4");
+    const RunResult four = run_task(scratch, task.name + "-4", settings, false, 0, &norm_of_four);
+    CHECK(four.losses[0] == doctest::Approx(one.losses[0]).epsilon(1e-6));
+    CHECK(norm_of_four == doctest::Approx(norm_of_one).epsilon(1e-5));
   }
 }
 

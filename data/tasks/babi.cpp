@@ -67,7 +67,8 @@ class Reader {
   void take(std::string_view line) {
     if (stripped(line).empty()) return;
     const int64_t number = take_number(line);
-    if (number < 1) refuse("it does not begin with a number");
+    if (number < 1 || (!line.empty() && line.front() != ' ' && line.front() != '\t' && line.front() != '\r'))
+      refuse("it does not begin with a number and a blank");
     if (number == 1) facts_.clear(), fact_of_.clear();
     else if (number != last_ + 1) refuse("its number is " + std::to_string(number) + " and the one before is " + std::to_string(last_));
     if (number > kLongestStory) refuse("a story of more than 1,000 lines");

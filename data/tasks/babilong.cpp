@@ -64,6 +64,35 @@ std::string stripped(const std::string& text) {
 
 }  // namespace
 
+std::vector<std::string> babilong_labels(const std::string& task) {
+  using Labels = std::vector<std::string>;
+  static const Labels kPlaces{"bathroom", "bedroom", "garden", "hallway", "kitchen", "office"}, kYesNo{"no", "yes"};
+  static const std::map<std::string, Labels> kLabels{
+      {"qa1", kPlaces},
+      {"qa2", kPlaces},
+      {"qa3", kPlaces},
+      {"qa4", kPlaces},
+      {"qa5", {"Bill", "Fred", "Jeff", "Mary", "apple", "football", "milk"}},
+      {"qa6", kYesNo},
+      {"qa7", {"none", "one", "three", "two"}},
+      {"qa8", {"apple", "football", "milk", "nothing"}},
+      {"qa9", kYesNo},
+      {"qa10", {"maybe", "no", "yes"}},
+      {"qa11", kPlaces},
+      {"qa12", kPlaces},
+      {"qa13", kPlaces},
+      {"qa14", {"bedroom", "cinema", "kitchen", "office", "park", "school"}},
+      {"qa15", {"cat", "mouse", "sheep", "wolf"}},
+      {"qa16", {"gray", "green", "white", "yellow"}},
+      {"qa17", kYesNo},
+      {"qa18", kYesNo},
+      {"qa19", {"e,e", "e,n", "e,s", "n,e", "n,n", "n,w", "s,e", "s,s", "s,w", "w,n", "w,s", "w,w"}},
+      {"qa20", {"bedroom", "bored", "garden", "hungry", "kitchen", "thirsty", "tired"}},
+  };
+  const auto found = kLabels.find(task);
+  return found == kLabels.end() ? Labels() : found->second;
+}
+
 int64_t most_babi_lines(int64_t length) {
   return length == 0 ? 0 : std::max<int64_t>(2, (length - kBabilongPromptTokens) / 8);
 }

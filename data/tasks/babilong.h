@@ -36,6 +36,9 @@ int64_t most_babi_lines(int64_t length);
 std::string babilong_text(const BabiSample& story, const Background& background, const BabilongOptions& options, const Tokenizer& tokenizer,
                           uint64_t key);
 
+/// The answers of a bAbI task as published, those of lists (qa8) one by one; none for a name that is no qa1 .. qa20.
+std::vector<std::string> babilong_labels(const std::string& task);
+
 /// What stands around the text, of one task; every part may be empty.
 struct BabilongPrompt {
   std::string instruction, examples, post_prompt;

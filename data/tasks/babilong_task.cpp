@@ -56,7 +56,7 @@ class BabilongTask : public Task {
                         {{"row", std::to_string(row_tokens_) + " tokens (train.length + 1)"},
                          {"longest text", std::to_string(longest) + " tokens, a length less those of the prompt"}});
     if (std::any_of(lengths_.begin(), lengths_.end(), [](int64_t length) { return length > 0; }))
-      background_ = Background(BackgroundOptions{.files = context.files, .set_name = {}});
+      background_ = Background(BackgroundOptions{.files = context.files, .set_name = o.book_set});
   }
 
   TaskSample sample(uint64_t key) const override {

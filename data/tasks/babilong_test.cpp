@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <fstream>
+#include <map>
 #include <set>
 
 #include "core/error.h"
@@ -49,7 +50,7 @@ TEST("babi: one sample for each question, with the facts before it") {
 TEST("babi: a line that is none of a story is named") {
   const ScratchFolder scratch;
   for (const char* text : {"1 a\n3 b\n", "x\n", "1 a\n2 b? c\td\n", "1 a\n2 b? \tc\t2\n", "1 a\n2 b? \tc\tx\n", "1\n",
-                           "1 a\n2 b\n1 c\n2 d? \te\t2\n", "1 a\n2 ? \t\t1\n"}) {
+                           "1 a\n2 b\n1 c\n2 d? \te\t2\n", "1 a\n2 ? \t\t1\n", "1a\n2 b? \tc\t1\n"}) {
     CAPTURE(text);
     CHECK_THROWS_AS(read_babi(write(scratch, "bad.txt", text)), FileError);
   }
@@ -147,6 +148,54 @@ TEST("babilong: facts stay in their range, and a text longer than the book goes 
   }
   CHECK_THROWS_AS(babilong_text(kStory, book, {.length = 1500, .facts_from = 0.99}, *bytes, 0), ValueError);
   CHECK_THROWS_AS(babilong_text(kStory, Background({"Too. Short. All. Of. It. Is. "}), {.length = 1500}, *bytes, 0), ValueError);
+}
+
+TEST("babilong: sentences of 10 tokens are taken, those of 9 are not") {
+  const auto bytes = open_tokenizer("bytes");
+  std::string book;
+  for (int i = 0; i < 4000; ++i) book += i % 2 == 0 ? "Eight b. " : "Nine byte. ";  // 9 and 11 tokens with the blank before them
+  const std::string text = babilong_text(kStory, Background({book}), {.length = 1500}, *bytes, 1);
+  CHECK(text.find("Nine byte.") != std::string::npos);
+  CHECK(text.find("Eight") == std::string::npos);
+  std::string ten;
+  for (int i = 0; i < 4000; ++i) ten += "Nine byt. ";  // 10 with it
+  CHECK_NOTHROW(babilong_text(kStory, Background({ten}), {.length = 1500}, *bytes, 1));
+}
+
+TEST("babilong: gaps are uniform, with replacement, from before the first sentence to behind the last") {
+  const auto bytes = open_tokenizer("bytes");
+  const Background book = numbered_book(3000);
+  constexpr int kDraws = 2000;
+  std::map<std::size_t, int> seen;  // gaps of the first fact of one
+  int together = 0;
+  const BabiSample one{{"Ann went to the barn."}, "Where is Ann?", "barn", {0}};
+  for (uint64_t key = 0; key < kDraws; ++key) {
+    const std::string text = babilong_text(one, book, {.length = 300 + 22 + 9 * 27}, *bytes, key);  // 9 sentences of 27 tokens: 10 gaps
+    const auto at = text.find("Ann went");
+    ++seen[at / 27];
+    const std::string two = babilong_text(kStory, book, {.length = 300 + 32 + 9 * 27}, *bytes, key);
+    together += two.find("Ann went to the barn. Bob left.") != std::string::npos ? 1 : 0;
+  }
+  CHECK(seen.size() == 10);
+  for (const auto& [gap, n] : seen) CHECK_MESSAGE(std::abs(n - kDraws / 10) < 70, gap);  // deviation 13
+  CHECK(std::abs(together - kDraws / 10) < 70);                                          // of two facts one time in ten the same gap
+}
+
+TEST("babilong: lines that a story may have at a length, at least a fact and a question") {
+  CHECK(most_babi_lines(316) == 2);
+  CHECK(most_babi_lines(301) == 2);
+  CHECK(most_babi_lines(324) == 3);
+  CHECK(most_babi_lines(331) == 3);
+  CHECK(most_babi_lines(332) == 4);
+}
+
+TEST("babilong: other books have another fingerprint, wherever they differ") {
+  const std::string book(5000, 'a');
+  std::string other = book;
+  other[2500] = 'b';
+  const std::set<std::string> all{Background().fingerprint(), Background({book}).fingerprint(), Background({other}).fingerprint(),
+                                  Background({book, book}).fingerprint(), Background({book + book}).fingerprint()};
+  CHECK(all.size() == 5);
 }
 
 TEST("babilong: the prompt's layout") {

@@ -1,9 +1,12 @@
 // See background.h.
 #include "data/tasks/background.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 
 #include "core/error.h"
+#include "core/philox.h"
 #include "data/shard_reader.h"
 #include "data/tasks/draws.h"
 #include "data/tasks/sentences.h"
@@ -15,6 +18,16 @@ namespace {
 std::size_t character_at(const std::string& text, std::size_t at) {
   while (at < text.size() && (static_cast<unsigned char>(text[at]) & 0xC0) == 0x80) ++at;
   return at;
+}
+
+// FNV-1a of the books, each behind its size.
+std::string fingerprint_of(const std::vector<std::string>& books) {
+  uint64_t hash = hash_name("books");
+  const auto add = [&](std::string_view text) {
+    for (const char c : text) hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001b3u;
+  };
+  for (const std::string& book : books) add(std::to_string(book.size()) + ":"), add(book);
+  return fmt::format("{}-{:016x}", books.size(), hash);
 }
 
 }  // namespace
@@ -35,15 +48,10 @@ Background::Background(const BackgroundOptions& options) {
                     {{"files", options.files.empty() ? "none" : options.files.front()},
                      {"set", options.set_name.empty() ? "any" : options.set_name},
                      {"expected", "at least one of " + std::to_string(options.min_bytes) + " bytes"}});
+  fingerprint_ = fingerprint_of(books_);
 }
 
-std::string Background::fingerprint() const {
-  constexpr std::size_t kEnds = 256;
-  std::string ends;
-  for (const std::string& book : books_)
-    ends += std::to_string(book.size()) + book.substr(0, kEnds) + book.substr(book.size() - std::min(kEnds, book.size()));
-  return std::to_string(books_.size()) + "-" + std::to_string(hash_name(ends.c_str()));
-}
+Background::Background(std::vector<std::string> books) : books_(std::move(books)), fingerprint_(fingerprint_of(books_)) {}
 
 std::vector<std::string> Background::window(Draws& draws, int64_t bytes) const {
   const std::string& book = books_[static_cast<std::size_t>(draws.below(std::ssize(books_)))];

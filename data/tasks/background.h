@@ -21,19 +21,20 @@ class Background {
   Background() = default;  // without a book: only for lengths that need none
   /// errors  FileError when no document is long enough, and those of ShardReader
   explicit Background(const BackgroundOptions& options);
-  explicit Background(std::vector<std::string> books) : books_(std::move(books)) {}
+  explicit Background(std::vector<std::string> books);
 
   bool empty() const { return books_.empty(); }
   std::size_t books() const { return books_.size(); }
 
-  /// Tells books apart: their number, and a hash of their sizes and of how each begins and ends.
-  std::string fingerprint() const;
+  /// Tells books apart: their number, and a hash of every byte.
+  const std::string& fingerprint() const { return fingerprint_; }
 
   /// The sentences of a window of `bytes` bytes, from a random place of a random book, its first and last (which may be cut) left out.
   std::vector<std::string> window(Draws& draws, int64_t bytes) const;
 
  private:
   std::vector<std::string> books_;
+  std::string fingerprint_ = "none";
 };
 
 }  // namespace longhand

@@ -3,12 +3,13 @@
 
 #include "core/error.h"
 #include "data/shard_reader.h"
+#include "data/tasks/continuation.h"
 
 namespace longhand {
 
 LambadaSample split_last_word(const std::string& text) {
   const auto blank = text.rfind(' ');
-  if (blank == std::string::npos || text.find_first_not_of(" \t\n\r\v\f") >= blank || blank + 1 == text.size())
+  if (blank == std::string::npos || size_without_white_end(std::string_view(text).substr(0, blank)) == 0 || blank + 1 == text.size())
     throw ValueError("lambada: a text without a last word behind a blank", {{"text", text.substr(0, 80)}});
   return {text.substr(0, blank), text.substr(blank)};
 }

@@ -14,7 +14,8 @@ TEST("lambada: cut at the last blank") {
   const LambadaSample s = split_last_word("\"I know,\"\n\nsaid  Ann");
   CHECK(s.context == "\"I know,\"\n\nsaid ");
   CHECK(s.target == " Ann");
-  for (const char* text : {"", "word", " word", "ends ", "  word", " \n word"}) CHECK_THROWS_AS(split_last_word(text), ValueError);
+  for (const char* text : {"", "word", " word", "ends ", "  word", " \n word", "\xC2\xA0 word"})
+    CHECK_THROWS_AS(split_last_word(text), ValueError);
 }
 
 TEST("lambada: a line without a last word is named, and so is a file without any") {
@@ -35,6 +36,12 @@ TEST("continuation: white space at the end of the context goes to the target") {
   const Continuation c = encode_continuation(*bytes, "ab \n", " cd");
   CHECK(bytes->decode(c.context) == "ab");
   CHECK(bytes->decode(c.target) == " \n cd");
+  for (const char* white : {"\xC2\xA0", "\xE2\x80\xA8", "\x1F", "\t \xE3\x80\x80"}) {  // as Python's rstrip() does
+    const Continuation u = encode_continuation(*bytes, std::string("ab") + white, " c");
+    CHECK(bytes->decode(u.context) == "ab");
+    CHECK(bytes->decode(u.target) == std::string(white) + " c");
+  }
+  CHECK(bytes->decode(encode_continuation(*bytes, "ab\xE2\x80\x8B", "c").context) == "ab\xE2\x80\x8B");  // a zero-width space is none
   CHECK(encode_continuation(*bytes, "", "x").context.empty());
   CHECK(encode_continuation(*bytes, "  ", "x").target.size() == 3);
 }

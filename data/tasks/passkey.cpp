@@ -19,8 +19,11 @@ constexpr const char* kQuestion = "What is the pass key? The pass key is";
 constexpr int64_t kLargestKey = 50000;
 constexpr int64_t kMostDigits = 18;
 
+// The line of the key is these with " KEY" between them.
+constexpr const char* kKeyLine[] = {"The pass key is", ". Remember it.", " is the pass key."};
+
 std::string key_line(const std::string& key) {
-  return "The pass key is " + key + ". Remember it. " + key + " is the pass key.";
+  return kKeyLine[0] + (" " + key) + kKeyLine[1] + " " + key + kKeyLine[2];
 }
 
 std::string draw_key(Draws& draws, int64_t digits) {
@@ -72,8 +75,10 @@ int64_t units_before(double depth, int64_t length) {
 }
 
 int64_t least_passkey_tokens(const Tokenizer& tokenizer, int64_t digits) {
-  const auto most_digits = digits == 0 ? std::ssize(std::to_string(kLargestKey)) : digits;
-  return parts_of(tokenizer, "").size() + 2 * most_digits;  // the line says the key twice
+  const auto size = [&](const std::string& text) { return std::ssize(encoded(tokenizer, text)); };
+  const int64_t key = 1 + (digits == 0 ? std::ssize(std::to_string(kLargestKey)) : digits);
+  return size(std::string(kTask) + "\n") + size(std::string("\n") + kKeyLine[0]) + key + size(kKeyLine[1]) + key +
+         size(std::string(kKeyLine[2]) + "\n") + size(std::string("\n") + kQuestion);
 }
 
 std::string passkey_key(const PasskeyOptions& options, uint64_t index) {
@@ -101,7 +106,7 @@ PasskeySample passkey_sample(const PasskeyOptions& options, const Tokenizer& tok
   if (options.length < parts.size())
     throw ValueError("passkey: the length leaves no room for the text around the filler",
                      {{"length", std::to_string(options.length) + " tokens"},
-                      {"expected", "at least " + std::to_string(least_passkey_tokens(tokenizer, options.digits)) + " tokens"}});
+                      {"expected", std::to_string(least_passkey_tokens(tokenizer, options.digits)) + " tokens leave room for every key"}});
   place(options.length - parts.size());
   const std::vector<int32_t> first_ids = encoded(tokenizer, first), next_ids = encoded(tokenizer, next);
   append(sample.prompt, parts.head);

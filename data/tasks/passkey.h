@@ -46,7 +46,8 @@ PasskeySample passkey_sample(const PasskeyOptions& options, const Tokenizer& tok
 /// The key of sample `index`.
 std::string passkey_key(const PasskeyOptions& options, uint64_t index);
 
-/// A length of the token unit that leaves room for every key: tokens of a prompt without filler, a token counted for each digit of the key.
+/// A length of the token unit that leaves room for every key: tokens of a prompt without filler, where each of the two keys has a token for
+/// its blank and for each of its digits. No tokenizer that cuts texts into words makes more; with bytes these are the tokens themselves.
 int64_t least_passkey_tokens(const Tokenizer& tokenizer, int64_t digits);
 
 /// What training adds behind a prompt: " 41522." (the point ends the run of digits).

@@ -65,7 +65,7 @@ TEST("passkey: tokens of a byte-pair tokenizer spell the same prompt") {
         std::string::npos);
   CHECK(text.ends_with("\nWhat is the pass key? The pass key is"));
   CHECK(bpe->decode(passkey_answer(*bpe, s.key)) == " " + s.key + ".");
-  for (const int64_t digits : {0, 5, 9}) {
+  for (const int64_t digits : {0, 5, 9, 12, 18}) {
     const int64_t least = least_passkey_tokens(*bpe, digits);  // room for every key, whatever tokens its digits make
     for (uint64_t i = 0; i < 400; ++i)
       CHECK_NOTHROW(passkey_sample({.unit = PasskeyUnit::tokens, .length = least, .digits = digits}, *bpe, i));
@@ -103,6 +103,11 @@ TEST("passkey: what cannot be made is refused with the least length") {
   const int64_t least = least_passkey_tokens(*bytes(), 5);
   CHECK(passkey_sample({.length = least, .digits = 5}, *bytes(), 0).prompt.size() == static_cast<std::size_t>(least));
   CHECK_THROWS_AS(passkey_sample({.length = least - 1, .digits = 5}, *bytes(), 0), ValueError);
+  for (const int64_t digits : {10, 18}) {  // of bytes the least length is met exactly
+    const int64_t exact = least_passkey_tokens(*bytes(), digits);
+    CHECK_NOTHROW(passkey_sample({.length = exact, .digits = digits}, *bytes(), 0));
+    CHECK_THROWS_AS(passkey_sample({.length = exact - 1, .digits = digits}, *bytes(), 0), ValueError);
+  }
 }
 
 }  // namespace

@@ -27,6 +27,7 @@ struct TaskOptions {
   int64_t digits = 0;                      // passkey: of the key; 0: 1 to 50000
   std::vector<std::string> babi = {};      // babilong: bAbI files; each sample takes one of them
   std::vector<std::string> lengths = {};   // babilong: "0k", "1k", ...; each sample takes one of them
+  std::string book_set = {};               // babilong: only books with this meta.pile_set_name; "": all
 };
 
 struct TaskContext {
@@ -49,6 +50,8 @@ class Task {
 struct TaskKind {
   const char* name;
   const char* meaning;
+  const char* settings;  // members of TaskOptions that it looks at, each between blanks
+  bool reads_files;      // whether it looks at TaskContext::files
   std::unique_ptr<Task> (*make)(const TaskContext&);
 };
 std::span<const TaskKind> task_kinds();
@@ -56,8 +59,8 @@ std::span<const TaskKind> task_kinds();
 /// errors  ConfigError for an unknown name, a tokenizer that the task cannot use, or a setting that does not fit
 std::unique_ptr<Task> make_task(const std::string& name, const TaskContext& context);
 
-/// 16000 for "16k", 1000000 for "1M", 512 for "512".
+/// 16000 for "16k", 1000000 for "1M", 512 for "512"; with k = 1024: 16384, 1048576, 512.
 /// errors  ConfigError for another text
-int64_t parse_length(const std::string& text);
+int64_t parse_length(const std::string& text, int64_t k = 1000);
 
 }  // namespace longhand

@@ -203,6 +203,36 @@ TEST("task batches: babilong mixes files and lengths, and no sample is longer th
   CHECK(std::abs(second_file - 50) < 25);
 }
 
+TEST("task batches: babilong takes its background from the set that was asked for") {
+  const test::ScratchFolder scratch;
+  std::ofstream(scratch.file("qa1_a.txt")) << "1 Ann ran.\n2 Where is Ann? \tbarn\t1\n";
+  std::ofstream shard(scratch.file("books.jsonl"));
+  for (const char* set : {"Code", "Gutenberg (PG-19)"}) {
+    std::string text;
+    for (int i = 1000; i < 4000; ++i) text += "Sentence " + std::to_string(i) + " of " + set + ". ";
+    shard << "{\"text\": \"" + text + "\", \"meta\": {\"pile_set_name\": \"" + set + "\"}}\n";
+  }
+  shard.close();
+  const auto task_of = [&](const char* set) {
+    return make_task("babilong", {.options = {.babi = {scratch.file("qa1_a.txt")}, .lengths = {"1k"}, .book_set = set},
+                                  .tokenizer = open_tokenizer("bytes"),
+                                  .files = {scratch.file("books.jsonl")},
+                                  .row_tokens = 1001});
+  };
+  const auto holds = [&](const Task& task, const char* text) {
+    int n = 0;
+    for (uint64_t key = 0; key < 40; ++key)
+      n += open_tokenizer("bytes")->decode(task.sample(key).tokens).find(text) != std::string::npos ? 1 : 0;
+    return n;
+  };
+  const auto any = task_of(""), gutenberg = task_of("Gutenberg (PG-19)");
+  CHECK(holds(*any, "of Code.") > 5);
+  CHECK(holds(*gutenberg, "of Code.") == 0);
+  CHECK(holds(*gutenberg, "of Gutenberg (PG-19).") == 40);
+  CHECK(any->made_with() != gutenberg->made_with());
+  CHECK_THROWS_AS(task_of("Books3"), FileError);
+}
+
 TEST("task batches: babilong holds stories out, and keeps the mixture of files and lengths") {
   const test::ScratchFolder scratch;
   std::string stories, longer;
@@ -280,7 +310,11 @@ TEST("tasks: what does not fit is said") {
   CHECK(parse_length("256k") == 256000);
   CHECK(parse_length("1M") == 1000000);
   CHECK(parse_length("77") == 77);
-  for (const char* text : {"", "k", "1K", "-1k", "1k "}) CHECK_THROWS_AS(parse_length(text), ConfigError);
+  CHECK(parse_length("16k", 1024) == 16384);
+  CHECK(parse_length("1M", 1024) == 1048576);
+  CHECK(parse_length("77", 1024) == 77);
+  for (const char* text : {"", "k", "1K", "-1k", "1k ", "2kk", "1Mk", "1kM", "1.5k", "0x10", "9999999999999"})
+    for (const int64_t k : {1000, 1024}) CHECK_THROWS_AS(parse_length(text, k), ConfigError);
 }
 
 }  // namespace
