@@ -264,8 +264,10 @@ TEST("eval tasks: a line for each sample, a table and a description, beside the 
     check_same_lines(sorted(lines_of(bench.file(beside.err.substr(at, beside.err.find(",", at) - at)))),
                      lines);  // other batches and chunks
   }
-  for (const auto& [run, titles] : {std::pair<std::string, Words>{"bytes", {"Passkey retrieval: bytes", "BABILong: bytes"}},
-                                    std::pair<std::string, Words>{"letters", {"Synthetic copying by length: letters"}}}) {
+  for (const auto& [run, titles] :
+       {std::pair<std::string, Words>{
+            "bytes", {"Passkey retrieval: bytes", "BABILong: bytes", "LAMBADA: lambada.jsonl", "Multiple choice: questions.jsonl"}},
+        std::pair<std::string, Words>{"letters", {"Synthetic copying by length: letters"}}}) {
     const ProcessResult reported = bench.run({"report", "runs/" + run, "--out", "page.html"});
     REQUIRE_MESSAGE(reported.code == 0, reported.err);
     for (const std::string& title : titles) CHECK_MESSAGE(holds(text_of(bench.file("page.html")), title), title);
@@ -303,6 +305,62 @@ TEST("eval tasks: an evaluation that was stopped goes on, and ends as if it had 
   }
 }
 
+TEST("eval tasks: other settings have a file of their own beside the run") {
+  const Bench bench;
+  const auto files = [&](const char* task, const std::vector<Words>& settings) {
+    for (const Words& words : settings) {
+      const ProcessResult result = bench.eval(task, words);
+      REQUIRE_MESSAGE(result.code == 0, result.err);
+    }
+    std::size_t n = 0;
+    for (const auto& entry :
+         fs::directory_iterator(bench.file(std::string("runs/") + (task == std::string("copy") ? "letters" : "bytes") + "/eval")))
+      n += entry.path().extension() == ".jsonl" && entry.path().filename().string().starts_with(task) ? 1 : 0;
+    return n;
+  };
+  const Words passkey{"--lengths", "300", "--prompts", "1", "--depths"};
+  Words shallow = passkey, deep = passkey;
+  shallow.emplace_back("0.1"), deep.emplace_back("0.9");
+  CHECK(files("passkey", {shallow, deep, shallow}) == 2);
+  CHECK(files("lambada", {{"--data", "lambada.jsonl"}, {"--data", "lambada.jsonl", "--samples", "2"}}) == 2);
+  const Words babilong{"--babi", "qa1_small_test.txt", "--books", "books.jsonl", "--lengths", "1k", "--samples", "2"};
+  Words early = babilong;
+  early.insert(early.end(), {"--facts-to", "0.5"});
+  CHECK(files("babilong", {babilong, early}) == 2);
+}
+
+TEST("eval tasks: samples do not depend on threads or batches") {
+  const Bench bench;
+  for (const Task& task : tasks()) {
+    CAPTURE(task.name);
+    std::vector<std::vector<nlohmann::json>> lines;
+    for (const char* threads : {"1", "3"}) {
+      Words words{"/usr/bin/env",
+                  std::string("OMP_NUM_THREADS=") + threads,
+                  LONGHAND_BINARY,
+                  "eval",
+                  task.name,
+                  "--model",
+                  task.name == "copy" ? "runs/letters" : "runs/bytes",
+                  "--device",
+                  "cpu",
+                  "--out",
+                  std::string("t") + threads + ".jsonl",
+                  "--batch",
+                  threads};
+      words.insert(words.end(), task.words.begin(), task.words.end());
+      const ProcessResult result = run_process(words, {.folder = bench.file(""), .input = {}, .environment = {}});
+      REQUIRE_MESSAGE(result.code == 0, result.err);
+      lines.push_back(sorted(lines_of(bench.file(std::string("t") + threads + ".jsonl"))));
+      fs::remove(bench.file(std::string("t") + threads + ".jsonl"));
+    }
+    REQUIRE(lines[0].size() == lines[1].size());
+    for (std::size_t i = 0; i < lines[0].size(); ++i)
+      for (const char* key : {"prompt", "target"})
+        CHECK(lines[0][i].value(key, nlohmann::json()) == lines[1][i].value(key, nlohmann::json()));
+  }
+}
+
 TEST("eval tasks: other facts, another book and a moved border are other settings, whatever their files are called") {
   const Bench bench;
   const auto refused = [&](const std::string& task, const Words& words, const std::string& changed, const std::string& from,
@@ -333,6 +391,7 @@ TEST("eval tasks: other facts, another book and a moved border are other setting
 
 TEST("eval tasks: what cannot be scored is said, with the way out") {
   const Bench bench;
+  write_text(bench.file("empty.jsonl"), "");
   write_text(bench.file("bad.jsonl"), "{\"context\": \"a\", \"choices\": [\"b\"], \"label\": 1}\n");
   struct Case {
     const char* task;
@@ -345,16 +404,25 @@ TEST("eval tasks: what cannot be scored is said, with the way out") {
       {"lambada", {"--data", "lambada.jsonl", "--tokenizer", "letters:5"}, 1, "a character that has no id"},
       {"lambada", {"--data", "lambada.jsonl", "--out", "x.csv"}, 1, "ends in .jsonl"},
       {"lambada", {"--data", "questions.jsonl"}, 1, "questions.jsonl"},
+      {"lambada", {"--data", "empty.jsonl"}, 1, "a file without a passage"},
+      {"choices", {"--data", "empty.jsonl"}, 1, "a file without questions"},
       {"passkey", {"--lengths", "100"}, 1, "leaves no room"},
       {"passkey", {"--lengths", "1x"}, 1, "length that is not understood"},
-      {"passkey", {"--lengths", "2kk"}, 1, "not a length"},
+      {"passkey", {"--lengths", "2kk"}, 1, "length that is not understood"},
+      {"passkey", {"--lengths", "1Mk", "--unit", "characters"}, 1, "length that is not understood"},
       {"passkey", {"--depths", "1.5"}, 2, "--depths"},
       {"passkey", {"--depths", "0.5", "--any-depth"}, 2, "--any-depth"},
       {"copy", {"--min-length", "9", "--max-length", "8"}, 1, "least length is above"},
       {"copy", {"--model", "runs/bytes"}, 2, "--model"},
       {"copy", {"--variant", "reverse"}, 2, "--variant"},
+      {"copy", {"--ngram", "2"}, 1, "has no n-grams"},
       {"babilong", {"--babi", "qa1_small_test.txt", "--lengths", "1k", "--samples", "2"}, 1, "need a background"},
       {"babilong", {"--babi", "qa1_small_test.txt", "--lengths", "0k"}, 1, "too few questions"},
+      {"babilong", {"--babi", "qa1_small_test.txt", "--lengths", "0k", "--book-set", "x"}, 2, "--book-set"},
+      {"babilong",
+       {"--babi", "qa1_small_test.txt", "--books", "books.jsonl", "--book-set", "x", "--lengths", "1k", "--samples", "2"},
+       1,
+       "no document can be a background"},
       {"babilong", {"--babi", "books.jsonl", "--lengths", "0k"}, 1, "does not say which task"},
       {"babilong",
        {"--babi", "qa1_small_test.txt", "more/qa1_x.txt", "--lengths", "0k", "--samples", "2"},

@@ -112,9 +112,12 @@ void add_eval_copy(CLI::App& eval, std::function<int()>& action) {
   count("--answer-length", options->answer_length, "Letters of the answer (0: all)", 0);
   count("--seed", options->seed, "Of the words", 0);
   command->callback([=, &action] {
-    if (command->count("--ngram") > 0 && options->variant == "copy")
-      throw ConfigError("eval: copying whole words has no n-grams", {{"try", "--variant prefix-ngram, or leave --ngram out"}});
-    action = [=] { return run(*options); };
+    const bool ngram_given = command->count("--ngram") > 0;
+    action = [=] {
+      if (ngram_given && options->variant == "copy")
+        throw ConfigError("eval: copying whole words has no n-grams", {{"try", "--variant prefix-ngram, or leave --ngram out"}});
+      return run(*options);
+    };
   });
 }
 
