@@ -167,7 +167,8 @@ struct ByteSource::State {
         fail("the checksum of a zstd frame does not match its content", "the file changed after it was written", kFetchAgain);
       case ZSTD_error_frameParameter_windowTooLarge:
         fail(fmt::format("the file asks for a window of more than {} MiB of memory", (int64_t{1} << options.window_log) >> 20), reason,
-             "compress it again with a smaller window: zstd -d --long=31 < FILE | zstd -19 --long=27 > NEW");
+             fmt::format("compress it again with a smaller window: zstd -d --long=31 < FILE | zstd -19 --long={} > NEW",
+                         options.window_log));
       case ZSTD_error_memory_allocation:
         fail("not enough memory for the file's window", reason, "free memory");
       default:

@@ -161,6 +161,15 @@ TEST("fuzz: a bAbI story that would hold its facts thousands of times is refused
   CHECK_MESSAGE(text.find("a story of more than 1,000 lines") != std::string::npos, text);
 }
 
+TEST("fuzz: a few bytes that ask for a window of more than 100 MiB are refused where no file needs one") {
+  const ScratchFolder scratch;
+  const std::string window("\x28\xB5\x2F\xFD\x00\x86", 6);  // of zstd: of 112 MiB
+  for (const char* reader : {"babi", "lambada"}) {
+    const std::string text = read_bytes(reader_named(reader), scratch.path(), window + std::string(20, '\0')).value_or("taken");
+    CHECK_MESSAGE(text.find("a window of more than 8 MiB") != std::string::npos, text);
+  }
+}
+
 TEST("fuzz: moments that are not finite, and counts that cannot be, resume no run") {
   const ScratchFolder scratch;
   const Reader& reader = reader_named("optimizer");

@@ -14,17 +14,19 @@ namespace longhand {
 namespace {
 
 constexpr int64_t kLongestStory = 1000;  // lines, where published ones have some hundreds: each of its questions holds the facts before it
-constexpr std::size_t kLargestFile = std::size_t{64} << 20;  // of text: the largest of the published files has 20 MB
+constexpr std::size_t kLargestFile = std::size_t{32} << 20;  // of text: the largest of the published files has 20 MB
+constexpr std::size_t kPiece = std::size_t{1} << 16;
+constexpr int kWindowLog = 23;  // 8 MiB, the largest window that zstd writes unless asked for more
 
 std::string read_all(const std::string& path) {
-  ByteSource source(path);
+  ByteSource source(path, {.window_log = kWindowLog});
   std::string text;
   for (std::size_t got = 1; got > 0;) {
     const std::size_t at = text.size();
-    text.resize(at + (std::size_t{1} << 16));
-    got = source.read(text.data() + at, text.size() - at);
+    if (at + kPiece > kLargestFile) throw FileError("babi: the file is too large", {{"file", path}, {"limit", "32 MiB of text"}});
+    text.resize(at + kPiece);
+    got = source.read(text.data() + at, kPiece);
     text.resize(at + got);
-    if (text.size() > kLargestFile) throw FileError("babi: the file is too large", {{"file", path}, {"limit", "64 MiB of text"}});
   }
   return text;
 }
