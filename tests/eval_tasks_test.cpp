@@ -392,6 +392,14 @@ TEST("eval tasks: other facts, another book and a moved border are other setting
 TEST("eval tasks: what cannot be scored is said, with the way out") {
   const Bench bench;
   write_text(bench.file("empty.jsonl"), "");
+  std::string stories = "1 Ann ran.\n2 Where is Ann? \tgarden\t1\n";
+  for (int line = 1; line <= 87; ++line) stories += std::to_string(line) + " Bob ate.\n";  // 88 lines with the question; 87 fit at 1k
+  write_text(bench.file("qa1_long_test.txt"), stories + "88 Where is Bob? \toffice\t1\n");
+  const Words long_story{"--babi", "qa1_long_test.txt", "--books", "books.jsonl", "--samples", "2", "--lengths"};
+  Words at_0k = long_story, at_1k = long_story, at_2k = long_story;
+  at_0k.emplace_back("0k"), at_1k.emplace_back("1k"), at_2k.emplace_back("2k");
+  CHECK(bench.eval("babilong", at_0k).code == 0);
+  CHECK(bench.eval("babilong", at_2k).code == 0);
   write_text(bench.file("bad.jsonl"), "{\"context\": \"a\", \"choices\": [\"b\"], \"label\": 1}\n");
   struct Case {
     const char* task;
@@ -423,6 +431,7 @@ TEST("eval tasks: what cannot be scored is said, with the way out") {
        {"--babi", "qa1_small_test.txt", "--books", "books.jsonl", "--book-set", "x", "--lengths", "1k", "--samples", "2"},
        1,
        "no document can be a background"},
+      {"babilong", at_1k, 1, "questions that fit  1"},
       {"babilong", {"--babi", "books.jsonl", "--lengths", "0k"}, 1, "does not say which task"},
       {"babilong",
        {"--babi", "qa1_small_test.txt", "more/qa1_x.txt", "--lengths", "0k", "--samples", "2"},
