@@ -431,6 +431,7 @@ TEST("eval tasks: what cannot be scored is said, with the way out") {
        {"--babi", "qa1_small_test.txt", "--books", "books.jsonl", "--book-set", "x", "--lengths", "1k", "--samples", "2"},
        1,
        "no document can be a background"},
+      {"babilong", {"--babi", "qa1_small_test.txt", "--lengths", "0k", "--samples", "2", "--facts-to", "0.5"}, 1, "no part for them"},
       {"babilong", at_1k, 1, "questions that fit  1"},
       {"babilong", {"--babi", "books.jsonl", "--lengths", "0k"}, 1, "does not say which task"},
       {"babilong",

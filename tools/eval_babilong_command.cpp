@@ -87,6 +87,9 @@ int run(const BabilongCommand& o) {
   const bool needs_books = std::any_of(cells.begin(), cells.end(), [](const Cell& cell) { return cell.length > 0; });
   if (needs_books && o.books.empty())
     throw ConfigError("eval: these lengths need a background", {{"try", "--books with shards that hold books, or --lengths 0k"}});
+  if (!needs_books && (o.facts_from > 0 || o.facts_to < 1))
+    throw ConfigError("eval: length 0 is the facts alone, and has no part for them to stand in",
+                      {{"try", "leave --facts-from and --facts-to out, or add a length"}});
   if (!needs_books && !o.books.empty()) fmt::print(stderr, "the books are not read: length 0 is the facts alone\n");
   TaskSession session(o.session, "babilong");
   const Background background = needs_books ? Background(BackgroundOptions{.files = o.books, .set_name = o.book_set}) : Background();

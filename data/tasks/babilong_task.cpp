@@ -57,6 +57,9 @@ class BabilongTask : public Task {
                          {"longest text", std::to_string(longest) + " tokens, a length less those of the prompt"}});
     if (std::any_of(lengths_.begin(), lengths_.end(), [](int64_t length) { return length > 0; }))
       background_ = Background(BackgroundOptions{.files = context.files, .set_name = o.book_set});
+    else if (!o.book_set.empty())
+      throw ConfigError("task babilong: length 0 is the facts alone, and needs no books",
+                        {{"task.book_set", o.book_set}, {"try", "leave the key out, or add a length"}});
   }
 
   TaskSample sample(uint64_t key) const override {

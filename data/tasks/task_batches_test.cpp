@@ -231,6 +231,11 @@ TEST("task batches: babilong takes its background from the set that was asked fo
   CHECK(holds(*gutenberg, "of Gutenberg (PG-19).") == 40);
   CHECK(any->made_with() != gutenberg->made_with());
   CHECK_THROWS_AS(task_of("Books3"), FileError);
+  const TaskContext facts_alone{.options = {.babi = {scratch.file("qa1_a.txt")}, .lengths = {"0k"}, .book_set = "Code"},
+                                .tokenizer = open_tokenizer("bytes"),
+                                .files = {scratch.file("books.jsonl")},
+                                .row_tokens = 1001};
+  CHECK_THROWS_AS(make_task("babilong", facts_alone), ConfigError);  // no length looks at books
 }
 
 TEST("task batches: babilong holds stories out, and keeps the mixture of files and lengths") {
