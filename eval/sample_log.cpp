@@ -49,7 +49,11 @@ SampleLog::SampleLog(const std::string& path, const nlohmann::ordered_json& sett
   file_ = std::fopen(path_.c_str(), "ab");
   if (file_ == nullptr) throw FileError("eval: the file of samples cannot be written", {{"file", path_}, {"reason", std::strerror(errno)}});
   try {
-    if (::flock(::fileno(file_), LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK)
+    const int failure = ::flock(::fileno(file_), LOCK_EX | LOCK_NB) == 0 ? 0 : errno;
+    if (failure != 0 && failure != EWOULDBLOCK)
+      fmt::print(stderr, "warning: {} cannot be locked ({}): see to it yourself that only one process writes it\n", path_,
+                 std::strerror(failure));
+    if (failure == EWOULDBLOCK)
       throw FileError("eval: another process writes the file of samples", {{"file", path_}, {"try", "wait for its end, or another --out"}});
     if (fresh) fs::resize_file(path_, 0);
     read();
