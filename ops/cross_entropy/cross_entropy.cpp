@@ -19,9 +19,20 @@ constexpr int64_t kLogitsBytesCpu = int64_t{64} << 20;
 constexpr int64_t kLogitsBytesGpu = int64_t{416} << 20;  // 4096 rows of 50304 in bf16
 constexpr int64_t kRowMultiple = 128;                    // the tile of the matrix products
 constexpr int64_t kRowAlignment = 128;                   // bytes: one memory transaction
+constexpr int64_t kPackBytes = 16;                       // of a GPU; cuBLASLt takes four times as long for columns that do not fill packs
 
 int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
+}
+
+/// The first `vocab` rows of the weight, and zeros behind them up to `columns`.
+Tensor head_of(const Tensor& weight, int64_t vocab, int64_t columns) {
+  const Tensor valid = weight.slice(0, 0, vocab);
+  if (columns == vocab) return valid;
+  const Tensor head = Tensor::empty(weight.device(), weight.dtype(), {columns, weight.dim(1)});
+  copy(head.slice(0, 0, vocab), valid);
+  fill(head.slice(0, vocab, columns), 0);
+  return head;
 }
 
 /// Chunks of about equal size that fit the budget.
@@ -73,10 +84,12 @@ CrossEntropyOutput linear_cross_entropy(const Variable& x, const Variable& weigh
   const bool wants_x = grad_enabled() && x.requires_grad(), wants_weight = grad_enabled() && weight.requires_grad();
   const bool gradient = wants_x || wants_weight;
 
-  // Masked columns take no part at all: the head is cut to its valid rows.
+  // Masked columns take no part at all: the head is cut to its valid rows. On a GPU whole packs of columns are computed: those behind the
+  // vocabulary are zeros in the head, and the gradient of their logits is zero.
   const int64_t vocab = options.valid_vocab > 0 ? options.valid_vocab : weight.value().dim(0);
-  const Tensor head = weight.value().slice(0, 0, vocab);  // [V, d]
-  const Tensor rows = as_matrix(x.value());               // [R, d]
+  const int64_t columns = device.is_cuda() ? round_up(vocab, kPackBytes / size_of(dtype)) : vocab;
+  const Tensor head = head_of(weight.value(), vocab, columns);  // [columns, d]
+  const Tensor rows = as_matrix(x.value());                     // [R, d]
   const int64_t count = rows.dim(0);
   const Tensor ids = targets.contiguous().reshape({count});
   const Tensor weights = mask.defined() ? mask.contiguous().reshape({count}) : mask;
@@ -91,9 +104,11 @@ CrossEntropyOutput linear_cross_entropy(const Variable& x, const Variable& weigh
   Tensor grad_x, grad_weight, grad_head;
   if (wants_x) grad_x = Tensor::empty(device, dtype, {count, rows.dim(1)});
   if (wants_weight) {
-    grad_weight = Tensor::empty(device, wide, weight.shape());
-    grad_head = grad_weight.slice(0, 0, vocab);
-    fill(count > 0 ? grad_weight.slice(0, vocab, weight.value().dim(0)) : grad_weight, 0);
+    const int64_t all = weight.value().dim(0);
+    const Tensor memory = Tensor::empty(device, wide, {std::max(all, columns), weight.value().dim(1)});
+    grad_weight = memory.slice(0, 0, all);
+    grad_head = memory.slice(0, 0, columns);
+    fill(count > 0 ? memory.slice(0, std::min(all, columns), all) : grad_weight, 0);
   }
 
   const Dtype logits_dtype = gradient ? dtype : wide;
@@ -101,19 +116,16 @@ CrossEntropyOutput linear_cross_entropy(const Variable& x, const Variable& weigh
   const int64_t chunk_rows = std::min(
       count, options.chunk_rows > 0 ? options.chunk_rows : choose_chunk_rows(count, stride * size_of(logits_dtype), device.is_cuda()));
   const Tensor chunk_memory = Tensor::empty(device, logits_dtype, {chunk_rows, stride});
-  // The kernel reads a row in pieces of 16 bytes and leaves out what lies behind the last column; nothing unwritten is read all the same.
-  if (const int64_t read = round_up(vocab, 16 / size_of(logits_dtype)); device.is_cuda() && vocab < read)
-    fill(chunk_memory.slice(1, vocab, read), 0);
   for (int64_t begin = 0; begin < count; begin += chunk_rows) {
     const int64_t end = std::min(begin + chunk_rows, count);
     const Tensor chunk_x = rows.slice(0, begin, end);  // [chunk, d]
-    const Tensor logits = chunk_memory.slice(0, 0, end - begin).slice(1, 0, vocab);
-    gemm(false, chunk_x, true, head, logits);
+    const Tensor all_logits = chunk_memory.slice(0, 0, end - begin).slice(1, 0, columns), logits = all_logits.slice(1, 0, vocab);
+    gemm(false, chunk_x, true, head, all_logits);
     on_device(device, &loss_chunk_cpu, LONGHAND_CUDA_IMPL(loss_chunk_cuda))({logits, chunk_x, head, ids.slice(0, begin, end),
                                                                              weights.defined() ? weights.slice(0, begin, end) : weights,
                                                                              factor, losses.slice(0, begin, end), begin, gradient});
-    if (wants_x) gemm(false, logits, false, head, grad_x.slice(0, begin, end));
-    if (wants_weight) gemm(true, logits, false, chunk_x, grad_head, 1.0, begin == 0 ? 0.0 : 1.0);
+    if (wants_x) gemm(false, all_logits, false, head, grad_x.slice(0, begin, end));
+    if (wants_weight) gemm(true, all_logits, false, chunk_x, grad_head, 1.0, begin == 0 ? 0.0 : 1.0);
   }
   on_device(device, &mean_loss_cpu, LONGHAND_CUDA_IMPL(mean_loss_cuda))(losses, weights, factor, loss);
 

@@ -3,48 +3,45 @@
 // cross_entropy_block_per_row_kernel
 // moves   with a gradient: logits in once, gradient out once: 2 * R*V * sizeof(T) bytes; without: logits in once. The target's logit costs
 //         2*d more elements a row
-// flops   about 12 and two ex2 per logit; 32768 x 50280: 3.3e9 ex2 at 3.7e12/s = 0.9 ms, hidden behind the bytes by the second block of the
-// SM floor   32768 x 50280 in bf16: 6.6 GB / 3.35 TB/s = 2.0 ms on an H100 SXM split   one block of 512 threads per row. Staged: the row is
-// copied to shared memory with asynchronous 16-byte copies and read from there
+// flops   about 12 instructions and two ex2 per logit; 32768 x 50280: 3.3e9 ex2 at 3.7e12/s = 0.9 ms, hidden behind the bytes by the
+//         second block of the SM
+// floor   32768 x 50280 in bf16: 6.6 GB / 3.35 TB/s = 2.0 ms on an H100 SXM
+// split   one block of 512 threads per row. Staged: the row is copied to shared memory with asynchronous 16-byte copies and read from there
 //         twice; a thread reads only what it copied, so there is one barrier in all. 100 KB a row in bf16 at V = 50280: two blocks per SM
 // needs   rows that begin at multiples of 16 bytes, padded to one; the launcher checks. A row beyond the shared memory of a block is read
 //         from global memory twice instead (more than 116000 columns of bf16 or 58000 of f32 on an H100), and so is every row when no
 //         gradient is wanted, for then it is needed once only
 // agrees  with float64: kCrossEntropyToleranceF32, kCrossEntropyToleranceBf16; ex2.approx is good to 2^-22 relative
 // order   fixed reduction trees, no atomics: the same input gives the same bits
-#include <cuda_pipeline.h>
-
 #include <cfloat>
 #include <cstdio>
 
 #include "core/cuda_context.h"
 #include "core/error.h"
 #include "ops/common/cuda_math.cuh"
+#include "ops/common/matrix_instructions.cuh"
 #include "ops/cross_entropy/cross_entropy_kernels.h"
 
 namespace longhand {
 namespace {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = 512, kWarps = kThreads / kWarp;
 constexpr int kGroups = 4;  // of asynchronous copies; the first is worked on while the others are under way
 constexpr int kSumThreads = 1024;
 
-/// e^x for x <= 0 as ex2.approx of x log2(e); 0 for -infinity, NaN for NaN.
-__device__ float exp_below(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
-  return y;
-}
-
-/// A running sum of e^l: sum * e^top. `top` is finite from the beginning, so that differences are never infinity - infinity.
+/// sum of e^logit over some classes, as sum * 2^top. `top` is finite from the beginning, so that differences are never infinity - infinity;
+/// no logit is as low.
 struct ExpSum {
-  float top = -FLT_MAX, sum = 0;
-  __device__ void join(float other_top, float other_sum) {
-    const float both = fmaxf(top, other_top);
-    sum = sum * exp_below(top - both) + other_sum * exp_below(other_top - both);
-    top = both;
-  }
+  float top = -1e38f, sum = 0;
 };
+
+/// Over the 32 lanes, in every lane.
+__device__ ExpSum warp_total(const ExpSum& own) {
+  float top = own.top;
+#pragma unroll
+  for (int apart = kWarp / 2; apart > 0; apart /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, apart));
+  return {top, warp_sum(own.sum * exp2_approx(own.top - top))};
+}
 
 struct RowStatistics {
   ExpSum others;  // all classes but the target
@@ -53,22 +50,14 @@ struct RowStatistics {
 
 /// Over all threads, in every thread; one barrier.
 __device__ RowStatistics block_statistics(ExpSum others, float target) {
-  __shared__ float tops[kThreads / kWarp], sums[kThreads / kWarp], targets[kThreads / kWarp];
-#pragma unroll
-  for (int apart = kWarp / 2; apart > 0; apart /= 2) {
-    const float top = __shfl_xor_sync(0xffffffffu, others.top, apart), sum = __shfl_xor_sync(0xffffffffu, others.sum, apart);
-    others.join(top, sum);
-    target += __shfl_xor_sync(0xffffffffu, target, apart);
-  }
-  const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  if (threadIdx.x % kWarp == 0) tops[warp] = others.top, sums[warp] = others.sum, targets[warp] = target;
+  __shared__ float tops[kWarps], sums[kWarps], targets[kWarps];
+  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
+  others = warp_total(others);
+  target = warp_sum(target);
+  if (lane == 0) tops[warp] = others.top, sums[warp] = others.sum, targets[warp] = target;
   __syncthreads();
-  RowStatistics all{{}, 0};
-  for (int w = 0; w < kThreads / kWarp; ++w) {
-    all.others.join(tops[w], sums[w]);
-    all.target += targets[w];
-  }
-  return all;
+  const bool one = lane < kWarps;
+  return {warp_total(one ? ExpSum{tops[lane], sums[lane]} : ExpSum{}), warp_sum(one ? targets[lane] : 0.0f)};
 }
 
 struct LossArgs {
@@ -94,36 +83,42 @@ __device__ void other_logits(const Pack<T, vec>& pack, int begin, int target, in
     if (begin + j == target || begin + j >= vocab) l[j] = -INFINITY;
 }
 
+/// 2^(l log2(e) - top): the product is not rounded, and the rounding of `top` is the same for all classes of a row.
+__device__ float exp_beside(float l, float top) {
+  return exp2_approx(fmaf(kLog2e, l, -top));
+}
+
 template <int vec>
 __device__ void add_exponentials(ExpSum& others, const float (&l)[vec]) {
-  float top = others.top;
+  float most = l[0];
 #pragma unroll
-  for (int j = 0; j < vec; ++j) top = fmaxf(top, l[j]);
-  float sum = others.sum * exp_below(others.top - top);
+  for (int j = 1; j < vec; ++j) most = fmaxf(most, l[j]);
+  const float top = fmaxf(others.top, kLog2e * most);
+  float even = others.sum * exp2_approx(others.top - top), odd = 0;
 #pragma unroll
-  for (int j = 0; j < vec; ++j) sum += exp_below(l[j] - top);
-  others.top = top;
-  others.sum = sum;
+  for (int j = 0; j < vec; j += 2) {
+    even += exp_beside(l[j], top);
+    odd += exp_beside(l[j + 1], top);
+  }
+  others = {top, even + odd};
 }
 
 template <class T, class X, bool staged>
 __global__ void __launch_bounds__(kThreads, 2) cross_entropy_block_per_row_kernel(LossArgs p) {
   constexpr int vec = 16 / static_cast<int>(sizeof(T));
-  using Packed = Pack<T, vec>;
   extern __shared__ __align__(16) unsigned char shared_bytes[];
-  Packed* stage = reinterpret_cast<Packed*>(shared_bytes);
+  T* const stage = reinterpret_cast<T*>(shared_bytes);
   const int64_t row = blockIdx.x;
   const int thread = static_cast<int>(threadIdx.x);
   T* logits = static_cast<T*>(p.logits) + row * p.logits_stride;
   const int packs = (p.vocab + vec - 1) / vec;
   const int per_group = (packs + kThreads * kGroups - 1) / (kThreads * kGroups);  // packs of one thread
   if constexpr (staged) {
+    int i = thread;
     for (int g = 0; g < kGroups; ++g) {
-      for (int k = 0; k < per_group; ++k) {
-        const int i = (g * per_group + k) * kThreads + thread;
-        if (i < packs) __pipeline_memcpy_async(&stage[i], logits + static_cast<int64_t>(i) * vec, 16);
-      }
-      __pipeline_commit();
+      for (int k = 0; k < per_group; ++k, i += kThreads)
+        if (i < packs) copy_16_async(stage + i * vec, logits + i * vec);
+      close_copies();
     }
   }
 
@@ -140,16 +135,23 @@ __global__ void __launch_bounds__(kThreads, 2) cross_entropy_block_per_row_kerne
   ExpSum others;
   float l[vec];
   if constexpr (staged) {
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      __pipeline_wait_prior(static_cast<size_t>(kGroups - 1 - g));
-      for (int k = 0; k < per_group; ++k) {
-        const int i = (g * per_group + k) * kThreads + thread;
+    int i = thread;
+    const auto add_group = [&] {
+#pragma unroll 2
+      for (int k = 0; k < per_group; ++k, i += kThreads) {
         if (i >= packs) break;
-        other_logits(stage[i], i * vec, target, p.vocab, l);
+        other_logits(load_pack<vec>(stage + i * vec), i * vec, target, p.vocab, l);
         add_exponentials(others, l);
       }
-    }
+    };
+    copies_arrived_but<3>();
+    add_group();
+    copies_arrived_but<2>();
+    add_group();
+    copies_arrived_but<1>();
+    add_group();
+    copies_arrived_but<0>();
+    add_group();
   } else {
 #pragma unroll 4
     for (int i = thread; i < packs; i += kThreads) {
@@ -159,14 +161,15 @@ __global__ void __launch_bounds__(kThreads, 2) cross_entropy_block_per_row_kerne
   }
 
   const RowStatistics all = block_statistics(others, target_part);
-  const float top = known ? fmaxf(all.others.top, all.target) : all.others.top;
-  const float others_sum = all.others.sum * exp_below(all.others.top - top);
-  const float sum = known ? others_sum + exp_below(all.target - top) : others_sum;
+  const float top = known ? fmaxf(all.others.top, kLog2e * all.target) : all.others.top;
+  const float others_sum = all.others.sum * exp2_approx(all.others.top - top);
+  const float target_term = known ? exp_beside(all.target, top) : 0.0f, sum = others_sum + target_term;
   const float not_a_number = __int_as_float(0x7fffffff);
   if (thread == 0) {
     float loss = 0;  // of a position that has no target and is not counted
     if (known) {
-      loss = top == all.target ? log1pf(others_sum) : (top - all.target) + logf(sum);
+      const bool likeliest = top == kLog2e * all.target;
+      loss = likeliest ? log1pf(others_sum / target_term) : logf(sum) - fmaf(kLog2e, all.target, -top) / kLog2e;
     } else if (weight != 0) {
       loss = not_a_number;
       printf("longhand: cross_entropy: flat position %lld has target %d, outside [0, %d), and is counted; the loss becomes NaN\n",
@@ -180,19 +183,18 @@ __global__ void __launch_bounds__(kThreads, 2) cross_entropy_block_per_row_kerne
   float scale = *p.factor * weight;
   if (!known) scale = weight != 0 ? not_a_number : 0;
   const float per_class = scale / sum, at_target = -scale * (others_sum / sum);
+#pragma unroll 2
   for (int i = thread; i < packs; i += kThreads) {
-    T* at = logits + static_cast<int64_t>(i) * vec;
     const int begin = i * vec;
-    if constexpr (staged) other_logits(stage[i], begin, target, p.vocab, l);
-    else other_logits(load_pack<vec>(at), begin, target, p.vocab, l);
+    other_logits(load_pack<vec>((staged ? stage : logits) + begin), begin, target, p.vocab, l);
 #pragma unroll
-    for (int j = 0; j < vec; ++j) l[j] = per_class * exp_below(l[j] - top);
+    for (int j = 0; j < vec; ++j) l[j] = per_class * exp_beside(l[j], top);
     if (target >= begin && target < begin + vec) {
 #pragma unroll
       for (int j = 0; j < vec; ++j)
         if (begin + j == target) l[j] = at_target;
     }
-    store_pack(at, round_to<T>(l));
+    store_pack(logits + begin, round_to<T>(l));
   }
 }
 

@@ -12,7 +12,7 @@ inline constexpr double kCrossEntropyToleranceBf16 = 0x1p-8;
 /// One chunk of rows between the products that make its logits and those that use their gradient.
 struct LossChunk {
   Tensor logits;      // [R, V] in; with `gradient`, out: grad_logits. On a GPU rows begin at multiples of 16 bytes and what lies
-                      // between V and the next such multiple belongs to the row too
+                      // between V and the next such multiple belongs to the row too: its gradient is 0
   Tensor x, weight;   // [R, d], [V, d]: what the logits were made from (a GPU sums the target's logit again in f32)
   Tensor targets;     // [R] i32
   Tensor mask;        // [R] f32, or undefined

@@ -15,6 +15,7 @@
 #include "ops/embedding/embedding.h"
 #include "ops/linear/linear.h"
 #include "tests/support/check.h"
+#include "tests/support/draws.h"
 
 using namespace longhand;
 using namespace longhand::test;
@@ -199,57 +200,77 @@ TEST("cross_entropy: what does not fit is named") {
                        doctest::Contains("[1, 1]"), ValueError);
 }
 
+namespace {
+
+struct CudaCase {
+  int64_t rows, vocab, valid, width, chunk;
+};
+
+/// Loss and gradients on the GPU against float64; from three rows on one that is not counted and has no target.
+void expect_cuda_parity(const CudaCase& c, Dtype dtype) {
+  const Device cpu = Device::cpu(), gpu = Device::cuda();
+  const int64_t valid = c.valid > 0 ? c.valid : c.vocab;
+  const Tensor x = random_tensor(cpu, dtype, {1, c.rows, c.width}, 1), w = random_tensor(cpu, dtype, {c.vocab, c.width}, 2, 0.5);
+  Tensor targets = random_targets({1, c.rows}, valid, 3);
+  Tensor mask;
+  if (c.rows > 2) {  // the second position is not counted and has no target
+    std::vector<float> weights(static_cast<std::size_t>(c.rows), 1.0f);
+    auto ids = targets.to_vector<int32_t>();
+    weights[1] = 0;
+    weights[2] = 0.5f;
+    ids[1] = -100;
+    mask = Tensor::from(cpu, {1, c.rows}, weights);
+    targets = Tensor::from(cpu, {1, c.rows}, ids);
+  }
+  const ByHand expected = by_hand(x, w, targets, mask, valid, 2.0);
+  const CrossEntropyOptions options{c.chunk, c.valid, 2.0};
+  const Tensor targets_gpu = targets.to(gpu), mask_gpu = mask.defined() ? mask.to(gpu) : mask;
+  const Tensor sink = Tensor::full(gpu, Dtype::f32, {c.vocab, c.width}, std::nan(""));
+  const Variable leaf_x = Variable::leaf(x.to(gpu)), parameter = Variable::parameter(w.to(gpu), sink, "head");
+  const auto out = linear_cross_entropy(leaf_x, parameter, targets_gpu, mask_gpu, options);
+  const auto evaluated = linear_cross_entropy(x.to(gpu), w.to(gpu), targets_gpu, mask_gpu, options);
+  backward({out.loss}, {Tensor::full(gpu, Dtype::f32, {}, 0.5)});
+
+  const std::string what = w.describe() + " rows " + std::to_string(c.rows) + " chunk " + std::to_string(c.chunk);
+  const double evaluation = kCrossEntropyToleranceF32 * (1 + expected.largest);
+  const double training = dtype == Dtype::f32 ? evaluation : kCrossEntropyToleranceBf16 * (1 + expected.largest);
+  expect_close(evaluated.token_loss.to_vector<double>(), expected.token_loss, evaluation, 1.0, what + " evaluation");
+  expect_close(out.token_loss.to_vector<double>(), expected.token_loss, training, 1.0, what + " token_loss");
+  expect_close({out.loss.value().item()}, {expected.loss}, training, 1.0, what + " loss");
+  const Tensor grad_logits = Tensor::from(cpu, {c.rows, c.vocab}, expected.grad_logits);
+  const Tensor x64 = x.to(Dtype::f64).reshape({c.rows, c.width}), w64 = w.to(Dtype::f64);
+  const Variable by_x = Variable::leaf(x64), by_w = Variable::leaf(w64);
+  backward({linear(by_x, by_w)}, {grad_logits});
+  multiply(by_x.grad(), 0.5);
+  multiply(by_w.grad(), 0.5);
+  expect_close(leaf_x.grad().to_vector<double>(), by_x.grad().to_vector<double>(), training, 1e-6, what + " grad_x");
+  expect_close(sink.to_vector<double>(), by_w.grad().to_vector<double>(), training, 1e-6, what + " grad_weight");
+}
+
+}  // namespace
+
 TEST("cross_entropy: CUDA agrees with float64, odd sizes, masks, chunks, rows beyond shared memory") {
   if (cuda_device_count() == 0) SKIP("no CUDA device");
   const SwitchScope poison(set_poison);
-  const Device cpu = Device::cpu(), gpu = Device::cuda();
-  struct Case {
-    int64_t rows, vocab, valid, width, chunk;
-  };
-  for (const Dtype dtype : {Dtype::f32, Dtype::bf16}) {
-    for (const Case& c : {Case{1, 1, 0, 8, 0},
-                          {5, 97, 0, 33, 0},
-                          {5, 97, 90, 33, 2},
-                          {6, 4100, 4097, 16, 4},
-                          {3, 50280, 50277, 24, 0},
-                          {2, 130001, 0, 8, 0}}) {
-      const int64_t valid = c.valid > 0 ? c.valid : c.vocab;
-      const Tensor x = random_tensor(cpu, dtype, {1, c.rows, c.width}, 1), w = random_tensor(cpu, dtype, {c.vocab, c.width}, 2, 0.5);
-      Tensor targets = random_targets({1, c.rows}, valid, 3);
-      Tensor mask;
-      if (c.rows > 2) {  // the second position is not counted and has no target
-        std::vector<float> weights(static_cast<std::size_t>(c.rows), 1.0f);
-        auto ids = targets.to_vector<int32_t>();
-        weights[1] = 0;
-        weights[2] = 0.5f;
-        ids[1] = -100;
-        mask = Tensor::from(cpu, {1, c.rows}, weights);
-        targets = Tensor::from(cpu, {1, c.rows}, ids);
-      }
-      const ByHand expected = by_hand(x, w, targets, mask, valid, 2.0);
-      const CrossEntropyOptions options{c.chunk, c.valid, 2.0};
-      const Tensor targets_gpu = targets.to(gpu), mask_gpu = mask.defined() ? mask.to(gpu) : mask;
-      const Tensor sink = Tensor::full(gpu, Dtype::f32, {c.vocab, c.width}, std::nan(""));
-      const Variable leaf_x = Variable::leaf(x.to(gpu)), parameter = Variable::parameter(w.to(gpu), sink, "head");
-      const auto out = linear_cross_entropy(leaf_x, parameter, targets_gpu, mask_gpu, options);
-      const auto evaluated = linear_cross_entropy(x.to(gpu), w.to(gpu), targets_gpu, mask_gpu, options);
-      backward({out.loss}, {Tensor::full(gpu, Dtype::f32, {}, 0.5)});
+  for (const Dtype dtype : {Dtype::f32, Dtype::bf16})
+    for (const CudaCase& c : {CudaCase{1, 1, 0, 8, 0},
+                              {5, 97, 0, 33, 0},
+                              {5, 97, 90, 33, 2},
+                              {6, 4100, 4097, 16, 4},
+                              {3, 50280, 50277, 24, 0},
+                              {2, 130001, 0, 8, 0}})
+      expect_cuda_parity(c, dtype);
+}
 
-      const std::string what = w.describe() + " rows " + std::to_string(c.rows);
-      const double evaluation = kCrossEntropyToleranceF32 * (1 + expected.largest);
-      const double training = dtype == Dtype::f32 ? evaluation : kCrossEntropyToleranceBf16 * (1 + expected.largest);
-      expect_close(evaluated.token_loss.to_vector<double>(), expected.token_loss, evaluation, 1.0, what + " evaluation");
-      expect_close(out.token_loss.to_vector<double>(), expected.token_loss, training, 1.0, what + " token_loss");
-      expect_close({out.loss.value().item()}, {expected.loss}, training, 1.0, what + " loss");
-      const Tensor grad_logits = Tensor::from(cpu, {c.rows, c.vocab}, expected.grad_logits);
-      const Tensor x64 = x.to(Dtype::f64).reshape({c.rows, c.width}), w64 = w.to(Dtype::f64);
-      const Variable by_x = Variable::leaf(x64), by_w = Variable::leaf(w64);
-      backward({linear(by_x, by_w)}, {grad_logits});
-      multiply(by_x.grad(), 0.5);
-      multiply(by_w.grad(), 0.5);
-      expect_close(leaf_x.grad().to_vector<double>(), by_x.grad().to_vector<double>(), training, 1e-6, what + " grad_x");
-      expect_close(sink.to_vector<double>(), by_w.grad().to_vector<double>(), training, 1e-6, what + " grad_weight");
-    }
+TEST("cross_entropy: CUDA agrees with float64 at random sizes") {
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  const SwitchScope poison(set_poison);
+  Draws draws(71);
+  for (int round = 0; round < 24; ++round) {
+    CudaCase c{draws.up_to(40), draws.up_to(9000), 0, draws.up_to(100), 0};
+    if (draws.once_in(2)) c.valid = draws.between(1, c.vocab);
+    if (draws.once_in(2)) c.chunk = draws.between(1, c.rows);
+    expect_cuda_parity(c, round % 2 == 0 ? Dtype::bf16 : Dtype::f32);
   }
 }
 
