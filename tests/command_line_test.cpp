@@ -107,6 +107,22 @@ TEST("command line: --device cuda without a GPU fails and says why") {
   CHECK(holds(other.err, "expected  cpu, cuda or cuda:N"));
 }
 
+TEST("command line: bench ops writes a table of numbers as CSV") {
+  const ProcessResult result = longhand({"bench", "ops", "--op", "swiglu", "--shape", "rows=8,width=16", "--csv", "--repeats", "1"});
+  CHECK_MESSAGE(result.code == 0, result.err);
+  const std::vector<std::string> lines = split_at(result.out, '\n');
+  REQUIRE(lines.size() >= 3);
+  CHECK(lines[0] == "op,shape,dtype,direction,ms,floor_ms,bytes,flops,exponentials,peer_ms,target_ms");
+  for (std::size_t i = 1; i <= 2; ++i) {
+    const auto cells = split_at(lines[i], ',');
+    REQUIRE(cells.size() == 11);
+    CHECK(cells[0] == "swiglu");
+    CHECK(cells[2] == "f32");
+    CHECK(cells[3] == (i == 1 ? "fwd" : "fwd+bwd"));
+    CHECK(std::stod(cells[4]) > 0);
+  }
+}
+
 // --- text -------------------------------------------------------------------------------------------------------
 
 TEST("command line: tokenize writes the ids of stdin, and names a bad line") {
