@@ -25,30 +25,14 @@ using Runs = std::vector<RunData>;
 
 constexpr const char *kPasskey = "passkey", *kCopy = "copy", *kBabilong = "babilong", *kLambada = "lambada", *kChoices = "choices";
 
-// What a group of results shares: the settings of its task, without those of the model and of the machine.
+// What a group of results shares: the settings of its task and its data, without those of the model and of the machine.
+constexpr const char* kShared[] = {"tokenizer", "data",     "seed",       "lengths", "samples_per_length", "unit",  "depths",    "digits",
+                                   "prompts",   "variant",  "alphabet",   "ngram",   "answer_length",      "tasks", "questions", "labels",
+                                   "books",     "book_set", "facts_from", "facts_to"};
+
 std::string shared_settings(const Json& description) {
   Json shared;
-  for (const char* key : {"unit",
-                          "lengths",
-                          "depths",
-                          "digits",
-                          "prompts",
-                          "seed",
-                          "variant",
-                          "alphabet",
-                          "ngram",
-                          "answer_length",
-                          "samples_per_length",
-                          "tasks",
-                          "books",
-                          "book_set",
-                          "facts_from",
-                          "facts_to",
-                          "questions",
-                          "prompts",
-                          "labels",
-                          "data",
-                          "tokenizer"})
+  for (const char* key : kShared)
     if (description.contains(key)) shared[key] = description[key];
   return shared.dump();
 }
