@@ -204,6 +204,7 @@ ValidationLoss validation_loss(const LanguageModel& model, const NextBatch& next
     const int64_t rows = batch.tokens.dim(0), length = batch.tokens.dim(1), all_rows = part.all_rows > 0 ? part.all_rows : rows;
     const auto begin = static_cast<std::size_t>(3 * part.first_row) + sums.size();
     sums.resize(sums.size() + static_cast<std::size_t>(3 * all_rows));
+    if (rows == 0) continue;  // the last batch has none for this process
     const std::vector<double> loss = model.loss(batch).token_loss.to_vector<double>();
     const std::vector<double> mask = batch.mask.defined() ? batch.mask.to_vector<double>() : std::vector<double>(loss.size(), 1.0);
     for (std::size_t j = 0; j < loss.size(); ++j) {

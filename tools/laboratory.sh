@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The length-generalisation laboratory: trains the base of every recipe tools/recipes/NAME.toml named, post-trains it from each initial state (lab-post.toml), measures all of them far
-# beyond the training length, and writes runs/NAME.html for each base, runs/PAGE.html with all bases beside their State Passing, and runs/PAGE.md, a table of numbers. One task
-# on each device at a time; what is there already is not done again, so a laboratory that was interrupted or gets more seeds goes on. A few minutes on two GPUs.
+# beyond the training length, and writes runs/NAME.html for each base, runs/PAGE.html with all bases beside their State Passing, and runs/PAGE.md, a table of numbers. Each
+# device trains one model at a time; what is there already is not done again, so a laboratory that was interrupted or gets more seeds goes on. A few minutes on two GPUs.
 #   tools/laboratory.sh PILE/train PILE/val.jsonl.zst 20B_tokenizer.json lab-mamba1 lab-mamba2 lab-gla
 #   PAGE=seeds SEEDS="2 3" STATES="state-passing tbtt" tools/laboratory.sh PILE/train PILE/val.jsonl.zst 20B_tokenizer.json lab-mamba2
 # Settings, from the environment:
@@ -58,18 +58,18 @@ measure() {
   return $failed
 }
 
-# train RUN DEVICE RECIPE ARGUMENTS...
+# train RUN DEVICE RECIPE ARGUMENTS...: once the device has no other training.
 train() {
   local run=$1 device=$2 recipe=$3
   shift 3
-  [ -d "runs/$run/checkpoints" ] || logged "$run" "$LONGHAND" train "$RECIPES/$recipe.toml" --name "$run" --device "$device" --set data.files="$TRAIN" --set data.val_files="$VAL" \
+  [ -d "runs/$run/checkpoints" ] || logged "$run" flock "runs/.$device" "$LONGHAND" train "$RECIPES/$recipe.toml" --name "$run" --device "$device" --set data.files="$TRAIN" --set data.val_files="$VAL" \
     --set data.tokenizer="$TOKENIZER" "$@"
 }
 
 # task NAME SEED STATE, the state - for the base itself, on the device of this slot.
 task() {
   local name=$1 seed=$2 state=$3 base run device settings=() start=$EPOCHSECONDS
-  device=$(cut -d' ' -f$((SLOT + 1)) <<<"$DEVICES")
+  device=$(cut -d' ' -f$((SLOT % $(wc -w <<<"$DEVICES") + 1)) <<<"$DEVICES")
   base=$(base_run "$name" "$seed")
   if [ "$state" = - ]; then
     run=$base
@@ -87,12 +87,12 @@ task() {
   fi
   local trained=$EPOCHSECONDS
   measure "$run" "$device"
-  say "$run on $device: trained in $((trained - start)) s, measured in $((EPOCHSECONDS - trained)) s"
+  say "$run on $device: trained in $((trained - start)) s with waiting, measured in $((EPOCHSECONDS - trained)) s"
 }
 export -f say base_run length_of logged measure train task
 
-# in_parallel: tasks from stdin, one on each device; waits for all, and fails if one has.
-in_parallel() { xargs -L 1 -P "$(wc -w <<<"$DEVICES")" --process-slot-var=SLOT bash -c 'set -euo pipefail; task "$@"' laboratory; }
+# in_parallel: tasks from stdin, two on each device, one of which measures while the other trains; waits for all, and fails if one has.
+in_parallel() { xargs -L 1 -P $((2 * $(wc -w <<<"$DEVICES"))) --process-slot-var=SLOT bash -c 'set -euo pipefail; task "$@"' laboratory; }
 
 # row RUN BASE: a line of the table. Perplexities of the ranges that end at T, 32 T and 64 T, and of all of 1..T; effective remembrance with T tokens left; deviation of the state.
 row() {

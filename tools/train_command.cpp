@@ -93,7 +93,8 @@ std::function<double(const LanguageModel&)> make_validation(const Recipe& recipe
     auto next = [&](TokenBatch& out) {
       Batch batch;
       if (!stream.next(batch)) return false;
-      const Batch rows = rows_of(batch, own.begin, own.end);
+      // The last batch may have fewer rows than the others.
+      const Batch rows = rows_of(batch, std::min(own.begin, batch.rows), std::min(own.end, batch.rows));
       const Shape shape{rows.rows, rows.length};
       out = {Tensor::from(model.device(), shape, rows.tokens), Tensor::from(model.device(), shape, rows.targets),
              Tensor::from(model.device(), shape, std::vector<float>(rows.mask.begin(), rows.mask.end()))};
