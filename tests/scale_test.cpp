@@ -227,6 +227,24 @@ TEST("scale: a run of three processes writes the checkpoint, the metrics and the
   }
 }
 
+TEST("scale: the last rows of the validation count, also where they are fewer than a batch, and none is left for a process") {
+  const Site site;
+  std::ofstream(site.file("val.jsonl")) << R"({"text": ")" << std::string(170, 'v')
+                                        << "\"}\n";  // 9 rows of 20 tokens: a batch of 6, one of 3
+  const auto val_loss = [&](const std::string& run) { return metrics_of(site.file("runs/" + run)).back()["val_loss"].get<double>(); };
+  const auto settings = [](const std::string& val_batches) {
+    return with_data({"data.val_files=val.jsonl", "train.steps=2", "train.val_batches=" + val_batches});
+  };
+  output_of(site.run_alone(train_words("one", settings("9"))));
+  auto rows_alone = settings("99");
+  rows_alone.push_back("train.grad_accumulation=6");  // batches of one row
+  output_of(site.run_alone(train_words("rows", rows_alone)));
+  check_close(val_loss("rows"), val_loss("one"));
+  if (std::string(MPIRUN).empty()) SKIP("this build has no MPI");
+  output_of(site.run(3, train_words("three", settings("9"))));
+  check_close(val_loss("three"), val_loss("one"));
+}
+
 TEST("scale: a run of two processes goes on with three, and then alone, as if nothing had changed") {
   if (std::string(MPIRUN).empty()) SKIP("this build has no MPI");
   const Site site;
