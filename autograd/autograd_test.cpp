@@ -147,6 +147,21 @@ TEST("parameters add into one flat buffer, and accumulation starts anew after cl
   CHECK_THROWS_AS(set.declare("c", {1}, {}), ValueError);
 }
 
+TEST("parameters of full precision lie side by side, the decayed before the others, and the rest keep their order") {
+  ParameterSet set;
+  const auto add = [&](const char* name, bool decay, bool full) {
+    return set.declare(name, {64}, {.init = init_constant(0), .decay = decay, .full_precision = full});
+  };
+  const std::vector<Parameter*> wanted = [&] {
+    Parameter *norm = add("norm", false, true), *a = add("a", true, false), *conv = add("conv", true, true),
+              *bias = add("bias", false, false), *b = add("b", true, false);
+    return std::vector<Parameter*>{a, b, conv, norm, bias};
+  }();
+  set.allocate(kCpu, Dtype::f32, Dtype::f32);
+  for (std::size_t i = 0; i < wanted.size(); ++i) CHECK(wanted[i]->master.offset() == static_cast<int64_t>(64 * i));
+  CHECK(set.decayed_elements() == 3 * 64);
+}
+
 TEST("a gradient's arrival is told once, when it is whole, in the order of the walk") {
   ParameterSet set;
   Parameter* twice = set.declare("twice", {1}, {.init = init_constant(3)});

@@ -1,6 +1,7 @@
 // See parameters.h.
 #include "autograd/parameters.h"
 
+#include <algorithm>
 #include <set>
 
 #include "autograd/node.h"
@@ -8,6 +9,9 @@
 #include "core/philox.h"
 
 namespace longhand {
+namespace {
+constexpr int64_t kAlignment = 64;  // elements
+}  // namespace
 
 Initializer init_constant(double value) {
   return [value](uint64_t, uint64_t) { return value; };
@@ -57,33 +61,35 @@ void ParameterSet::allocate(const Device& device, Dtype master_dtype, Dtype comp
   if (compute_dtype != master_dtype && !(compute_dtype == Dtype::bf16 && device.is_cuda()))
     throw DtypeError("parameters: this compute type is not available here",
                      {{"asked", name_of(compute_dtype)}, {"device", device.name()}, {"try", "f32 on the CPU, f32 or bf16 on a GPU"}});
-  constexpr int64_t kAlignment = 64;
   auto rounded = [](int64_t n) { return (n + kAlignment - 1) / kAlignment * kAlignment; };
+  std::vector<Parameter*> order;
+  for (Parameter& p : parameters_) order.push_back(&p);
+  const auto place_of = [](const Parameter* p) {  // the decayed before the others, and those of full precision on either side of the border
+    if (p->options.decay) return p->options.full_precision ? 1 : 0;
+    return p->options.full_precision ? 2 : 3;
+  };
+  std::stable_sort(order.begin(), order.end(), [&](const Parameter* a, const Parameter* b) { return place_of(a) < place_of(b); });
   int64_t total = 0;
-  for (const bool decay : {true, false}) {
-    for (const Parameter& p : parameters_)
-      if (p.options.decay == decay) total += rounded(p.shape.numel());
-    if (decay) decayed_ = total;
+  for (const Parameter* p : order) {
+    total += rounded(p->shape.numel());
+    if (p->options.decay) decayed_ = total;
   }
   compute_dtype_ = compute_dtype;
   master_ = Tensor::zeros(device, master_dtype, {total});
   grad_ = std::make_shared<FlatGrad>(FlatGrad{{}, master_, {}});
   if (compute_dtype != master_dtype) compute_ = Tensor::zeros(device, compute_dtype, {total});
   int64_t at = 0;
-  for (const bool decay : {true, false}) {
-    for (Parameter& p : parameters_) {
-      if (p.options.decay != decay) continue;
-      auto place = [&](const Tensor& flat) { return flat.slice(0, at, at + p.shape.numel()).reshape(p.shape); };
-      p.master = place(master_);
-      grad_->parameters.push_back(&p);
-      const bool copied = compute_.defined() && !p.options.full_precision;
-      const auto sink = [grad = grad_, begin = at, shape = p.shape] {
-        grad->make();
-        return grad->flat.slice(0, begin, begin + shape.numel()).reshape(shape);
-      };
-      p.variable = Variable::parameter(copied ? place(compute_) : p.master, sink, p.name);
-      at += rounded(p.shape.numel());
-    }
+  for (Parameter* p : order) {
+    auto place = [&](const Tensor& flat) { return flat.slice(0, at, at + p->shape.numel()).reshape(p->shape); };
+    p->master = place(master_);
+    grad_->parameters.push_back(p);
+    const bool copied = compute_.defined() && !p->options.full_precision;
+    const auto sink = [grad = grad_, begin = at, shape = p->shape] {
+      grad->make();
+      return grad->flat.slice(0, begin, begin + shape.numel()).reshape(shape);
+    };
+    p->variable = Variable::parameter(copied ? place(compute_) : p->master, sink, p->name);
+    at += rounded(p->shape.numel());
   }
   for (JoinedParameters& joined : joined_) {
     const int64_t begin = joined.parts[0]->master.offset();

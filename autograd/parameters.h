@@ -59,8 +59,8 @@ class ParameterSet {
   /// after the other and each has a multiple of 64 elements. In one step either the parts or the whole take part, never both.
   JoinedParameters* join(std::vector<Parameter*> parts);
 
-  /// Lays out the flat buffers, all but the gradients: decayed parameters first, then the others; each begins at a multiple of 64 elements,
-  /// gaps are zero. master_dtype  f32, or f64 for gradient checks compute_dtype bf16, or equal to master_dtype
+  /// Lays out the flat buffers, all but the gradients: decayed parameters before the others, those of full precision where the two meet;
+  /// each begins at a multiple of 64 elements, gaps are zero. master_dtype f32, or f64 for gradient checks; compute_dtype bf16, or the same
   void allocate(const Device& device, Dtype master_dtype, Dtype compute_dtype);
 
   /// Every parameter from its initializer, keyed by (seed, name): the same values on any device and in any order of declaration.

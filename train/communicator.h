@@ -51,10 +51,8 @@ class Communicator {
   /// cuts  [size + 1] first row of each process's part, and n
   virtual void all_gather(const Tensor& whole, std::span<const int64_t> cuts) = 0;
 
-  /// all_gather() of several tensors [n], each cut by own(n, unit): one exchange where that is faster.
-  virtual void all_gather_each(std::span<const Tensor> wholes, int64_t unit) {
-    for (const Tensor& whole : wholes) all_gather(whole, cuts(whole.numel(), unit));
-  }
+  /// Makes the calls that `calls` makes, of one kind and none behind another's result: one exchange where that is faster.
+  virtual void as_one(const std::function<void()>& calls) { calls(); }
 
   /// whole = the one of process `root`. Any dtype.
   virtual void broadcast(const Tensor& whole, int64_t root) = 0;
@@ -69,6 +67,10 @@ class Communicator {
   /// The largest of all processes' numbers.
   virtual int64_t all_reduce_max(int64_t value) = 0;
   virtual void barrier() = 0;
+
+  /// Ends all processes with a message where the link to another one is known to be broken: to be called now and then while waiting for a
+  /// device that waits for the others. What waits there could not be waited for any more, so nothing is thrown.
+  virtual void require_links() {}
 
   /// Ends all processes at once, with this exit code: what one that cannot go on does, so that the others do not wait for it.
   [[noreturn]] void abort(int code) {

@@ -5,6 +5,7 @@
 #include <nccl.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <cstring>
 
 #include "core/cuda_context.h"
@@ -83,13 +84,11 @@ class NcclProcesses final : public Communicator {
     queued([&] { grouped([&] { gather_one(whole, at); }); });
   }
 
-  void all_gather_each(std::span<const Tensor> wholes, int64_t unit) override {
-    if (wholes.empty()) return;
-    if (!on_gpu(wholes[0])) return host_->all_gather_each(wholes, unit);
+  void as_one(const std::function<void()>& calls) override {
     queued([&] {
-      grouped([&] {
-        for (const Tensor& whole : wholes) gather_one(whole, cuts(whole.numel(), unit));
-      });
+      as_one_ = true;
+      const auto after = std::unique_ptr<bool, void (*)(bool*)>(&as_one_, [](bool* flag) { *flag = false; });
+      grouped(calls);
     });
   }
 
@@ -104,6 +103,19 @@ class NcclProcesses final : public Communicator {
   std::vector<std::string> all_texts(const std::string& own_text) override { return host_->all_texts(own_text); }
   int64_t all_reduce_max(int64_t value) override { return host_->all_reduce_max(value); }
   void barrier() override { host_->barrier(); }
+
+  void require_links() override {
+    ncclResult_t state = ncclSuccess;
+    const ncclResult_t asked = ncclCommGetAsyncError(nccl_, &state);
+    if (asked != ncclSuccess) state = asked;
+    if (state == ncclSuccess || state == ncclInProgress) return;
+    fmt::print(stderr,
+               "error: nccl: the link to another process is broken\n  reason  {}\n  last    {}\n  try     look for the process that ended "
+               "first; longhand train --resume goes on from the last checkpoint\nprocess {} of {} ends the run\n",
+               ncclGetErrorString(state), ncclGetLastError(nccl_), rank(), size());
+    std::fflush(nullptr);
+    abort(1);
+  }
 
  protected:
   void end_all(int code) override { end_all_of(*host_, code); }
@@ -161,6 +173,7 @@ class NcclProcesses final : public Communicator {
   // f queues calls on queue_, behind what the device's queue holds now.
   template <class F>
   void queued(F&& f) {
+    if (as_one_) return f();
     cuda_check(cudaEventRecord(before_, cuda_.stream), "cudaEventRecord");
     cuda_check(cudaStreamWaitEvent(queue_, before_, 0), "cudaStreamWaitEvent");
     f();
@@ -194,7 +207,7 @@ class NcclProcesses final : public Communicator {
   ncclComm_t nccl_ = nullptr;
   cudaStream_t queue_ = nullptr;
   cudaEvent_t before_ = nullptr, after_ = nullptr;
-  bool overlap_ = false;
+  bool overlap_ = false, as_one_ = false;
 };
 
 }  // namespace

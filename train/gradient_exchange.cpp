@@ -18,12 +18,27 @@ int64_t bucket_size(int64_t n, int64_t processes) {
   return (wanted + step - 1) / step * step;
 }
 
+// What products read in the masters' type although there are copies: it lies together, and is a bucket of its own.
+Part full_precision_of(const ParameterSet& parameters) {
+  if (!parameters.flat_compute()) return {0, 0};
+  Part range{parameters.flat_master().numel(), 0};
+  for (const Parameter& p : parameters.all()) {
+    if (!p.options.full_precision) continue;
+    range.begin = std::min(range.begin, p.master.offset());
+    range.end = std::max(range.end, (p.master.offset() + p.shape.numel() + kUnit - 1) / kUnit * kUnit);
+  }
+  return range.end > 0 ? range : Part{0, 0};
+}
+
 }  // namespace
 
 GradientExchange::GradientExchange(ParameterSet& parameters, Communicator& processes, const ExchangeOptions& options)
     : parameters_(parameters), processes_(processes), options_(options) {
   const int64_t n = parameters.flat_master().numel(), size = bucket_size(n, processes.size());
-  for (int64_t begin = 0; begin < n; begin += size) buckets_.push_back({{begin, std::min(n, begin + size)}, 0, n, false});
+  const Part full = full_precision_of(parameters);
+  for (const Part& range : {Part{0, full.begin}, full, Part{full.end, n}})
+    for (int64_t begin = range.begin; begin < range.end; begin += size)
+      buckets_.push_back({{begin, std::min(range.end, begin + size)}, 0, n, false});
   auto for_each_bucket = [&](const Parameter& p, auto&& f) {
     const int64_t begin = p.master.offset(), end = begin + p.shape.numel();
     for (std::size_t b = 0; b < buckets_.size(); ++b)
@@ -71,11 +86,15 @@ void GradientExchange::arrived(const std::string& parameter) {
 
 // In the order of buckets_, which is the same everywhere: a bucket waits for those before it.
 void GradientExchange::exchange_ready() {
-  for (; next_ < buckets_.size() && missing_[next_] <= 0; ++next_) {
-    const Part& range = buckets_[next_].range;
-    const Tensor gradients = parameters_.flat_grad().slice(0, range.begin, range.end);
-    options_.sharded ? processes_.reduce_scatter_sum(gradients, kUnit) : processes_.all_reduce_sum(gradients);
-  }
+  if (next_ == buckets_.size() || missing_[next_] > 0) return;
+  const auto ready = [&] {
+    for (; next_ < buckets_.size() && missing_[next_] <= 0; ++next_) {
+      const Part& range = buckets_[next_].range;
+      const Tensor gradients = parameters_.flat_grad().slice(0, range.begin, range.end);
+      options_.sharded ? processes_.reduce_scatter_sum(gradients, kUnit) : processes_.all_reduce_sum(gradients);
+    }
+  };
+  processes_.as_one(ready);
 }
 
 void GradientExchange::complete() {
@@ -94,11 +113,18 @@ void GradientExchange::sum(const Tensor& loss_and_squares) {
 }
 
 void GradientExchange::share_weights() {
-  processes_.all_gather_each(shared_weights_, kUnit);
+  gather(shared_weights_);
 }
 
 void GradientExchange::share_masters() {
-  processes_.all_gather_each(shared_masters_, kUnit);
+  gather(shared_masters_);
+}
+
+void GradientExchange::gather(const std::vector<Tensor>& wholes) {
+  if (wholes.empty()) return;
+  processes_.as_one([&] {
+    for (const Tensor& whole : wholes) processes_.all_gather(whole, processes_.cuts(whole.numel(), kUnit));
+  });
 }
 
 GradientExchange::Traffic GradientExchange::traffic() const {

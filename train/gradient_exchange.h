@@ -57,6 +57,7 @@ class GradientExchange {
     bool masters_read = false;   // products read some of them in the masters' type
   };
   void exchange_ready();
+  void gather(const std::vector<Tensor>& wholes);
 
   ParameterSet& parameters_;
   Communicator& processes_;

@@ -1,6 +1,7 @@
 // Values between host and device without making either wait for the other: batches go up and the numbers of a finished step come down while
 // the next step is already queued.
 #pragma once
+#include <functional>
 #include <memory>
 #include <span>
 #include <vector>
@@ -24,6 +25,9 @@ class HostLink {
   /// The values of the oldest open request; waits until the device has come to it.
   virtual std::vector<double> receive() = 0;
 
+  /// Called every tenth of a second while receive() waits.
+  void while_waiting(std::function<void()> f) { while_waiting_ = std::move(f); }
+
   /// Peak of dense bf16 products of the device, for MFU; 0 when unknown.
   virtual double bf16_peak_flops() const { return 0; }
 
@@ -31,10 +35,12 @@ class HostLink {
   explicit HostLink(const Device& device) : device_(device) {}
   virtual void copy_up(const Tensor& to, const void* values, std::size_t bytes) = 0;
   const Device& device() const { return device_; }
+  const std::function<void()>& while_waiting() const { return while_waiting_; }
 
  private:
   void upload_bytes(Tensor& to, Dtype dtype, const Shape& shape, const void* values);
   Device device_;
+  std::function<void()> while_waiting_;
 };
 
 std::unique_ptr<HostLink> make_host_link(const Device& device);

@@ -1,6 +1,8 @@
 // The link to a GPU: page-locked buffers, each guarded by an event that says when the copy engine is done with it. See host_link.h.
 #include <array>
+#include <chrono>
 #include <cstring>
+#include <thread>
 
 #include "core/cuda_context.h"
 #include "core/error.h"
@@ -33,6 +35,11 @@ class Slot {
   }
   void mark(cudaStream_t stream) { cuda_check(cudaEventRecord(done_, stream), "cudaEventRecord"); }
   void wait() { cuda_check(cudaEventSynchronize(done_), "cudaEventSynchronize"); }
+  bool done() const {
+    const cudaError_t status = cudaEventQuery(done_);
+    if (status != cudaErrorNotReady) cuda_check(status, "cudaEventQuery");
+    return status == cudaSuccess;
+  }
   void* memory() const { return memory_; }
 
  private:
@@ -63,6 +70,7 @@ class CudaHostLink final : public HostLink {
   std::vector<double> receive() override {
     if (received_ == requested_) throw ValueError("host link: nothing was requested");
     Slot& slot = *down_[received_++ % down_.size()];
+    if (while_waiting()) watch(slot);
     slot.wait();
     const auto* begin = static_cast<const double*>(slot.memory());
     return {begin, begin + count_};
@@ -80,6 +88,16 @@ class CudaHostLink final : public HostLink {
   }
 
  private:
+  void watch(const Slot& slot) const {
+    constexpr auto kEvery = std::chrono::milliseconds(100);
+    constexpr auto kNap = std::chrono::microseconds(100);  // the next step is queued already: nothing waits for this one's numbers
+    for (auto next = std::chrono::steady_clock::now() + kEvery; !slot.done(); std::this_thread::sleep_for(kNap)) {
+      if (std::chrono::steady_clock::now() < next) continue;
+      while_waiting()();
+      next += kEvery;
+    }
+  }
+
   const CudaContext& cuda_;
   std::array<std::unique_ptr<Slot>, 8> up_;
   std::array<std::unique_ptr<Slot>, 2> down_;
