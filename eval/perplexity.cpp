@@ -50,9 +50,33 @@ double PositionSpread::perplexity_standard_error() const {
 
 namespace {
 
+// A sum whose order does not matter: of multiples of 2^-30, and of what they leave as multiples of 2^-62. f64 adds either without rounding
+// up to 2^53 of them.
+struct ExactSum {
+  double coarse = 0, fine = 0;
+  void add(double x) {
+    const double whole = std::nearbyint(x * 0x1p30) * 0x1p-30;
+    coarse += whole;
+    fine += std::nearbyint((x - whole) * 0x1p62) * 0x1p-62;
+  }
+};
+
+// Everything that is added up. The end of a sequence's range is kept until the sequences can be taken in their order.
+struct Sums {
+  struct RangeEnd {
+    std::size_t range;
+    int64_t sequence;
+    double loss;  // mean over the range
+  };
+  std::vector<ExactSum> loss;  // by position
+  std::vector<double> tokens;  // likewise; whole numbers
+  std::vector<RangeEnd> ends;
+  double sequences = 0;
+};
+
 struct Row {
   std::vector<int32_t> tokens;
-  int64_t sequence = 0;   // its number, from 1
+  int64_t sequence = 0;   // its number among all, from 1
   int64_t positions = 0;  // to score
   int64_t at = 0;         // scored so far
   std::size_t range = 0;  // that it is in, and the sum of its losses there
@@ -60,16 +84,17 @@ struct Row {
   int64_t left() const { return positions - at; }
 };
 
-bool take_next(Row& row, const NextSequence& next, int64_t& taken, const LanguageModel& model, int64_t context) {
+bool take_next(Row& row, const NextSequence& next, int64_t& taken, const LanguageModel& model, int64_t context,
+               const SequenceParts& parts) {
   if (!next(row.tokens)) return false;
-  row.sequence = ++taken;
+  row.sequence = parts.part + parts.parts * taken++ + 1;
   row.at = 0;
   row.range = 0, row.range_sum = 0;
   row.positions = std::min(static_cast<int64_t>(row.tokens.size()) - 1, context);
   if (row.positions < 1)
     throw ValueError("eval: a sequence without a token to predict",
-                     {{"sequence", std::to_string(taken)}, {"tokens", std::to_string(row.tokens.size())}});
-  require_tokens_of(row.tokens, model.config().vocab_size, taken);
+                     {{"sequence", std::to_string(row.sequence)}, {"tokens", std::to_string(row.tokens.size())}});
+  require_tokens_of(row.tokens, model.config().vocab_size, row.sequence);
   return true;
 }
 
@@ -85,13 +110,60 @@ std::vector<PositionSpread> empty_spreads(const std::vector<int64_t>& ends) {
   return spreads;
 }
 
-void add_to_spreads(Row& row, int64_t position, double loss, std::vector<PositionSpread>& spreads) {
-  if (row.range == spreads.size()) return;
-  PositionSpread& spread = spreads[row.range];
+void add_to_ranges(Row& row, int64_t position, double loss, const std::vector<PositionSpread>& ranges, std::vector<Sums::RangeEnd>& ends) {
+  if (row.range == ranges.size()) return;
+  const PositionSpread& range = ranges[row.range];
   row.range_sum += loss;
-  if (position < spread.last) return;
-  spread.add(row.range_sum / static_cast<double>(spread.last - spread.first + 1));
+  if (position < range.last) return;
+  ends.push_back({row.range, row.sequence, row.range_sum / static_cast<double>(range.last - range.first + 1)});
   ++row.range, row.range_sum = 0;
+}
+
+// The largest number that a part has.
+std::size_t largest_of(std::size_t own, const SequenceParts& parts) {
+  std::vector<double> all(static_cast<std::size_t>(parts.parts));
+  all[static_cast<std::size_t>(parts.part)] = static_cast<double>(own);
+  parts.sum_over_parts(all);
+  return static_cast<std::size_t>(*std::max_element(all.begin(), all.end()));
+}
+
+// Afterwards every part has the sums of all.
+void merge(Sums& sums, std::size_t ranges, const SequenceParts& parts) {
+  sums.loss.resize(largest_of(sums.loss.size(), parts)), sums.tokens.resize(sums.loss.size());
+  std::vector<double> numbers{sums.sequences};
+  for (const ExactSum& sum : sums.loss) numbers.insert(numbers.end(), {sum.coarse, sum.fine});
+  parts.sum_over_parts(numbers);
+  parts.sum_over_parts(sums.tokens);
+  sums.sequences = numbers[0];
+  for (std::size_t i = 0; i < sums.loss.size(); ++i) sums.loss[i] = {numbers[2 * i + 1], numbers[2 * i + 2]};
+
+  // Of every range and sequence, whether it came to the end and with which mean: zeros but for the part that had it.
+  int64_t last = 0;
+  for (const Sums::RangeEnd& end : sums.ends) last = std::max(last, end.sequence);
+  const std::size_t most = largest_of(static_cast<std::size_t>(last), parts);
+  std::vector<double> there(ranges * most), means(ranges * most);
+  for (const Sums::RangeEnd& end : sums.ends) {
+    const std::size_t place = end.range * most + static_cast<std::size_t>(end.sequence - 1);
+    there[place] = 1, means[place] = end.loss;
+  }
+  parts.sum_over_parts(there);
+  parts.sum_over_parts(means);
+  sums.ends.clear();
+  for (std::size_t place = 0; place < there.size(); ++place)
+    if (there[place] > 0) sums.ends.push_back({place / most, static_cast<int64_t>(place % most) + 1, means[place]});
+}
+
+PositionLoss result_of(Sums sums, std::vector<PositionSpread> ranges) {
+  PositionLoss result;
+  for (const ExactSum& sum : sums.loss) result.loss_sum.push_back(sum.coarse + sum.fine);
+  result.tokens.assign(sums.tokens.begin(), sums.tokens.end());
+  result.sequences = static_cast<int64_t>(sums.sequences);
+  result.spreads = std::move(ranges);
+  std::sort(sums.ends.begin(), sums.ends.end(), [](const Sums::RangeEnd& a, const Sums::RangeEnd& b) {
+    return a.range != b.range ? a.range < b.range : a.sequence < b.sequence;
+  });
+  for (const Sums::RangeEnd& end : sums.ends) result.spreads[end.range].add(end.loss);
+  return result;
 }
 
 // The next `width` tokens of every row; where a row ends earlier, zeros that the mask leaves out.
@@ -125,12 +197,12 @@ PositionLoss position_loss(const LanguageModel& model, const NextSequence& next,
   require_at_least_one("batch", options.batch);
   const NoGrad no_grad;
 
-  PositionLoss result;
-  result.spreads = empty_spreads(options.spread_ends);
+  Sums sums;
+  std::vector<PositionSpread> ranges = empty_spreads(options.spread_ends);
   EvalProgress progress;
   int64_t taken = 0;
   std::vector<Row> rows;
-  for (Row row; static_cast<int64_t>(rows.size()) < options.batch && take_next(row, next, taken, model, options.context);)
+  for (Row row; static_cast<int64_t>(rows.size()) < options.batch && take_next(row, next, taken, model, options.context, options.parts);)
     rows.push_back(std::move(row));
 
   RecurrentState state;  // absent: every row starts from zeros
@@ -147,7 +219,7 @@ PositionLoss position_loss(const LanguageModel& model, const NextSequence& next,
       Row& row = rows[b];
       const int64_t count = std::min(width, row.left());
       const auto reach = static_cast<std::size_t>(row.at + count);
-      if (result.tokens.size() < reach) result.tokens.resize(reach), result.loss_sum.resize(reach);
+      if (sums.tokens.size() < reach) sums.tokens.resize(reach), sums.loss.resize(reach);
       for (int64_t t = 0; t < count; ++t) {
         const double loss = token_loss[b * static_cast<std::size_t>(width) + static_cast<std::size_t>(t)];
         if (!std::isfinite(loss))
@@ -155,9 +227,9 @@ PositionLoss position_loss(const LanguageModel& model, const NextSequence& next,
                                                                        {"sequence", std::to_string(row.sequence)},
                                                                        {"position", std::to_string(row.at + t + 1)},
                                                                        {"try", "LONGHAND_CHECK=1 to see which layer it comes from"}});
-        result.loss_sum[static_cast<std::size_t>(row.at + t)] += loss;
-        ++result.tokens[static_cast<std::size_t>(row.at + t)];
-        add_to_spreads(row, row.at + t + 1, loss, result.spreads);
+        sums.loss[static_cast<std::size_t>(row.at + t)].add(loss);
+        ++sums.tokens[static_cast<std::size_t>(row.at + t)];
+        add_to_ranges(row, row.at + t + 1, loss, ranges, sums.ends);
       }
       row.at += count;
       progress.tokens += count;
@@ -170,8 +242,8 @@ PositionLoss position_loss(const LanguageModel& model, const NextSequence& next,
     std::vector<Row> running;
     for (std::size_t b = 0; b < rows.size(); ++b) {
       const bool ended = rows[b].left() == 0;
-      if (ended) ++result.sequences;
-      if (ended && !take_next(rows[b], next, taken, model, options.context)) continue;
+      if (ended) ++sums.sequences;
+      if (ended && !take_next(rows[b], next, taken, model, options.context, options.parts)) continue;
       stay.push_back(static_cast<int64_t>(b));
       fresh.push_back(ended ? 1 : 0);
       running.push_back(std::move(rows[b]));
@@ -184,11 +256,12 @@ PositionLoss position_loss(const LanguageModel& model, const NextSequence& next,
       if (std::count(fresh.begin(), fresh.end(), uint8_t{1}) > 0) state = state.reset_rows(fresh);
     }
     rows = std::move(running);
-    progress.sequences_done = result.sequences;
+    progress.sequences_done = static_cast<int64_t>(sums.sequences);
     progress.sequences_running = static_cast<int64_t>(rows.size());
     if (options.progress) options.progress(progress);
   }
-  return result;
+  if (options.parts.sum_over_parts) merge(sums, ranges.size(), options.parts);
+  return result_of(std::move(sums), std::move(ranges));
 }
 
 double ValidationLoss::bits_per_byte(int64_t bytes) const {

@@ -35,21 +35,29 @@ struct PositionLoss {
   double mean_loss() const;  // over all tokens
 };
 
+/// Sequences dealt out: part p of P takes those numbered p, p + P, ...
+struct SequenceParts {
+  int64_t part = 0, parts = 1;
+  std::function<void(std::vector<double>&)> sum_over_parts = {};  // replaces each number by the sum over all parts
+};
+
 struct PositionLossOptions {
   int64_t context = 2048;                 // positions scored of each sequence
   int64_t chunk = 2048;                   // tokens of a row in one forward; the state is carried from chunk to chunk
   int64_t batch = 8;                      // rows at once; a row whose sequence ends takes the next one from the zero state
   std::vector<int64_t> spread_ends = {};  // rising: range i holds the positions behind end i - 1, up to end i
   EvalProgressCall progress = {};
+  SequenceParts parts = {};  // of several that each give their own sequences and get the result of all
 };
 
 /// Mean loss at each position over sequences that start from the zero state.
 ///   loss(p) = mean over sequences of -log q(x[p] | x[0..p-1])        perplexity(p) = exp(loss(p))
 /// next     sequences; each counts min(its tokens - 1, context) positions
-/// returns  sums in f64 on the host
+/// returns  sums on the host, exact to 2^-63 nats a position before they are rounded to f64, whatever the order of the sequences
 /// memory   of the device: one chunk of batch rows and their state, whatever the context; of the host: the rows' tokens and two numbers a
 ///          position
-/// holds    chunk and batch do not change the result, but for the rounding of the model
+/// holds    chunk, batch and the number of parts do not change the result, but for the rounding of the model: the same losses of tokens
+///          give the same bits, as long as those of a position come to less than 2^23 nats
 /// errors   ValueError for a sequence of fewer than 2 tokens, spread_ends that do not rise from 1, or a token outside the vocabulary;
 /// NumericError naming sequence and position
 ///          for a loss that is no number

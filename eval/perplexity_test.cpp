@@ -72,6 +72,16 @@ TEST("several rows of different lengths give the sums of single rows, each seque
     }
 }
 
+TEST("the order of sequences changes no bit of the sums by position") {
+  const auto model = small_model(Dtype::f64);
+  Sequences sequences = random_sequences({41, 9, 41, 30, 41, 17, 41});
+  const std::vector<double> sums = measure(*model, sequences, 40, 16, 1).loss_sum;
+  std::reverse(sequences.begin(), sequences.end());
+  CHECK(measure(*model, sequences, 40, 16, 1).loss_sum == sums);
+  std::swap(sequences[1], sequences[4]);
+  CHECK(measure(*model, sequences, 40, 16, 1).loss_sum == sums);
+}
+
 TEST("the spread of sequences: a case by hand, and ranges of positions in any chunks") {
   PositionSpread by_hand;
   for (const double loss : {1.0, 2.0, 6.0}) by_hand.add(loss);

@@ -50,45 +50,6 @@ void sum_over(Communicator& processes, std::vector<double>& numbers) {
   numbers = all.to_vector<double>();
 }
 
-// The spreads over the sequences of all processes: count, mean and squared deviations from it put together from those of each.
-std::vector<PositionSpread> merged(std::vector<PositionSpread> spreads, Communicator& processes) {
-  const auto own = static_cast<int64_t>(spreads.size());
-  spreads.resize(static_cast<std::size_t>(processes.all_reduce_max(own)));  // without sequences where this process came no further
-  std::vector<double> counts, sums, squares;
-  for (PositionSpread& spread : spreads) {
-    spread.first = processes.all_reduce_max(spread.first), spread.last = processes.all_reduce_max(spread.last);
-    counts.push_back(static_cast<double>(spread.sequences));
-    sums.push_back(counts.back() * spread.loss);
-  }
-  const std::vector<double> own_counts = counts;
-  sum_over(processes, counts);
-  sum_over(processes, sums);
-  for (std::size_t i = 0; i < spreads.size(); ++i) {
-    const double mean = counts[i] > 0 ? sums[i] / counts[i] : 0, off = spreads[i].loss - mean;
-    squares.push_back(own_counts[i] > 0 ? spreads[i].squares + own_counts[i] * off * off : 0);
-    spreads[i].loss = mean;
-    spreads[i].sequences = static_cast<int64_t>(counts[i]);
-  }
-  sum_over(processes, squares);
-  for (std::size_t i = 0; i < spreads.size(); ++i) spreads[i].squares = squares[i];
-  return spreads;
-}
-
-// The sums of all processes, whatever sequences each had.
-PositionLoss merged(PositionLoss loss, Communicator& processes) {
-  const auto positions = static_cast<std::size_t>(processes.all_reduce_max(loss.positions()));
-  std::vector<double> counts(loss.tokens.begin(), loss.tokens.end());  // exact up to 2^53
-  loss.loss_sum.resize(positions), counts.resize(positions);
-  counts.push_back(static_cast<double>(loss.sequences));
-  sum_over(processes, loss.loss_sum);
-  sum_over(processes, counts);
-  loss.sequences = static_cast<int64_t>(counts.back());
-  counts.pop_back();
-  loss.tokens.assign(counts.begin(), counts.end());
-  loss.spreads = merged(std::move(loss.spreads), processes);
-  return loss;
-}
-
 // What decides the sums.
 std::string description_of(const EvalOptions& options) {
   return fmt::format("model: {}\ncontext: {}\nsequences: {}\ndocuments: {}\ntokenizer: {}\ndtype: {}\n", options.model, options.context,
@@ -100,13 +61,15 @@ int measure(const PplOptions& options, Communicator& processes) {
   if (!processes.alone())
     require_same_everywhere(processes, description_of_build() + description_of_files(options.eval.data) +
                                            description_of_weights(session.model()) + description_of(options.eval));
-  PositionLoss loss = position_loss(session.model(), session.next(),
-                                    {.context = options.eval.context,
-                                     .chunk = options.eval.chunk,
-                                     .batch = options.eval.batch,
-                                     .spread_ends = octave_ends(options.eval.context, {session.train_length()}),
-                                     .progress = session.progress()});
-  if (!processes.alone()) loss = merged(std::move(loss), processes);
+  SequenceParts parts{.part = processes.rank(), .parts = processes.size()};
+  if (!processes.alone()) parts.sum_over_parts = [&](std::vector<double>& numbers) { sum_over(processes, numbers); };
+  const PositionLoss loss = position_loss(session.model(), session.next(),
+                                          {.context = options.eval.context,
+                                           .chunk = options.eval.chunk,
+                                           .batch = options.eval.batch,
+                                           .spread_ends = octave_ends(options.eval.context, {session.train_length()}),
+                                           .progress = session.progress(),
+                                           .parts = std::move(parts)});
   session.finish(loss.sequences, loss.total_tokens());
   if (!processes.leads()) return 0;
   const int bins = options.bins >= 0 ? static_cast<int>(options.bins) : loss.positions() > kMostPositions ? kBinsBeyond : 0;
