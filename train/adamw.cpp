@@ -125,14 +125,18 @@ void AdamW::load(const std::map<std::string, Tensor>& stored) {
     if (!(found->second.shape() == shape) || found->second.dtype() != dtype)
       throw FileError("adamw: a tensor of the checkpoint does not fit",
                       {{"tensor", name}, {"found", found->second.describe()}, expected()});
-    if (const int64_t index = first_non_finite(found->second); index >= 0)
-      throw FileError("adamw: a number of the checkpoint is not finite", {{"tensor", name}, {"index", std::to_string(index)}});
     return found->second.contiguous().reshape({shape.numel()});
   };
   for (const Parameter& p : parameters_.all()) {
     for (const auto& [kind, moments] : {std::pair("first_moment.", &first_), std::pair("second_moment.", &second_)}) {
       const Tensor from = stored_tensor(kind + p.name, moments->dtype(), p.shape);
-      for_each_own(*moments, p, [&](int64_t begin, const Tensor& to) { copy(to, from.slice(0, begin, begin + to.numel())); });
+      for_each_own(*moments, p, [&](int64_t begin, const Tensor& to) {  // the rest of the file is not even read
+        const Tensor values = from.slice(0, begin, begin + to.numel());
+        if (const int64_t index = first_non_finite(values); index >= 0)
+          throw FileError("adamw: a number of the checkpoint is not finite",
+                          {{"tensor", kind + p.name}, {"index", std::to_string(begin + index)}});
+        copy(to, values);
+      });
     }
   }
   const Tensor counts = control_.slice(0, kControlUpdates, kControlSkippedInARow + 1);
