@@ -461,7 +461,7 @@ TEST("command line: inspect reads recipes and switches, and says what is missing
   const ProcessResult wide = longhand({"inspect", recipes + "quickstart-base.toml", "--set", "model.d_model=192", "--all"});
   CHECK(wide.code == 0);
   CHECK(std::regex_search(wide.out, std::regex("d_model +192\n")));
-  CHECK(holds(wide.out, "layers.3."));
+  CHECK(holds(wide.out, "layers.1."));
   const ProcessResult switches = longhand({"inspect", "switches"});
   CHECK(switches.code == 0);
   for (const char* name : {"LONGHAND_TRACE", "LONGHAND_MEMORY", "LONGHAND_CHECK"}) CHECK(holds(switches.out, name));

@@ -31,7 +31,7 @@ step "5/6 post-train it with State Passing, and from zero states as before"
 
 step "6/6 perplexity by position, to 32 times the training length, and the report"
 for run in quickstart-base quickstart-state-passing quickstart-zero; do
-  "$longhand" eval ppl --model runs/$run --data runs/quickstart-data/val.jsonl.zst --context 4096 --packed --out runs/$run/eval/ppl-val.csv
+  "$longhand" eval ppl --model runs/$run --data runs/quickstart-data/val.jsonl.zst --context 4096 --packed --sequences 32 --out runs/$run/eval/ppl-val.csv
 done
 "$longhand" report runs/quickstart-base runs/quickstart-state-passing runs/quickstart-zero --out runs/quickstart-report.html
 
