@@ -33,7 +33,7 @@ class Device {
   bool is_cuda() const { return kind_ == DeviceKind::cuda; }
   int index() const { return index_; }
   std::string name() const;         // "cpu", "cuda:0"
-  std::string description() const;  // "NVIDIA H100 80GB HBM3, 132 SMs, 79.2 GiB", "CPU, 2 threads"
+  std::string description() const;  // "NVIDIA H200, 132 SMs, 139.8 GiB, kernels of sm_90a", "CPU, 2 threads"
   CachingAllocator& allocator() const { return *allocator_; }
   CudaContext& cuda_context() const;  // DeviceError on a CPU
   void synchronize() const;           // waits for all work given to the device; reports what failed in it

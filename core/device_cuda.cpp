@@ -17,6 +17,8 @@
 
 namespace longhand {
 
+std::string architecture_of_kernels();  // built_for_cuda.cu
+
 void cuda_check(cudaError_t status, const char* call, const std::source_location& at) {
   if (status == cudaSuccess) return;
   (void)cudaGetLastError();
@@ -153,8 +155,9 @@ std::string Device::description() const {
   if (!is_cuda()) return fmt::format("CPU, {} threads", omp_get_max_threads());
   cudaDeviceProp properties{};
   cuda_check(cudaGetDeviceProperties(&properties, index_), "cudaGetDeviceProperties");
-  return fmt::format("{}, {} SMs, {:.1f} GiB", properties.name, context_->sm_count,
-                     static_cast<double>(properties.totalGlobalMem) / (1 << 30));
+  cuda_check(cudaSetDevice(index_), "cudaSetDevice");
+  return fmt::format("{}, {} SMs, {:.1f} GiB, kernels of {}", properties.name, context_->sm_count,
+                     static_cast<double>(properties.totalGlobalMem) / (1 << 30), architecture_of_kernels());
 }
 
 }  // namespace longhand
