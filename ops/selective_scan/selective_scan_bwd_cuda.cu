@@ -10,7 +10,7 @@
 // moves   x, dt, z, grad_y in, grad_x, grad_dt, grad_z out: 14 bytes per token and channel in bf16, dt and x once more, and the states of
 //         chunks; 2 N f32 of partial sums of grad_B_t and grad_C_t per token and 64 channels
 // flops   2 N exponentials, 15 N others per token and channel, and about as many again to move and to add up
-// floor   the same shape: about 34 instructions for each state and token: 1.6 ms of issue at 1.97 GHz; 0.9 ms of ex2
+// floor   the same shape: about 33 instructions for each state and token: 1.6 ms of issue at 1.97 GHz; 0.9 ms of ex2
 // split   N <= 16: four lanes share two channels, a lane has a quarter of the entries of both, a block 64 channels of one segment. It goes
 //         through its chunks from the last to the first: first forward, leaving the state in front of every fourth token in shared
 //         memory; then for four tokens at a time, last first, forward once more with states and decays kept in registers, and back with the
@@ -73,9 +73,9 @@ __global__ void __launch_bounds__(kScanThreads, Split::kN <= 64 ? 4 : 2)
     const int there = static_cast<int>(min(static_cast<int64_t>(kTokens), place.end - (place.begin + tile * kTokens)));
     choose(place.whole(p) && there == kTokens, [&](auto whole) {
       const int left = own_real ? there - token0 : 0;
-      dt_at.template read<whole>(0, next.dt, left, -INFINITY);
-      if (graded) grad_at.template read<whole>(0, next.grad_y, left, 0.0f);
-      if (gated) z_at.template read<whole>(0, next.z, left, 0.0f);
+      dt_at.template read<whole>(next.dt, left, -INFINITY);
+      if (graded) grad_at.template read<whole>(next.grad_y, left, 0.0f);
+      if (gated) z_at.template read<whole>(next.z, left, 0.0f);
     });
     dt_at.move(-kTokens);
     grad_at.move(-kTokens);
@@ -140,6 +140,8 @@ struct WalkBack {
 /// Blocks of the walk back that share an SM: as many as registers and shared memory allow.
 template <class Split>
 constexpr int kWalkBackBlocks = Split::kN > 16 ? 1 : 3;
+template <class Split>
+constexpr ScanCost kWalkBackCost = Split::kN > 16 ? ScanCost{1, 1.0, 1.0, 1.2} : ScanCost{3, 2.5, 1.0, 1.2};
 
 template <class Split>
 struct WalkBackShared {
@@ -228,20 +230,26 @@ __global__ void __launch_bounds__(kScanThreads, kWalkBackBlocks<Split>)
     float* const partials = kept(g.BC_partials + ((place.group * p.batch + place.b) * p.tokens + begin) * 2 * g.N4);
     const float* const border = kept(g.borders + (place.b * p.chunks + chunk) * p.channels * kN);
 
-    // What a run needs is fetched while the one behind it is worked on, what the last one needs before the way forward.
-    OwnedAt<const T> x_at(p.x, place.b, begin + token0, own_channel), dt_at(p.dt, place.b, begin + token0, own_channel),
-        z_at(p.z, place.b, begin + token0, own_channel), grad_at(g.grad_y, place.b, begin + token0, own_channel);
-    OwnedAt<T> grad_x_at(g.grad_x, place.b, begin + token0, own_channel), grad_dt_at(g.grad_dt, place.b, begin + token0, own_channel),
-        grad_z_at(g.grad_z, place.b, begin + token0, own_channel);
+    // What a run needs is fetched while the one behind it is worked on, what the last one needs before the way forward. All these addresses
+    // go back from run to run.
+    const int64_t last = begin + (runs - 1) * kRun + token0;
+    OwnedAt<const T> x_at(p.x, place.b, last, own_channel), dt_at(p.dt, place.b, last, own_channel), z_at(p.z, place.b, last, own_channel),
+        grad_at(g.grad_y, place.b, last, own_channel);
+    OwnedAt<T> grad_x_at(g.grad_x, place.b, last, own_channel), grad_dt_at(g.grad_dt, place.b, last, own_channel),
+        grad_z_at(g.grad_z, place.b, last, own_channel);
     OwnedBack<T, kOwned> next;
     const auto fetch = [&](int run) {
       choose(all_channels && (run + 1) * kRun <= tokens, [&](auto whole) {
         const int left = own_tokens - run * kRun - token0;
-        x_at.template read<whole>(run * kRun, next.x, left, 0.0f);
-        dt_at.template read<whole>(run * kRun, next.dt, left, 0.0f);
-        if (gated) z_at.template read<whole>(run * kRun, next.z, left, 0.0f);
-        if (graded) grad_at.template read<whole>(run * kRun, next.grad_y, left, 0.0f);
+        x_at.template read<whole>(next.x, left, 0.0f);
+        dt_at.template read<whole>(next.dt, left, 0.0f);
+        if (gated) z_at.template read<whole>(next.z, left, 0.0f);
+        if (graded) grad_at.template read<whole>(next.grad_y, left, 0.0f);
       });
+      x_at.move(-kRun);
+      dt_at.move(-kRun);
+      z_at.move(-kRun);
+      grad_at.move(-kRun);
     };
     fetch(runs - 1);
 
@@ -253,8 +261,8 @@ __global__ void __launch_bounds__(kScanThreads, kWalkBackBlocks<Split>)
       Fetched<T> x[kForwardOwned], raw_dt[kForwardOwned];
       const auto fetch_forward = [&](int t) {
         choose(all_channels && t + kForward <= tokens, [&](auto whole) {
-          forward_x.template read<whole>(0, x, own_tokens - t - forward0, 0.0f);
-          forward_dt.template read<whole>(0, raw_dt, own_tokens - t - forward0, -INFINITY);
+          forward_x.template read<whole>(x, own_tokens - t - forward0, 0.0f);
+          forward_dt.template read<whole>(raw_dt, own_tokens - t - forward0, -INFINITY);
         });
         forward_x.move(kForward);
         forward_dt.move(kForward);
@@ -406,10 +414,14 @@ __global__ void __launch_bounds__(kScanThreads, kWalkBackBlocks<Split>)
         for (int i = 0; i < kOwned; ++i) grad_z[i] *= graded ? in.grad_y[i].f32() * silu_slope(in.z[i].f32(), gate[i]) : 0.0f;
       if (Split::template owns<kRun>())
         choose(all_channels && (run + 1) * kRun <= tokens, [&](auto whole) {
-          if (g.grad_x.data != nullptr) grad_x_at.template write<whole>(run * kRun, grad_x, left);
-          if (g.grad_dt.data != nullptr) grad_dt_at.template write<whole>(run * kRun, grad_dt, left);
-          if (g.grad_z.data != nullptr) grad_z_at.template write<whole>(run * kRun, grad_z, left);
+          if (g.grad_x.data != nullptr) grad_x_at.template write<whole>(grad_x, left);
+          if (g.grad_dt.data != nullptr) grad_dt_at.template write<whole>(grad_dt, left);
+          if (g.grad_z.data != nullptr) grad_z_at.template write<whole>(grad_z, left);
         });
+
+      grad_x_at.move(-kRun);
+      grad_dt_at.move(-kRun);
+      grad_z_at.move(-kRun);
 
       if (in_span != 0) continue;
       __syncthreads();
@@ -487,7 +499,7 @@ void backward(const SelectiveScanBackward& g) {
   const CudaContext& cuda = device.cuda_context();
   const int64_t B = in.x.dim(0), tokens = in.x.dim(1), D = in.x.dim(2), N = in.A_log.dim(1);
   const int64_t groups = (D + Split::kBlockChannels - 1) / Split::kBlockChannels;
-  const ScanCut cut = cut_scan(tokens, groups * B, {kWalkBackBlocks<Split>, kWalkBackBlocks<Split>, 1.2}, cuda.sm_count);
+  const ScanCut cut = cut_scan(tokens, groups * B, kWalkBackCost<Split>, cuda.sm_count);
   const ScanProblem<T> p = scan_problem<T>(in, cut.segments, cut.segment_tokens);
   const auto f32 = [&](Shape shape) { return Tensor::empty(device, Dtype::f32, shape); };
   const ScanRows<const T> grad_y = scan_rows<const T>(g.grad_y);

@@ -9,11 +9,11 @@
 // split   N <= 16: two neighbouring lanes share two channels; a lane has half of the entries of both in registers, forms the steps of its
 // own
 //         channel, and hands over half of a sum for the other: one exchange per token. 32 channels a warp; warps know nothing of each
-//         other. Wider states take 8 or 32 lanes for two channels, whose tokens their lanes own in turn. Few rows and channels: the
-//         sequence is cut into segments, whose end states (Walk::ends, a second set of exponentials) are connected first
+//         other. Wider states take 8 or 32 lanes for two channels, whose tokens their lanes own in turn, and so do few rows and channels
+//         with 4. Fewer still: the sequence is cut into segments, whose end states (Walk::ends, a second set of exponentials) are connected
+//         first
 // needs   N <= 256, any strides over B and T (how far tokens may be apart: scan_rows). B_t and C_t are read four at a time where addresses,
-// strides
-//         and widths allow it, else one by one
+//         strides and widths allow it, else one by one
 // agrees  with the CPU reference: kSelectiveScanToleranceF32 (ex2.approx in decays, in softplus and in silu, rcp.approx in silu); bf16 adds
 //         one rounding of y
 // order   y is summed over the entries of a lane, then over lanes in a tree. No atomics; the number of segments depends on the GPU
@@ -55,9 +55,11 @@ struct Owned {
   Fetched<T> x[n], dt[n], z[n];
 };
 
-/// The second walk costs as many exponentials again. A warp alone on its scheduler is as slow as three that share it.
+/// The second walk costs as many exponentials again.
 template <class Split>
-constexpr ScanCost kForwardCost = Split::kN <= 16 ? ScanCost{3, 3, 1.9} : ScanCost{2, 2, 1.9};
+constexpr ScanCost kForwardCost = Split::kN > 16         ? ScanCost{2, 1.45, 1.0, 1.9}
+                                  : Split::kEntries == 8 ? ScanCost{3, 1.45, 1.0, 1.9}
+                                                         : ScanCost{4, 2.25, 0.55, 1.9};
 
 template <class T, class Split, Walk walk>
 __global__ void __launch_bounds__(kScanThreads, kForwardCost<Split>.at_once)
@@ -110,9 +112,9 @@ __global__ void __launch_bounds__(kScanThreads, kForwardCost<Split>.at_once)
   };
   const auto fetch_owned = [&](int64_t begin, Owned<T, kOwned>& to) {
     with_tile(begin, [&](auto whole, int left) {
-      x_at.template read<whole>(0, to.x, left, 0.0f);
-      dt_at.template read<whole>(0, to.dt, left, -INFINITY);  // a step of zero keeps the state: behind the last token
-      if (gated) z_at.template read<whole>(0, to.z, left, 0.0f);
+      x_at.template read<whole>(to.x, left, 0.0f);
+      dt_at.template read<whole>(to.dt, left, -INFINITY);  // a step of zero keeps the state: behind the last token
+      if (gated) z_at.template read<whole>(to.z, left, 0.0f);
     });
     x_at.move(kTokens);
     dt_at.move(kTokens);
@@ -176,7 +178,7 @@ __global__ void __launch_bounds__(kScanThreads, kForwardCost<Split>.at_once)
       if (gated)
 #pragma unroll
         for (int i = 0; i < kOwned; ++i) results[i] *= silu(now.z[i].f32());
-      if (Split::template owns<kTokens>()) with_tile(begin, [&](auto whole, int left) { y_at.template write<whole>(0, results, left); });
+      if (Split::template owns<kTokens>()) with_tile(begin, [&](auto whole, int left) { y_at.template write<whole>(results, left); });
       y_at.move(kTokens);
     }
   }
@@ -237,11 +239,17 @@ void launch_walk(const ScanProblem<T>& p, const WalkOutputs<T>& w, int64_t segme
               kScanWarps * sizeof(WarpTile<Split, walk>), cuda, p, w, groups, segments);
 }
 
+template <class Split>
+ScanCut cut_forward(const SelectiveScanInputs& in) {
+  const int64_t groups = (in.x.dim(2) + Split::kBlockChannels - 1) / Split::kBlockChannels;
+  return cut_scan(in.x.dim(1), groups * in.x.dim(0), kForwardCost<Split>, in.x.device().cuda_context().sm_count);
+}
+
 template <class T, class Split>
 void forward(const SelectiveScanInputs& in, const SelectiveScanResult& out) {
   const CudaContext& cuda = in.x.device().cuda_context();
-  const int64_t B = in.x.dim(0), D = in.x.dim(2), groups = (D + Split::kBlockChannels - 1) / Split::kBlockChannels;
-  const ScanCut cut = cut_scan(in.x.dim(1), groups * B, kForwardCost<Split>, cuda.sm_count);
+  const int64_t B = in.x.dim(0), D = in.x.dim(2);
+  const ScanCut cut = cut_forward<Split>(in);
   const ScanProblem<T> p = scan_problem<T>(in, cut.segments, cut.segment_tokens);
 
   WalkOutputs<T> w{
@@ -286,7 +294,15 @@ SelectiveScanResult selective_scan_fwd_cuda(const SelectiveScanInputs& in, bool 
   split_for(N, [&](auto split, auto) {
     using Split = decltype(split);
     if (keep_borders) out.borders = Tensor::empty(in.x.device(), Dtype::f32, {B, (T + kScanChunk - 1) / kScanChunk, D, int64_t{Split::kN}});
-    in.x.dtype() == Dtype::bf16 ? forward<__nv_bfloat16, Split>(in, out) : forward<float, Split>(in, out);
+    const auto run = [&](auto chosen) {
+      using Chosen = decltype(chosen);
+      in.x.dtype() == Dtype::bf16 ? forward<__nv_bfloat16, Chosen>(in, out) : forward<float, Chosen>(in, out);
+    };
+    if constexpr (Split::kN == 16) {  // few rows and channels: more lanes for each
+      using Finer = ScanSplit<4, 4>;
+      if (cut_forward<Finer>(in).time < cut_forward<Split>(in).time) return run(Finer{});
+    }
+    run(split);
   });
   return out;
 }

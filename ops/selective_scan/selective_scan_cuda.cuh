@@ -146,17 +146,17 @@ struct OwnedAt {
       : at(kept(reinterpret_cast<Byte*>(rows.at(b, t) + channel))), stride(rows.token * static_cast<int>(sizeof(T))) {}
   __device__ void move(int tokens) { at += static_cast<int64_t>(tokens) * stride; }
   __device__ T* operator[](int i) const { return in_global_memory(reinterpret_cast<T*>(at + static_cast<int64_t>(i) * stride)); }
-  /// Tokens [first, first + n), of which `left` are there; `behind` for the others.
+  /// Tokens [0, n), of which `left` are there; `behind` for the others.
   template <bool whole, int n, class Element>
-  __device__ void read(int first, Fetched<Element> (&to)[n], int left, float behind) const {
+  __device__ void read(Fetched<Element> (&to)[n], int left, float behind) const {
 #pragma unroll
-    for (int i = 0; i < n; ++i) to[i] = whole || i < left ? Fetched<Element>::from((*this)[first + i]) : Fetched<Element>::constant(behind);
+    for (int i = 0; i < n; ++i) to[i] = whole || i < left ? Fetched<Element>::from((*this)[i]) : Fetched<Element>::constant(behind);
   }
   template <bool whole, int n>
-  __device__ void write(int first, const float (&from)[n], int left) const {
+  __device__ void write(const float (&from)[n], int left) const {
 #pragma unroll
     for (int i = 0; i < n; ++i)
-      if (whole || i < left) *(*this)[first + i] = static_cast<T>(from[i]);
+      if (whole || i < left) *(*this)[i] = static_cast<T>(from[i]);
   }
 };
 
@@ -219,32 +219,35 @@ ScanProblem<T> scan_problem(const SelectiveScanInputs& in, int64_t segments, int
           (in.x.dim(1) + kScanChunk - 1) / kScanChunk};
 }
 
-/// What a walk costs. An SM with up to `at_once` blocks fills the pauses of one with the work of another: with fewer than `alone` it takes
-/// as long as with that many, with more than `at_once` they follow in rounds. Walking segments first for what they do to a state, and again
+/// What a walk costs on an SM, as measured: `block` a token for each of its blocks, up to `at_once` of which fill each other's pauses;
+/// fewer than `alone` take as long as that many would, more follow in rounds. Walking segments first for what they do to a state, and again
 /// for the results, costs `dearer` times as much as walking whole sequences.
 struct ScanCost {
-  int64_t at_once, alone;
-  double dearer;
+  int64_t at_once;
+  double alone, block, dearer;
 };
 
 /// How the sequences are cut into segments of whole chunks, all walked at once. Segments pay where the blocks of whole sequences leave SMs
-/// without work, in the last round at least: what counts is the SM that has most blocks.
+/// without work, in the last round at least: what counts is the SM that has most blocks. Of equal cuts the finest is taken, for the sake of
+/// the first walk, which has one segment less.
 struct ScanCut {
   int64_t segments, segment_tokens;
-  double time;  // of that SM, in tokens of one block
+  double time;
 };
 inline ScanCut cut_scan(int64_t tokens, int64_t blocks, const ScanCost& cost, int64_t sm_count) {
-  constexpr int64_t kShortestSegment = 2 * kScanChunk, kMostPerSm = 12;
+  constexpr int64_t kShortestSegment = 256, kMostPerSm = 12;
   const auto cut = [&](int64_t wanted) {
     const int64_t chunks = (tokens + kScanChunk - 1) / kScanChunk, each = (chunks + wanted - 1) / wanted,
                   segments = (chunks + each - 1) / each;
     const int64_t on_one = (blocks * segments + sm_count - 1) / sm_count, last_round = on_one % cost.at_once;
-    const int64_t shares = on_one - last_round + (last_round > 0 ? std::max(last_round, cost.alone) : 0);
-    return ScanCut{segments, each * kScanChunk, (segments > 1 ? cost.dearer : 1.0) * static_cast<double>(shares * each * kScanChunk)};
+    const double shares =
+        static_cast<double>(on_one - last_round) + (last_round > 0 ? std::max(static_cast<double>(last_round), cost.alone) : 0);
+    return ScanCut{segments, each * kScanChunk,
+                   cost.block * (segments > 1 ? cost.dearer : 1.0) * shares * static_cast<double>(each * kScanChunk)};
   };
   ScanCut best = cut(1);
   for (int64_t wanted = 2; wanted <= tokens / kShortestSegment && blocks * (wanted - 1) < kMostPerSm * sm_count; ++wanted)
-    if (const ScanCut next = cut(wanted); next.time < 0.99 * best.time) best = next;
+    if (const ScanCut next = cut(wanted); next.time <= best.time) best = next;
   return best;
 }
 
@@ -305,15 +308,9 @@ __device__ void read_floats(const float* from, float (&to)[n]) {
 
 template <int n>
 __device__ void write_floats(float* to, const float (&from)[n]) {
-  static_assert(n % 4 == 0 || n == 2);
-  constexpr int step = n % 4 == 0 ? 4 : 2;
+  static_assert(n % 4 == 0);
 #pragma unroll
-  for (int i = 0; i < n; i += step) {
-    Pack<float, step> pack;
-#pragma unroll
-    for (int k = 0; k < step; ++k) pack.at[k] = from[i + k];
-    store_pack(to + i, pack);
-  }
+  for (int i = 0; i < n; i += 4) store_pack(to + i, Pack<float, 4>{{from[i], from[i + 1], from[i + 2], from[i + 3]}});
 }
 
 /// A lane's states from [.., channels, kN], where `states` points at the first channel of a row; zeros behind the last channel.
