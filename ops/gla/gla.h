@@ -29,7 +29,9 @@ struct GlaOutput {
 ///           finite for every gate from 0 to -1e4: no exponent above 0 is ever formed
 /// saves     its inputs only; backward recomputes the states at chunk borders (freed when it returns)
 /// errors    ShapeError naming both tensors; DtypeError; DeviceError; ValueError for a gate_normalizer <= 0, a gate_min > 0, a scale that
-///           is not finite; CUDA: ValueError if Dk > 256
+///           is not finite
+/// widths    any Dk and Dv. CUDA has kernels for Dk up to 256; above, 128 keys of a head are taken at a time (gla_key_slices_cuda.cpp), and
+///           so they are in f32 above 128 on a GPU with little shared memory
 /// source    Yang et al. 2023, arXiv:2312.06635, section 4 (secondary chunking: section 4.3)
 GlaOutput gla(const Variable& q, const Variable& k, const Variable& v, const Variable& gate, const Variable& h0,
               const GlaOptions& options = {});

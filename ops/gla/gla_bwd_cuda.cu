@@ -347,7 +347,7 @@ void backward(const GlaInputs& in, const GlaRule& rule, const Tensor& grad_o_or_
 }  // namespace
 
 void gla_bwd_cuda(const GlaInputs& in, const GlaRule& rule, const Tensor& grad_o, const Tensor& grad_h_T, const GlaGradients& out) {
-  require_gla_cuda_sizes(in);
+  if (!gla_takes_keys_whole(in)) return gla_bwd_key_slices_cuda(in, rule, grad_o, grad_h_T, out);
   in.q.dtype() == Dtype::bf16 ? backward<Bf16>(in, rule, grad_o, grad_h_T, out) : backward<float>(in, rule, grad_o, grad_h_T, out);
 }
 

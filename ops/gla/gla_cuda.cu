@@ -363,31 +363,35 @@ struct SegmentScanArgs {
   int64_t segments, Dk, Dv;
 };
 
-// One thread per entry of the state, one block row per (row, head).
+// One thread per `vec` entries of a row of the state, one block row per (row, head).
 constexpr int kSegmentsAhead = 8;
+template <int vec>
 __global__ void gla_segment_scan_kernel(const SegmentScanArgs a) {
-  const int64_t entry = static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x, row_head = blockIdx.x, size = a.Dk * a.Dv;
+  const int64_t entry = (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) * vec, row_head = blockIdx.x, size = a.Dk * a.Dv;
   if (entry >= size) return;
-  float current = a.start == nullptr ? 0.0f : a.start[row_head * size + entry];
+  Pack<float, vec> current{};
+  if (a.start != nullptr) current = load_pack<vec>(a.start + row_head * size + entry);
   const float* decay = a.decay + row_head * a.segments * a.Dk + entry / a.Dv;
   float* place = a.states + row_head * a.segments * size + entry;
   const int64_t last = a.segments - 1;
   for (int64_t begin = 0; begin < last; begin += kSegmentsAhead) {
-    float own[kSegmentsAhead], factor[kSegmentsAhead];  // all on their way before the first is needed
+    Pack<float, vec> own[kSegmentsAhead];  // all on their way before the first is needed
+    float factor[kSegmentsAhead];
 #pragma unroll
     for (int s = 0; s < kSegmentsAhead; ++s)
       if (begin + s < last) {
-        own[s] = place[(begin + s) * size];
+        own[s] = load_pack<vec>(place + (begin + s) * size);
         factor[s] = decay[(begin + s) * a.Dk];
       }
 #pragma unroll
     for (int s = 0; s < kSegmentsAhead; ++s) {
       if (begin + s >= last) break;
-      place[(begin + s) * size] = current;
-      current = factor[s] * current + own[s];
+      store_pack(place + (begin + s) * size, current);
+#pragma unroll
+      for (int e = 0; e < vec; ++e) current.at[e] = factor[s] * current.at[e] + own[s].at[e];
     }
   }
-  place[last * size] = current;  // the last segment's end is nobody's beginning
+  store_pack(place + last * size, current);  // the last segment's end is nobody's beginning
 }
 
 // --- launchers ------------------------------------------------------------------------------------------------
@@ -452,8 +456,10 @@ void run_walk(GlaWalkArgs<T> args, const Tensor& start, const Device& device) {
     ends.end_per_segment = true;
     launch_walk<T, false, backwards>(ends, context);
     const SegmentScanArgs scan{decays.data<float>(), args.start, starts.data<float>(), args.segments, Dk, Dv};
-    const dim3 grid(static_cast<unsigned>(heads), static_cast<unsigned>((Dk * Dv + 255) / 256));
-    launch(&gla_segment_scan_kernel, "gla_segment_scan_kernel", grid, dim3(256), 0, context, scan);
+    const int64_t vec = Dv % 4 == 0 ? 4 : 1;
+    const dim3 grid(static_cast<unsigned>(heads), static_cast<unsigned>((Dk * Dv / vec + 255) / 256));
+    launch(vec == 4 ? &gla_segment_scan_kernel<4> : &gla_segment_scan_kernel<1>, "gla_segment_scan_kernel", grid, dim3(256), 0, context,
+           scan);
     args.start = starts.data<float>();
   }
   launch_walk<T, outputs, backwards>(args, context);
@@ -548,14 +554,10 @@ void prepare(const GlaInputs& in, const GlaRule& rule, const GlaPrepared& out) {
 
 }  // namespace
 
-void require_gla_cuda_sizes(const GlaInputs& in) {
-  if (in.q.dim(3) > kMaxKeyDim)
-    throw ValueError("gla: the keys of a head are too wide for the CUDA kernels",
-                     {{"q", in.q.describe()}, {"expected", "Dk <= 256"}, {"try", "more heads of a smaller Dk"}});
+bool gla_takes_keys_whole(const GlaInputs& in) {
   const int64_t limit = in.q.device().cuda_context().shared_memory_per_block;
-  if (in.q.dtype() == Dtype::f32 && in.q.dim(3) > 128 && WalkLayout<float, 256>::total_bytes(true, true, 1) > limit)
-    throw ValueError("gla: this GPU has too little shared memory for keys of this width in f32",
-                     {{"q", in.q.describe()}, {"expected", "Dk <= 128"}, {"try", "bf16"}});
+  const bool fits = in.q.dtype() == Dtype::bf16 || in.q.dim(3) <= 128 || WalkLayout<float, 256>::total_bytes(true, true, 1) <= limit;
+  return in.q.dim(3) <= kMaxKeyDim && fits;
 }
 
 GlaPrepared gla_prepare_cuda(const GlaInputs& in, const GlaRule& rule) {
@@ -579,7 +581,7 @@ Tensor gla_chunk_state_gradients_cuda(const GlaInputs& in, const GlaPrepared& pr
 }
 
 GlaResult gla_fwd_cuda(const GlaInputs& in, const GlaRule& rule) {
-  require_gla_cuda_sizes(in);
+  if (!gla_takes_keys_whole(in)) return gla_fwd_key_slices_cuda(in, rule);
   return in.q.dtype() == Dtype::bf16 ? forward<Bf16>(in, rule) : forward<float>(in, rule);
 }
 

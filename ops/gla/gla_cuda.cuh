@@ -26,8 +26,8 @@ Tensor gla_chunk_states_cuda(const GlaInputs& in, const GlaPrepared& prepared);
 Tensor gla_chunk_state_gradients_cuda(const GlaInputs& in, const GlaPrepared& prepared, const Tensor& grad_o, const Tensor& grad_h_T,
                                       const Tensor& grad_v, const Tensor& grad_h0);
 
-constexpr int kMaxKeyDim = 256;                    // a warp keeps 16 rows of the turned state in registers
-void require_gla_cuda_sizes(const GlaInputs& in);  // ValueError naming q
+constexpr int kMaxKeyDim = 256;  // a warp keeps 16 rows of the turned state in registers
+bool gla_takes_keys_whole(const GlaInputs& in);
 
 /// The widths of Dk that kernels are made for; others are padded with zeros.
 inline int padded_key_dim(int64_t Dk) {

@@ -48,4 +48,9 @@ GlaResult gla_fwd_cuda(const GlaInputs& in, const GlaRule& rule);
 void gla_bwd_cpu(const GlaInputs& in, const GlaRule& rule, const Tensor& grad_o, const Tensor& grad_h_T, const GlaGradients& out);
 void gla_bwd_cuda(const GlaInputs& in, const GlaRule& rule, const Tensor& grad_o, const Tensor& grad_h_T, const GlaGradients& out);
 
+/// The same for keys that are wider than the kernels take (gla_key_slices_cuda.cpp).
+GlaResult gla_fwd_key_slices_cuda(const GlaInputs& in, const GlaRule& rule);
+void gla_bwd_key_slices_cuda(const GlaInputs& in, const GlaRule& rule, const Tensor& grad_o, const Tensor& grad_h_T,
+                             const GlaGradients& out);
+
 }  // namespace longhand
