@@ -5,6 +5,7 @@
 #include "core/error.h"
 #include "core/switches.h"
 #include "ops/causal_conv1d/causal_conv1d_kernels.h"
+#include "tests/support/draws.h"
 #include "tests/support/parity.h"
 
 using namespace longhand;
@@ -43,10 +44,14 @@ void compare_on(const Device& device, Dtype activations) {
   };
   std::vector<Size> sizes{{1, 1, 1, 4}, {2, 2, 3, 4}, {3, 3, 8, 4},  {1, 4, 12, 4}, {2, 37, 64, 4},
                           {2, 5, 7, 1}, {2, 5, 8, 2}, {1, 9, 20, 3}, {2, 6, 12, 5}, {2, 3, 16, 8}};
-  if (device.is_cuda())
+  if (device.is_cuda()) {
     for (const Size size : {Size{1, 64, 1792, 4}, Size{1, 65, 260, 4}, Size{5, 131, 2320, 4}, Size{1, 5000, 256, 4}, Size{700, 1, 264, 4},
                             Size{3, 100, 129, 6}, Size{64, 129, 128, 4}})
       sizes.push_back(size);
+    Draws draws(84);
+    for (int round = 0; round < 16; ++round)
+      sizes.push_back({draws.up_to(4), draws.up_to(300), draws.up_to(300), draws.once_in(2) ? 4 : draws.between(1, 8)});
+  }
   for (const auto [B, T, C, W] : sizes) {
     for (const int64_t padding : {0, 3, 4, 8}) {  // of the rows of x and of the gradients
       for (const bool whole : {true, false}) {    // with bias and window, or without
