@@ -19,8 +19,8 @@ BatchStream training_batches(const Recipe& recipe, const std::shared_ptr<const T
 /// Whether there is something to validate on: val_files, or a task.
 bool has_validation(const Recipe& recipe);
 
-/// One pass over the held-out text, rows in its order; or the same task with samples that training never sees, without end. Batches have
-/// the rows of one micro-batch.
+/// One pass over the held-out text, rows in its order; or the same task without end: babilong with the stories that training leaves out,
+/// the others with samples drawn from another seed. Batches have the rows of one micro-batch.
 /// returns  what begins that stream, again at every call; what it needs is read once
 std::function<BatchStream()> validation_source(const Recipe& recipe, const std::shared_ptr<const Tokenizer>& tokenizer);
 

@@ -1,6 +1,11 @@
 // Training on BABILong: a mixture of bAbI files and lengths.
+#include <fmt/format.h>
+
 #include <algorithm>
+#include <cstdio>
 #include <filesystem>
+#include <map>
+#include <set>
 
 #include "core/error.h"
 #include "data/tasks/babilong.h"
@@ -12,22 +17,59 @@ namespace longhand {
 namespace {
 
 constexpr int kMostTries = 10'000;
-constexpr int64_t kHeldOutEvery = 20;  // story 19, 39, ... of a file; a file of fewer stories is not split
+constexpr int64_t kHeldOutEvery = 20;  // different stories; a file of fewer is not divided
 constexpr int64_t kShrink = 16;        // tokens that a sample loses beyond what it is too long by
 
-// The questions of the stories that are held out, or of the others. A story's questions follow each other, each with all facts of the one
-// before.
-std::vector<BabiSample> split(std::vector<BabiSample> all, bool held_out) {
-  std::vector<int64_t> story;
-  for (std::size_t i = 0; i < all.size(); ++i) {
-    const bool same = i > 0 && all[i - 1].facts.size() <= all[i].facts.size() &&
-                      std::equal(all[i - 1].facts.begin(), all[i - 1].facts.end(), all[i].facts.begin());
-    story.push_back(i == 0 ? 0 : story.back() + (same ? 0 : 1));
+struct Parts {
+  std::vector<BabiSample> trained, held_out;
+  bool divided = true;  // otherwise both are the whole file
+};
+
+// Of the different stories of a file, in the order of their texts, each twentieth is held out, wherever it stands: files repeat stories,
+// some of them several times. A story's questions follow each other, each with all facts of the one before.
+Parts divide(std::vector<BabiSample> all) {
+  std::vector<std::size_t> last(all.size());  // of each question, the last one of its story: that one has all facts
+  for (std::size_t i = all.size(); i-- > 0;) {
+    const bool goes_on = i + 1 < all.size() && all[i].facts.size() <= all[i + 1].facts.size() &&
+                         std::equal(all[i].facts.begin(), all[i].facts.end(), all[i + 1].facts.begin());
+    last[i] = goes_on ? last[i + 1] : i;
   }
-  if (story.empty() || story.back() + 1 < kHeldOutEvery) return all;
-  std::vector<BabiSample> taken;
-  for (std::size_t i = 0; i < all.size(); ++i)
-    if ((story[i] % kHeldOutEvery == kHeldOutEvery - 1) == held_out) taken.push_back(std::move(all[i]));
+  std::map<std::vector<std::string>, bool> held_out;  // by the facts of a story
+  for (const std::size_t i : last) held_out[all[i].facts] = false;
+  if (std::ssize(held_out) < kHeldOutEvery) return {all, all, false};
+  int64_t number = 0;
+  for (auto& [facts, held] : held_out) held = ++number % kHeldOutEvery == 0;
+  std::vector<bool> of_question;
+  for (const std::size_t i : last) of_question.push_back(held_out.at(all[i].facts));
+  Parts parts;
+  for (std::size_t i = 0; i < all.size(); ++i) (of_question[i] ? parts.held_out : parts.trained).push_back(std::move(all[i]));
+  return parts;
+}
+
+// The stories of each file to train on, or those to validate on. A question that is held out with the facts before it is not trained on in
+// any file: different stories may begin alike.
+std::vector<std::vector<BabiSample>> stories_of(const std::vector<std::string>& files, bool held_out) {
+  std::vector<Parts> parts;
+  for (const std::string& file : files) {
+    parts.push_back(divide(read_babi(file)));
+    if (parts.back().trained.empty()) throw FileError("task babilong: a file without a question", {{"file", file}});
+    if (held_out && !parts.back().divided)
+      fmt::print(stderr, "babilong: {} has fewer than {} different stories: none is held out, and validation asks what training has seen\n",
+                 file, kHeldOutEvery);
+  }
+  std::set<std::pair<std::vector<std::string>, std::string>> asked;
+  for (const Parts& part : parts)
+    if (part.divided)
+      for (const BabiSample& sample : part.held_out) asked.emplace(sample.facts, sample.question);
+  std::vector<std::vector<BabiSample>> taken;
+  for (std::size_t f = 0; f < files.size(); ++f) {
+    taken.push_back(std::move(held_out ? parts[f].held_out : parts[f].trained));
+    if (held_out) continue;
+    std::erase_if(taken.back(), [&](const BabiSample& sample) { return asked.contains({sample.facts, sample.question}); });
+    if (taken.back().empty())
+      throw ConfigError("task babilong: every question of a file is held out with another file",
+                        {{"file", files[f]}, {"try", "leave it out of task.babi"}});
+  }
   return taken;
 }
 
@@ -36,20 +78,22 @@ class BabilongTask : public Task {
   explicit BabilongTask(const TaskContext& context) : tokenizer_(context.tokenizer), row_tokens_(context.row_tokens) {
     const TaskOptions& o = context.options;
     if (o.babi.empty()) throw ConfigError("task babilong: no bAbI file", {{"try", "--set task.babi=qa1_single-supporting-fact_train.txt"}});
-    for (const std::string& file : o.babi) {
-      stories_.push_back(split(read_babi(file), context.held_out));
-      if (stories_.back().empty()) throw FileError("task babilong: a file without a question", {{"file", file}});
+    stories_ = stories_of(o.babi, context.held_out);
+    for (std::size_t f = 0; f < stories_.size(); ++f)
       names_ +=
-          (names_.empty() ? "" : " ") + std::filesystem::path(file).filename().string() + ":" + std::to_string(stories_.back().size());
-    }
+          (names_.empty() ? "" : " ") + std::filesystem::path(o.babi[f]).filename().string() + ":" + std::to_string(stories_[f].size());
     if (o.lengths.empty()) lengths_ = {0};
     for (const std::string& length : o.lengths) lengths_.push_back(parse_length(length));
     for (std::size_t f = 0; f < stories_.size(); ++f)
       for (const int64_t length : lengths_)
         if (std::none_of(stories_[f].begin(), stories_[f].end(), [&](const BabiSample& story) { return fits(story, length); }))
-          throw ConfigError(
-              "task babilong: no story of a file has few enough lines for a length",
-              {{"file", o.babi[f]}, {"length", std::to_string(length)}, {"lines", "at most " + std::to_string(most_babi_lines(length))}});
+          throw ConfigError(context.held_out ? "task babilong: no held-out story of a file has few enough lines for a length"
+                                             : "task babilong: no story of a file has few enough lines for a length",
+                            {{"file", o.babi[f]},
+                             {"length", std::to_string(length)},
+                             {"lines", "at most " + std::to_string(most_babi_lines(length))},
+                             {"try", context.held_out ? "a greater length, or a file with more stories that fit: each twentieth is held out"
+                                                      : "a greater length, or a file with shorter stories"}});
     // Of a length, kBabilongPromptTokens are for instruction and examples, which samples of training do not have.
     if (const int64_t longest = *std::max_element(lengths_.begin(), lengths_.end()) - kBabilongPromptTokens; longest > row_tokens_)
       throw ConfigError("task babilong: a row cannot hold the longest samples",
@@ -85,11 +129,9 @@ class BabilongTask : public Task {
   std::vector<std::pair<std::string, std::string>> made_with() const override {
     std::string lengths;
     for (const int64_t length : lengths_) lengths += (lengths.empty() ? "" : " ") + std::to_string(length);
-    return {{"task", "babilong"},
-            {"tokenizer", tokenizer_->fingerprint()},
-            {"babi", names_},
-            {"lengths", lengths},
-            {"books", background_.fingerprint()}};
+    return {{"task", "babilong"}, {"tokenizer", tokenizer_->fingerprint()},
+            {"babi", names_},     {"held_out", "each " + std::to_string(kHeldOutEvery) + "th of the different stories"},
+            {"lengths", lengths}, {"books", background_.fingerprint()}};
   }
 
  private:

@@ -35,7 +35,8 @@ struct TaskContext {
   std::shared_ptr<const Tokenizer> tokenizer;
   std::vector<std::string> files;  // shards of the recipe: the background of babilong
   int64_t row_tokens = 0;          // a sample has at most so many
-  bool held_out = false;           // babilong: of the stories that training leaves out, instead of those that it takes
+  bool held_out = false;           // babilong: of the stories that training leaves out, instead of those that it takes; says on stderr
+                                   // which files have too few stories to leave any out
 };
 
 class Task {

@@ -268,8 +268,7 @@ TEST("task batches: babilong holds stories out, and keeps the mixture of files a
     return asked;
   };
   const auto trained = questions({scratch.file("qa1_a.txt")}, false, 800), held_out = questions({scratch.file("qa1_a.txt")}, true, 100);
-  CHECK(std::set<std::string>(held_out.begin(), held_out.end()) ==
-        std::set<std::string>{"Where is N19", "Who is N19", "Where is N39", "Who is N39"});
+  CHECK(std::set<std::string>(held_out.begin(), held_out.end()).size() == 4);  // two questions of two stories
   CHECK(std::set<std::string>(trained.begin(), trained.end()).size() == 76);
   for (const std::string& question : held_out) CHECK_FALSE(trained.contains(question));
   // Nine of ten stories of the second file do not fit at this length; it has its half of the samples all the same.
@@ -277,6 +276,87 @@ TEST("task batches: babilong holds stories out, and keeps the mixture of files a
   CHECK(std::abs(std::count_if(mixed.begin(), mixed.end(), [](const std::string& q) { return q.starts_with("Long"); }) - 100) < 35);
   std::ofstream(scratch.file("qa3_b.txt")) << longer.substr(longer.find("\n1 L1.") + 1, longer.find("\n1 L2.") - longer.find("\n1 L1."));
   CHECK_THROWS_AS(questions({scratch.file("qa3_b.txt")}, false, 1), ConfigError);  // none fits
+}
+
+TEST("task batches: babilong never trains on a question that it validates on, however often files repeat stories") {
+  const test::ScratchFolder scratch;
+  // 60 different stories of one question, 100 times each, in an order that no period of 20 divides.
+  std::string repeated;
+  for (int i = 0; i < 6000; ++i) {
+    const std::string name = "N" + std::to_string(i * 7 % 60);
+    repeated += "1 " + name + " ran.\n2 Where is " + name + "? \tbarn\t1\n";
+  }
+  // 100 different stories of two questions, of which every ten begin alike; and 20 other stories behind all beginnings.
+  std::string alike, beginnings;
+  for (int i = 0; i < 100; ++i) {
+    const std::string first = "A" + std::to_string(i / 10), second = "B" + std::to_string(i);
+    alike += "1 " + first + " ran.\n2 Where is " + first + "? \tbarn\t1\n3 " + second + " sat.\n4 Who is " + second + "? \thall\t3\n";
+    if (i % 10 == 0) beginnings += "1 " + first + " ran.\n2 Where is " + first + "? \tbarn\t1\n";
+  }
+  for (int i = 0; i < 20; ++i) beginnings += "1 C" + std::to_string(i) + " ran.\n2 Where is C" + std::to_string(i) + "? \tbarn\t1\n";
+  std::ofstream(scratch.file("qa1_repeated.txt")) << repeated;
+  std::ofstream(scratch.file("qa1_alike.txt")) << alike;
+  std::ofstream(scratch.file("qa2_beginnings.txt")) << beginnings;
+  const auto asked = [&](const std::vector<std::string>& names, bool held_out) {
+    std::vector<std::string> files;
+    for (const std::string& name : names) files.push_back(scratch.file(name));
+    const auto task =
+        make_task("babilong",
+                  {.options = {.babi = files}, .tokenizer = open_tokenizer("bytes"), .files = {}, .row_tokens = 200, .held_out = held_out});
+    std::set<std::string> texts;  // facts and question
+    for (uint64_t key = 0; key < 4000; ++key) texts.insert(open_tokenizer("bytes")->decode(task->sample(key).tokens));
+    return texts;
+  };
+  struct Case {
+    std::vector<std::string> files;
+    std::size_t trained_at_least, held_out_at_least;
+  };
+  for (const Case& c :
+       std::vector<Case>{{{"qa1_repeated.txt"}, 57, 3}, {{"qa1_alike.txt"}, 100, 6}, {{"qa1_alike.txt", "qa2_beginnings.txt"}, 100, 7}}) {
+    CAPTURE(c.files.back());
+    const std::set<std::string> trained = asked(c.files, false), held_out = asked(c.files, true);
+    CHECK(trained.size() >= c.trained_at_least);
+    CHECK(held_out.size() >= c.held_out_at_least);
+    for (const std::string& text : held_out) CHECK_FALSE_MESSAGE(trained.contains(text), text);
+  }
+}
+
+TEST("task batches: babilong says whether no story fits, or none that is held out, and what to do") {
+  const test::ScratchFolder scratch;
+  // Of 20 different stories the last by its text is held out: the only long one.
+  std::string stories;
+  for (int i = 0; i < 20; ++i) {
+    const std::string name = std::string(1, static_cast<char>('A' + i));
+    const int lines = i == 19 ? 100 : 1;  // at 1k a story has at most 87
+    for (int k = 1; k <= lines; ++k) stories += std::to_string(k) + " " + name + " ran.\n";
+    stories += std::to_string(lines + 1) + " Where is " + name + "? \tbarn\t1\n";
+  }
+  std::ofstream(scratch.file("qa1_a.txt")) << stories;
+  std::string long_story;
+  for (int k = 1; k <= 100; ++k) long_story += std::to_string(k) + " Ann ran.\n";
+  std::ofstream(scratch.file("qa1_long.txt")) << long_story << "101 Where is Ann? \tbarn\t1\n";
+  std::string book;
+  for (int i = 1000; i < 4000; ++i) book += "Sentence " + std::to_string(i) + " of the book. ";
+  std::ofstream(scratch.file("books.jsonl")) << "{\"text\": \"" + book + "\"}\n";
+  const auto make = [&](const char* file, bool held_out) {
+    return make_task("babilong", {.options = {.babi = {scratch.file(file)}, .lengths = {"1k"}},
+                                  .tokenizer = open_tokenizer("bytes"),
+                                  .files = {scratch.file("books.jsonl")},
+                                  .row_tokens = 1001,
+                                  .held_out = held_out});
+  };
+  CHECK_NOTHROW(make("qa1_a.txt", false));
+  CHECK_THROWS_WITH_AS(make("qa1_a.txt", true), doctest::Contains("no held-out story of a file has few enough lines"), ConfigError);
+  CHECK_THROWS_WITH_AS(make("qa1_a.txt", true), doctest::Contains("a file with more stories that fit"), ConfigError);
+  CHECK_THROWS_WITH_AS(make("qa1_long.txt", false), doctest::Contains("no story of a file has few enough lines"), ConfigError);
+  // A file whose questions all are held out with another one has nothing left to train on.
+  std::string held_out = stories.substr(stories.find("1 T ran."));
+  std::ofstream(scratch.file("qa2_b.txt")) << held_out;
+  CHECK_THROWS_WITH_AS(make_task("babilong", {.options = {.babi = {scratch.file("qa1_a.txt"), scratch.file("qa2_b.txt")}},
+                                              .tokenizer = open_tokenizer("bytes"),
+                                              .files = {},
+                                              .row_tokens = 2001}),
+                       doctest::Contains("held out with another file"), ConfigError);
 }
 
 TEST("task batches: a babilong sample that is too long for a row loses background, and a story that is too long is passed over") {
