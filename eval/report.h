@@ -64,10 +64,11 @@ struct TaskLine {
 /// One RUN/eval/TASK-NAME.csv and what its .json says.
 struct TaskResult {
   std::string task, file;
-  std::string settings;   // results with the same share a figure
-  std::string unit = {};  // of passkey's lengths: "tokens", "characters"
-  std::string data = {};  // lambada, choices: the file, without its folder
-  int64_t step = -1;      // of the checkpoint; -1: unknown
+  std::string settings;                           // results with the same share a figure; JSON where the .json could be read
+  std::map<std::string, std::string> files = {};  // settings that are hashes of files: these, without their folders
+  std::string unit = {};                          // of passkey's lengths: "tokens", "characters"
+  std::string data = {};                          // lambada, choices: the file, without its folder
+  int64_t step = -1;                              // of the checkpoint; -1: unknown
   std::vector<TaskLine> lines;
 };
 

@@ -15,6 +15,7 @@
 #include "core/files.h"
 #include "eval/csv_table.h"
 #include "eval/plot.h"
+#include "eval/sample_log.h"
 
 namespace longhand {
 namespace {
@@ -26,9 +27,13 @@ using Runs = std::vector<RunData>;
 constexpr const char *kPasskey = "passkey", *kCopy = "copy", *kBabilong = "babilong", *kLambada = "lambada", *kChoices = "choices";
 
 // What a group of results shares: the settings of its task and its data, without those of the model and of the machine.
-constexpr const char* kShared[] = {"tokenizer", "data",     "seed",       "lengths", "samples_per_length", "unit",  "depths",    "digits",
-                                   "prompts",   "variant",  "alphabet",   "ngram",   "answer_length",      "tasks", "questions", "labels",
-                                   "books",     "book_set", "facts_from", "facts_to"};
+constexpr const char* kShared[] = {"tokenizer", "data",     "seed",       "lengths",  "samples_per_length", "unit",  "depths",    "digits",
+                                   "prompts",   "variant",  "alphabet",   "ngram",    "answer_length",      "tasks", "questions", "labels",
+                                   "books",     "book_set", "facts_from", "facts_to", "delimiter"};
+
+// Settings that are hashes, and what in the description names the files that they are made of.
+constexpr std::pair<const char*, const char*> kHashed[] = {
+    {"data", "data_file"}, {"books", "book_files"}, {"questions", "babi_files"}, {"prompts", "prompts_file"}};
 
 std::string shared_settings(const Json& description) {
   Json shared;
@@ -49,6 +54,13 @@ TaskResult read_result(const std::string& task, const fs::path& csv) {
         return found != description.end() && found->is_string() ? found->get<std::string>() : std::string();
       };
       result.unit = text_of("unit");
+      for (const auto& [key, named] : kHashed) {
+        if (!description.contains(named)) continue;
+        const Json& value = description.at(named);
+        std::string& files = result.files[key];
+        for (const Json& file : value.is_array() ? value : Json::array({value}))
+          if (file.is_string()) files += (files.empty() ? "" : " ") + fs::path(file.get<std::string>()).filename().string();
+      }
       result.data = fs::path(text_of("data_file")).filename().string();
     }
   }
@@ -81,9 +93,61 @@ struct Member {
   std::string name;  // of its run, with the step and the file where these are needed to tell results apart
 };
 
+constexpr std::size_t kMostValues = 6;  // of a list in a title
+constexpr std::size_t kHashShown = 6;   // digits of a hash in a title
+
+// "2048, 4096" of a list of values, each once, or "40 to 199" where they are many; texts that are not plain words stay in quotes; a hash of
+// an object.
+std::string value_text(const Json& value) {
+  if (value.is_array()) {
+    std::vector<std::string> parts;
+    for (const Json& part : value)
+      if (const std::string text = value_text(part); std::find(parts.begin(), parts.end(), text) == parts.end()) parts.push_back(text);
+    if (parts.size() > kMostValues) return parts.front() + " to " + parts.back();
+    return fmt::format("{}", fmt::join(parts, ", "));
+  }
+  if (value.is_object()) return settings_hash(value).substr(0, kHashShown);
+  if (!value.is_string()) return value.dump();
+  const auto text = value.get<std::string>();
+  const bool plain = !text.empty() && std::all_of(text.begin(), text.end(), [](unsigned char c) { return c > ' ' && c < 0x7f; });
+  return plain ? text : value.dump();
+}
+
+struct Group {
+  std::vector<Member> members;
+  std::string differs;  // ", variant copy, seed 2": the settings in which the groups of the task differ, as a title goes on
+};
+
+// Says in `differs` what tells the groups apart. The file of `data` stands in the titles anyway: only a hash is added where it does not do.
+void name_differences(std::vector<Group>& groups) {
+  const auto result_of = [&](std::size_t g) -> const TaskResult& { return *groups[g].members.front().result; };
+  for (const std::string key : kShared) {
+    std::vector<std::string> texts, values;  // as shown, and as they are
+    for (std::size_t g = 0; g < groups.size(); ++g) {
+      const Json settings = Json::parse(result_of(g).settings, nullptr, false);
+      const bool has = settings.is_object() && settings.contains(key);
+      const auto files = result_of(g).files.find(key);
+      const bool hashed = has && settings[key].is_string() && files != result_of(g).files.end();
+      values.push_back(has ? settings[key].dump() : "");
+      texts.push_back(!has ? "" : hashed ? (files->second.empty() ? "none" : files->second) : value_text(settings[key]));
+    }
+    const std::set<std::string> different(values.begin(), values.end());
+    if (different.size() < 2) continue;
+    const bool clear = std::set<std::string>(texts.begin(), texts.end()).size() == different.size();
+    if (clear && key == "data") continue;
+    std::string name = key;
+    std::replace(name.begin(), name.end(), '_', ' ');
+    for (std::size_t g = 0; g < groups.size(); ++g) {
+      if (values[g].empty()) continue;
+      const std::string hash = settings_hash(values[g]).substr(0, kHashShown);
+      groups[g].differs += fmt::format(", {} {}", name, clear ? texts[g] : key == "data" ? hash : texts[g] + " (" + hash + ")");
+    }
+  }
+}
+
 // The results of a task in groups of the same settings.
-std::vector<std::vector<Member>> groups_of(const Runs& runs, const std::string& task) {
-  std::map<std::string, std::vector<Member>> groups;
+std::vector<Group> groups_of(const Runs& runs, const std::string& task) {
+  std::map<std::string, std::vector<Member>> by_settings;
   for (const RunData& run : runs) {
     std::map<std::pair<std::string, int64_t>, int> of_step;
     std::map<std::string, int> of_run;
@@ -94,12 +158,18 @@ std::vector<std::vector<Member>> groups_of(const Runs& runs, const std::string& 
       std::string name = run.name;
       if (of_run[result.settings] > 1 && result.step >= 0) name += fmt::format(", step {}", format_count(result.step));
       if (of_step[{result.settings, result.step}] > 1) name += ", " + result.file;
-      groups[result.settings].push_back({&result, std::move(name)});
+      by_settings[result.settings].push_back({&result, std::move(name)});
     }
   }
-  std::vector<std::vector<Member>> out;
-  for (auto& [settings, members] : groups) out.push_back(std::move(members));
-  return out;
+  std::vector<Group> groups;
+  for (auto& [settings, members] : by_settings) groups.push_back({std::move(members), ""});
+  name_differences(groups);
+  return groups;
+}
+
+// "BABILong, seed 2: run-1": what was measured, the settings that tell its groups apart, and the run where it is one.
+std::string title_of(const std::string& what, const Group& group) {
+  return what + group.differs + (group.members.size() == 1 ? ": " + group.members.front().name : "");
 }
 
 std::string percent(double share) {
@@ -187,10 +257,11 @@ void read_task_results(RunData& run) {
 }
 
 void add_passkey_figures(const Runs& runs, std::vector<Figure>& figures) {
-  for (const auto& members : groups_of(runs, kPasskey)) {
+  for (const Group& group : groups_of(runs, kPasskey)) {
+    const std::vector<Member>& members = group.members;
     const std::string& unit = members.front().result->unit;
     const std::string of = unit.empty() ? "length of the text" : unit == "characters" ? "characters of the filler" : "tokens of the prompt";
-    add_heat_map(members, "Passkey retrieval" + (members.size() == 1 ? ": " + members.front().name : std::string()),
+    add_heat_map(members, title_of("Passkey retrieval", group),
                  "Share of prompts whose number was said, by " + of + " and depth of the number (0: at its beginning), " +
                      samples_text(members, "in each cell") + ".",
                  "depth", unit, figures, unit == "characters" ? in_thousands : in_binary);
@@ -198,10 +269,10 @@ void add_passkey_figures(const Runs& runs, std::vector<Figure>& figures) {
 }
 
 void add_babilong_figures(const Runs& runs, std::vector<Figure>& figures) {
-  for (const auto& members : groups_of(runs, kBabilong))
-    add_heat_map(members, "BABILong" + (members.size() == 1 ? ": " + members.front().name : std::string()),
+  for (const Group& group : groups_of(runs, kBabilong))
+    add_heat_map(group.members, title_of("BABILong", group),
                  "Share of right answers, by length in tokens of the text that the facts are scattered over (0: the facts alone), " +
-                     samples_text(members, "in each cell") + ".",
+                     samples_text(group.members, "in each cell") + ".",
                  "task", "tokens", figures, in_thousands);
 }
 
@@ -211,16 +282,16 @@ namespace {
 void add_score_table(const Runs& runs, const char* task, const std::string& title, const std::string& caption,
                      const std::vector<std::string>& rest, std::vector<std::string> (*cells)(const TaskLine&),
                      std::vector<Figure>& figures) {
-  for (const auto& members : groups_of(runs, task)) {
-    const std::string& data = members.front().result->data;
+  for (const Group& group : groups_of(runs, task)) {
+    const std::string& data = group.members.front().result->data;
     Table table{{"Run"}, {}};
     table.header.insert(table.header.end(), rest.begin(), rest.end());
-    for (const Member& m : members)
+    for (const Member& m : group.members)
       for (const TaskLine& line : m.result->lines) {
         table.rows.push_back({m.name});
         for (std::string& cell : cells(line)) table.rows.back().push_back(std::move(cell));
       }
-    figures.push_back({data.empty() ? title : title + ": " + data, caption, "", "", table});
+    figures.push_back({(data.empty() ? title : title + ": " + data) + group.differs, caption, "", "", table});
   }
 }
 
@@ -252,9 +323,10 @@ void add_choices_tables(const Runs& runs, std::vector<Figure>& figures) {
 }
 
 void add_copy_figures(const Runs& runs, std::vector<Figure>& figures) {
-  for (const auto& members : groups_of(runs, kCopy)) {
+  for (const Group& group : groups_of(runs, kCopy)) {
+    const std::vector<Member>& members = group.members;
     LinePlot plot{.id = fmt::format("task-{}", figures.size()),
-                  .title = "Synthetic copying by length",
+                  .title = title_of("Synthetic copying by length", group),
                   .x = {"letters of the word"},
                   .y = {.label = "accuracy", .min = 0, .max = 1},
                   .series = {},
@@ -286,7 +358,7 @@ void add_copy_figures(const Runs& runs, std::vector<Figure>& figures) {
     }
     for (auto& [length, row] : rows) table.rows.push_back(std::move(row));
     figures.push_back(
-        {"Synthetic copying by length" + (members.size() == 1 ? ": " + members.front().name : std::string()),
+        {title_of("Synthetic copying by length", group),
          "Share of letters that are right (solid) and of words without a mistake (dashed), with the right letters before each "
          "given, " +
              samples_text(members, "at each length") + ".",

@@ -7,7 +7,8 @@
 
 namespace longhand {
 
-// Each appends one figure for every group of results with the same settings, all runs in it, or nothing when no run has the task.
+// Each appends one figure for every group of results with the same settings, all runs in it, or nothing when no run has the task. Titles
+// name the settings in which the groups of a task differ.
 void add_passkey_figures(const std::vector<RunData>& runs, std::vector<Figure>& figures);
 void add_copy_figures(const std::vector<RunData>& runs, std::vector<Figure>& figures);
 void add_babilong_figures(const std::vector<RunData>& runs, std::vector<Figure>& figures);

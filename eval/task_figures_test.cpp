@@ -1,8 +1,11 @@
 // Figures of tasks: results with the same settings share one, others do not, and what cannot be read is said.
 #include "eval/task_figures.h"
 
+#include <fmt/format.h>
+
 #include <filesystem>
 #include <fstream>
+#include <set>
 
 #include "tests/support/check.h"
 
@@ -142,6 +145,68 @@ TEST("task figures: lengths are written as the task counts them") {
   const auto first = both.find(">128k<");           // 131,072 tokens, and 128,000 characters
   REQUIRE(first != std::string::npos);
   CHECK(both.find(">128k<", first + 1) != std::string::npos);
+}
+
+TEST("task figures: titles name the settings in which the figures of a task differ, and no others") {
+  const ScratchFolder scratch;
+  const auto titles = [&](const char* task, const std::string& csv, const std::vector<std::string>& settings, auto add) {
+    RunData run;
+    for (std::size_t i = 0; i < settings.size(); ++i) run = run_with(scratch, "a", fmt::format("{}-{}", task, i), csv, settings[i]);
+    read_task_results(run);
+    std::filesystem::remove_all(run.folder);
+    std::vector<Figure> figures;
+    add({run}, figures);
+    std::set<std::string> out;
+    for (const Figure& figure : figures) out.insert(figure.title);
+    return out;
+  };
+  using Titles = std::set<std::string>;
+  const std::string copy = "length,samples,string_accuracy,character_accuracy\n40,8,0.5,0.9\n";
+  CHECK(titles("copy", copy,
+               {R"({"variant": "copy", "ngram": 3, "seed": 0, "lengths": [40, 50]})",
+                R"({"variant": "prefix-ngram", "ngram": 3, "seed": 0, "lengths": [40, 50]})",
+                R"({"variant": "prefix-ngram", "ngram": 4, "seed": 0, "lengths": [1, 2, 3, 4, 5, 6, 7]})"},
+               add_copy_figures) == Titles{"Synthetic copying by length, lengths 40, 50, variant copy, ngram 3: a",
+                                           "Synthetic copying by length, lengths 40, 50, variant prefix-ngram, ngram 3: a",
+                                           "Synthetic copying by length, lengths 1 to 7, variant prefix-ngram, ngram 4: a"});
+  CHECK(titles("copy", copy, {R"({"variant": "copy"})"}, add_copy_figures) == Titles{"Synthetic copying by length: a"});
+  CHECK(titles("passkey", kPasskeyCsv,
+               {R"({"digits": 5, "seed": 1, "depths": ["0.1", "0.9", "0.1", "0.9"]})",
+                R"({"digits": 0, "seed": 1, "depths": ["0.1", "0.9", "0.1", "0.9"]})",
+                R"({"digits": 0, "seed": 1, "depths": ["any", "any"]})"},
+               add_passkey_figures) == Titles{"Passkey retrieval, depths 0.1, 0.9, digits 5: a",
+                                              "Passkey retrieval, depths 0.1, 0.9, digits 0: a",
+                                              "Passkey retrieval, depths any, digits 0: a"});
+  const std::string babilong = "task,length,samples,accuracy\nqa1,4000,4,0.5\n";
+  CHECK(
+      titles("babilong", babilong,
+             {R"({"books": "1-a", "prompts": "x", "facts_to": 1.0, "book_files": ["p/old.jsonl"], "prompts_file": ""})",
+              R"({"books": "2-b", "prompts": "y", "facts_to": 1.0, "book_files": ["p/new.jsonl", "q.zst"], "prompts_file": "d/few.json"})",
+              R"({"books": "2-b", "prompts": "y", "facts_to": 0.5, "book_files": ["p/new.jsonl", "q.zst"], "prompts_file": "d/few.json"})"},
+             add_babilong_figures) == Titles{"BABILong, prompts none, books old.jsonl, facts to 1.0: a",
+                                             "BABILong, prompts few.json, books new.jsonl q.zst, facts to 1.0: a",
+                                             "BABILong, prompts few.json, books new.jsonl q.zst, facts to 0.5: a"});
+  // The same names of other files are told apart by a hash.
+  const Titles same =
+      titles("babilong", babilong, {R"({"books": "1-a", "book_files": ["x.jsonl"]})", R"({"books": "2-b", "book_files": ["x.jsonl"]})"},
+             add_babilong_figures);
+  REQUIRE(same.size() == 2);
+  for (const std::string& title : same) CHECK_MESSAGE(title.starts_with("BABILong, books x.jsonl ("), title);
+  const std::string choices = "questions,labelled,accuracy,accuracy_per_character,accuracy_per_token,greedy\n7,4,0.75,0.5,0.25,0\n";
+  const Titles delimiters = titles(
+      "choices", choices,
+      {R"({"data": "1", "data_file": "piqa.jsonl", "delimiter": " "})", R"({"data": "2", "data_file": "piqa.jsonl", "delimiter": "\n"})"},
+      add_choices_tables);
+  REQUIRE(delimiters.size() == 2);
+  for (const std::string& title : delimiters) {
+    CHECK_MESSAGE(title.starts_with("Multiple choice: piqa.jsonl, data "), title);
+    CHECK_MESSAGE(title.find("piqa", 20) == std::string::npos, title);
+    CHECK_MESSAGE((title.ends_with(R"(, delimiter " ")") || title.ends_with(R"(, delimiter "\n")")), title);
+  }
+  CHECK(titles("choices", choices,
+               {R"({"data": "1", "data_file": "piqa.jsonl", "delimiter": " "})",
+                R"({"data": "2", "data_file": "arc.jsonl", "delimiter": " "})"},
+               add_choices_tables) == Titles{"Multiple choice: piqa.jsonl", "Multiple choice: arc.jsonl"});
 }
 
 }  // namespace
