@@ -191,7 +191,7 @@ void check_values(const std::string& task, const Lines& lines, const std::vector
   } else {
     const std::vector<Words> choices{{"two", "three"}, {"a", "bb", "ccc"}, {"x"}};
     const std::vector<std::size_t> labels{0, 2};
-    std::vector<double> right(3);
+    std::vector<double> right(4);
     for (std::size_t i = 0; i < lines.size(); ++i) {
       const auto sums = lines[i].at("log_likelihood").get<std::vector<double>>();
       const auto by_character = lines[i].at("per_character").get<std::vector<double>>(),
@@ -207,9 +207,10 @@ void check_values(const std::string& task, const Lines& lines, const std::vector
       };
       CHECK(lines[i].at("output") == best(sums));
       if (i < 2) right[0] += best(sums) == labels[i], right[1] += best(by_character) == labels[i], right[2] += best(by_token) == labels[i];
+      if (i < 2) right[3] += lines[i].at("greedy").at(labels[i]).get<bool>();
     }
     CHECK(rows[0][1] == "2");
-    for (std::size_t k = 0; k < 3; ++k) CHECK(std::abs(std::stod(rows[0][2 + k]) - right[k] / 2) < kShown);
+    for (std::size_t k = 0; k < 4; ++k) CHECK(std::abs(std::stod(rows[0][2 + k]) - right[k] / 2) < kShown);
   }
 }
 
@@ -274,6 +275,44 @@ TEST("eval tasks: a line for each sample, a table and a description, beside the 
   }
 }
 
+TEST("eval tasks: tables count the samples whose lines say correct") {
+  // Fresh models are right nowhere: lines of a finished log are made right, and the same command makes the table of them.
+  const Bench bench;
+  struct Case {
+    std::string task;
+    std::vector<std::size_t> right;  // samples
+    std::size_t column;              // of accuracy
+    Words accuracy;                  // by row
+  };
+  for (const Case& c : std::vector<Case>{{"passkey", {0, 2, 3, 7}, 3, {"0.5000", "1.0000", "0.0000", "0.5000"}},
+                                         {"babilong", {1, 2, 3}, 3, {"0.5000", "1.0000"}},
+                                         {"lambada", {0, 2}, 1, {"0.6667"}},
+                                         {"copy", {0, 4, 5}, 2, {"0.3333", "0.6667", "0.0000"}},
+                                         {"choices", {}, 5, {"0.5000"}}}) {
+    CAPTURE(c.task);
+    const Task& task = *std::find_if(tasks().begin(), tasks().end(), [&](const Task& t) { return t.name == c.task; });
+    Words words = task.words;
+    words.insert(words.end(), {"--out", "x.jsonl"});
+    REQUIRE(bench.eval(c.task, words).code == 0);
+    auto lines = sorted(lines_of(bench.file("x.jsonl")));
+    if (c.task == "choices") {  // the model would have said the right choice of one question, and a wrong one of the other
+      lines[0]["greedy"] = {true, false};
+      lines[1]["greedy"] = {true, false, false};
+    } else {
+      for (std::size_t i = 0; i < lines.size(); ++i) lines[i]["correct"] = std::find(c.right.begin(), c.right.end(), i) != c.right.end();
+    }
+    std::string text;
+    for (const auto& line : lines) text += line.dump() + "\n";
+    write_text(bench.file("x.jsonl"), text);
+    const ProcessResult again = bench.eval(c.task, words);
+    REQUIRE_MESSAGE(again.code == 0, again.err);
+    const auto rows = table_of(text_of(bench.file("x.csv")));
+    REQUIRE(rows.size() == c.accuracy.size());
+    for (std::size_t r = 0; r < rows.size(); ++r) CHECK(rows[r][c.column] == c.accuracy[r]);
+    fs::remove(bench.file("x.jsonl"));
+  }
+}
+
 TEST("eval tasks: an evaluation that was stopped goes on, and ends as if it had not") {
   const Bench bench;
   for (const Task& task : tasks()) {
@@ -292,9 +331,14 @@ TEST("eval tasks: an evaluation that was stopped goes on, and ends as if it had 
     CHECK(text_of(bench.file("x.csv")) == table);
     write_text(bench.file("whole.jsonl"), text);
     check_same_lines(sorted(lines_of(bench.file("x.jsonl"))), sorted(lines_of(bench.file("whole.jsonl"))));
+    CHECK(holds(again.err, "of the " + std::to_string(task.samples - 1) + " samples that were run now"));
+    auto measured = nlohmann::json::parse(text_of(bench.file("x.json")));
+    CHECK(measured.at("samples_found") == 1);
+    CHECK(measured.at("tokens") > 0);
     const ProcessResult all_there = bench.eval(task.name, words);
     CHECK(all_there.out == whole.out);
     CHECK(holds(all_there.err, ", 0 tokens"));
+    CHECK(nlohmann::json::parse(text_of(bench.file("x.json"))) == measured);  // nothing was run, nothing measured
     words.insert(words.end(), {"--dtype", "f64"});
     const ProcessResult other = bench.eval(task.name, words);
     CHECK(other.code == 1);
@@ -303,6 +347,22 @@ TEST("eval tasks: an evaluation that was stopped goes on, and ends as if it had 
     CHECK(bench.eval(task.name, words).code == 0);
     fs::remove(bench.file("x.jsonl"));
   }
+}
+
+TEST("eval tasks: where nothing is kept, this is said before the first sample") {
+  const Bench bench;
+  fs::create_directories(bench.file("plain"));
+  fs::copy(bench.file("runs/bytes/checkpoints/step-7"), bench.file("plain"), fs::copy_options::recursive);
+  const Words words{"eval", "lambada", "--model", "plain", "--tokenizer", "bytes", "--device", "cpu", "--data", "lambada.jsonl"};
+  const ProcessResult plain = bench.run(words);
+  REQUIRE_MESSAGE(plain.code == 0, plain.err);
+  const auto said = plain.err.find("nothing is kept: plain belongs to no run; --out FILE.jsonl");
+  REQUIRE_MESSAGE(said != std::string::npos, plain.err);
+  CHECK(said < plain.err.find("samples done"));
+  Words kept = words;
+  kept.insert(kept.end(), {"--out", "x.jsonl"});
+  CHECK_FALSE(holds(bench.run(kept).err, "nothing is kept"));
+  CHECK_FALSE(holds(bench.eval("lambada", {"--data", "lambada.jsonl"}).err, "nothing is kept"));
 }
 
 TEST("eval tasks: other settings have a file of their own beside the run") {
@@ -419,6 +479,8 @@ TEST("eval tasks: what cannot be scored is said, with the way out") {
       {"passkey", {"--lengths", "2kk"}, 1, "length that is not understood"},
       {"passkey", {"--lengths", "1Mk", "--unit", "characters"}, 1, "length that is not understood"},
       {"passkey", {"--depths", "1.5"}, 2, "--depths"},
+      {"passkey", {"--lengths", "300", "--depths", "0.5,0.1,0.50"}, 1, "names a value twice"},
+      {"passkey", {"--lengths", "1k,500,1024"}, 1, "names a value twice"},
       {"passkey", {"--depths", "0.5", "--any-depth"}, 2, "--any-depth"},
       {"copy", {"--min-length", "9", "--max-length", "8"}, 1, "least length is above"},
       {"copy", {"--model", "runs/bytes"}, 2, "--model"},
@@ -426,6 +488,10 @@ TEST("eval tasks: what cannot be scored is said, with the way out") {
       {"copy", {"--ngram", "2"}, 1, "has no n-grams"},
       {"babilong", {"--babi", "qa1_small_test.txt", "--lengths", "1k", "--samples", "2"}, 1, "need a background"},
       {"babilong", {"--babi", "qa1_small_test.txt", "--lengths", "0k"}, 1, "too few questions"},
+      {"babilong",
+       {"--babi", "qa1_small_test.txt", "--books", "books.jsonl", "--lengths", "1k,1000", "--samples", "2"},
+       1,
+       "names a value twice"},
       {"babilong", {"--babi", "qa1_small_test.txt", "--lengths", "0k", "--book-set", "x"}, 2, "--book-set"},
       {"babilong",
        {"--babi", "qa1_small_test.txt", "--books", "books.jsonl", "--book-set", "x", "--lengths", "1k", "--samples", "2"},
@@ -479,6 +545,7 @@ TEST("train: on samples of a task, from a recipe, scored afterwards") {
              "2\nlength = 1024\n");
   const ProcessResult babilong = bench.run({"train", "babilong.toml", "--device", "cpu", "--set", "initial_state=state-passing"});
   REQUIRE_MESSAGE(babilong.code == 0, babilong.err);
+  CHECK(holds(babilong.err, "qa1_small_test.txt has fewer than 20 different stories: none is held out"));
 }
 
 }  // namespace longhand::test

@@ -46,6 +46,9 @@ std::string lower(std::string text) {
 
 std::vector<Cell> cells_of(const BabilongCommand& o) {
   const auto prompts = o.prompts.empty() ? std::map<std::string, BabilongPrompt>() : read_babilong_prompts(o.prompts);
+  std::vector<int64_t> lengths;
+  for (const std::string& length : o.lengths) lengths.push_back(parse_length(length));
+  require_each_once("--lengths", lengths);
   std::vector<Cell> cells;
   for (const std::string& file : o.babi) {
     const std::string task = babi_task_of(file);
@@ -63,13 +66,12 @@ std::vector<Cell> cells_of(const BabilongCommand& o) {
           fmt::print(stderr,
                      "{}: the label \"{}\" is part of \"{}\": an answer that holds the longer one counts as both, and so as wrong\n", task,
                      label, other);
-    for (const std::string& text : o.lengths) {
-      const int64_t length = parse_length(text);
+    for (const int64_t length : lengths) {
       std::vector<BabiSample> stories = read_babi(file, most_babi_lines(length));
       if (std::ssize(stories) < o.samples)
         throw ConfigError("eval: the bAbI file has too few questions", {{"file", file},
                                                                         {"questions that fit", std::to_string(stories.size())},
-                                                                        {"length", text},
+                                                                        {"length", std::to_string(length)},
                                                                         {"samples", std::to_string(o.samples)}});
       // Questions that follow each other belong to one story: take them from all over the file.
       for (std::size_t i = 0, n = stories.size(), k = static_cast<std::size_t>(o.samples); i < k; ++i)
@@ -162,9 +164,11 @@ int run(const BabilongCommand& o) {
     table.rows.push_back(
         {cells[c].task, std::to_string(cells[c].length), std::to_string(o.samples), share_text(correct / static_cast<double>(o.samples))});
   }
-  session.finish(
-      "babilong", table,
-      {{"babi_files", o.babi}, {"book_files", o.books}, {"accuracy", all_correct / static_cast<double>(std::ssize(cells) * o.samples)}});
+  session.finish("babilong", table,
+                 {{"babi_files", o.babi},
+                  {"book_files", o.books},
+                  {"prompts_file", o.prompts},
+                  {"accuracy", all_correct / static_cast<double>(std::ssize(cells) * o.samples)}});
   return 0;
 }
 

@@ -29,11 +29,16 @@ struct PasskeyCommand {
 
 int run(const PasskeyCommand& o) {
   const bool tokens = o.unit == "tokens";
-  std::vector<PasskeyOptions> cells;  // length by length, depth by depth
+  std::vector<int64_t> wanted;
   for (const std::string& length : o.lengths)
+    wanted.push_back(parse_length(length, tokens ? 1024 : 1000));  // as models' lengths are counted
+  require_each_once("--lengths", wanted);
+  require_each_once("--depths", o.depths);
+  std::vector<PasskeyOptions> cells;  // length by length, depth by depth
+  for (const int64_t length : wanted)
     for (std::size_t d = 0; d < (o.any_depth ? 1 : o.depths.size()); ++d)
       cells.push_back({.unit = tokens ? PasskeyUnit::tokens : PasskeyUnit::characters,
-                       .length = parse_length(length, tokens ? 1024 : 1000),  // tokens as models' lengths are counted
+                       .length = length,
                        .depth = o.any_depth ? std::nullopt : std::optional(o.depths[d]),
                        .digits = o.digits,
                        .seed = static_cast<uint64_t>(o.seed)});

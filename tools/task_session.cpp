@@ -40,6 +40,15 @@ std::shared_ptr<const Tokenizer> tokenizer_for(const TaskSessionOptions& options
   return tokenizer;
 }
 
+// Where no sample was run there is nothing to measure: what an earlier description says of those that were is kept.
+void keep_earlier(const std::string& description, nlohmann::ordered_json& measured) {
+  if (!fs::exists(description)) return;
+  const auto earlier = nlohmann::ordered_json::parse(read_text_file(description), nullptr, false);
+  if (!earlier.is_object()) return;
+  for (auto& [key, value] : measured.items())
+    if (const auto found = earlier.find(key); found != earlier.end()) value = *found;
+}
+
 }  // namespace
 
 std::string text_of(const Tokenizer& tokenizer, const std::vector<int32_t>& ids) {
@@ -103,6 +112,10 @@ SampleLog& TaskSession::open_log(const std::string& tag, nlohmann::ordered_json 
   log_ = std::make_unique<SampleLog>(path_, settings_, samples, options_.fresh);
   fmt::print(stderr, "{} on {}, {}; {} samples{}\n", place_.model_folder, device_.device.description(), name_of(device_.dtype),
              format_count(samples), log_->found() > 0 ? fmt::format(", {} of them done before", format_count(log_->found())) : "");
+  if (path_.empty())
+    fmt::print(stderr,
+               "nothing is kept: {} belongs to no run; --out FILE.jsonl keeps a line for each sample, the table and its description\n",
+               options_.model);
   start_ = printed_ = Clock::now();
   return *log_;
 }
@@ -146,7 +159,8 @@ void TaskSession::finish(const std::string& measure, const Table& table, const n
   const double seconds = std::chrono::duration<double>(Clock::now() - start_).count();
   say_progress();
   const int64_t peak = device_.device.allocator().use().peak_bytes;
-  fmt::print(stderr, "{:.1f} s, peak memory {:.1f} MiB\n", seconds, static_cast<double>(peak) / (1 << 20));
+  fmt::print(stderr, "{:.1f} s, peak memory {:.1f} MiB{}\n", seconds, static_cast<double>(peak) / (1 << 20),
+             log_->found() == 0 ? "" : fmt::format(", of the {} samples that were run now", format_count(samples_ - log_->found())));
   std::vector<std::vector<std::string>> lines{table.columns};
   lines.insert(lines.end(), table.rows.begin(), table.rows.end());
   std::vector<std::size_t> widths(table.columns.size());
@@ -164,18 +178,21 @@ void TaskSession::finish(const std::string& measure, const Table& table, const n
   nlohmann::ordered_json description = {{"measure", measure}, {"model", place_.model_folder}, {"step", place_.step}};
   description.update(settings_);
   description.update(more);
-  description.update({{"samples", samples_},
-                      {"samples_found", log_->found()},
-                      {"device", device_.device.description()},
-                      {"chunk", options_.chunk},
-                      {"batch", options_.batch},
-                      {"tokens", tokens_},
-                      {"seconds", seconds},
-                      {"peak_memory_bytes", peak},
-                      {"date", fmt::format("{:%Y-%m-%dT%H:%M:%SZ}", fmt::gmtime(std::time(nullptr)))}});
+  description["samples"] = samples_;
+  nlohmann::ordered_json measured = {{"samples_found", log_->found()},
+                                     {"device", device_.device.description()},
+                                     {"chunk", options_.chunk},
+                                     {"batch", options_.batch},
+                                     {"tokens", tokens_},
+                                     {"seconds", seconds},
+                                     {"peak_memory_bytes", peak},
+                                     {"date", fmt::format("{:%Y-%m-%dT%H:%M:%SZ}", fmt::gmtime(std::time(nullptr)))}};
+  const std::string description_path = fs::path(path_).replace_extension(".json").string();
+  if (log_->found() == samples_) keep_earlier(description_path, measured);
+  description.update(measured);
   const fs::path path(path_);
   write_file_atomically(fs::path(path).replace_extension(".csv").string(), csv);
-  write_file_atomically(fs::path(path).replace_extension(".json").string(), description.dump(2) + "\n");
+  write_file_atomically(description_path, description.dump(2) + "\n");
   fmt::print(stderr, "wrote {}, .csv and .json beside it\n", path_);
 }
 

@@ -45,9 +45,9 @@ class TaskSession {
   int64_t batch() const { return options_.batch; }
   int64_t chunk() const { return options_.chunk; }
 
-  /// Opens the log: --out, or for a model that belongs to a run RUN/eval/NAME-TAG-HASH-TYPE[-step-N].jsonl, or none.
-  /// tag       what a reader wants to see of the settings; HASH is of all of them
-  /// settings  of the task; those of the model are added
+  /// Opens the log: --out, or for a model that belongs to a run RUN/eval/NAME-TAG-HASH-TYPE[-step-N].jsonl, or none, which is said on
+  /// stderr. tag       what a reader wants to see of the settings; HASH is of all of them settings  of the task; those of the model are
+  /// added
   SampleLog& open_log(const std::string& tag, nlohmann::ordered_json settings, int64_t samples);
 
   /// Runs the samples that are not done, `batch` at a time, in `order`.
@@ -61,6 +61,7 @@ class TaskSession {
 
   /// Prints the table on stdout as it is, and writes it as CSV beside the log, with a .json that describes it.
   ///   NAME.jsonl, NAME.csv, NAME.json
+  /// Tokens, time and memory are those of the samples that were run now; where none was, those of an earlier description stay.
   struct Table {
     std::vector<std::string> columns;
     std::vector<std::vector<std::string>> rows;
