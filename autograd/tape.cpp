@@ -6,6 +6,7 @@
 #include <optional>
 #include <set>
 
+#include "autograd/aligned_rows.h"
 #include "autograd/gradient_arrival.h"
 #include "autograd/node.h"
 #include "core/error.h"
@@ -400,7 +401,7 @@ std::vector<Variable> split(const Variable& x, std::initializer_list<int64_t> wi
     Dtype dtype;
     Device device;
     std::vector<bool> taken;  // whose place was handed out
-    Tensor fresh() const { return Tensor::empty(device, dtype, shape); }
+    Tensor fresh() const { return empty_with_aligned_rows(device, dtype, shape); }
     const Tensor& get() {
       if (!grad.defined()) grad = fresh();
       return grad;

@@ -24,6 +24,7 @@
 #include "core/cuda_context.h"
 #include "core/error.h"
 #include "ops/causal_conv1d/causal_conv1d_kernels.h"
+#include "ops/common/copies_ahead.cuh"
 #include "ops/common/cuda_math.cuh"
 #include "ops/common/strided_rows.h"
 #include "ops/common/sum_partials.h"
@@ -33,7 +34,8 @@ namespace {
 
 constexpr int kWarpsPerBlock = 4;
 constexpr int kThreads = kWarpsPerBlock * kWarp;
-constexpr int kAhead = 4;        // time steps whose loads are in flight together
+constexpr int kAhead = 4;        // time steps that are asked for together
+constexpr int kStages = 3;       // groups of them: one in work, the others on their way
 constexpr int kLongestRun = 64;  // forward: 3 of 67 inputs are read twice
 constexpr int kShortestRun = 8;
 constexpr int64_t kWarpsPerSm = 24;  // forward: below this many warps per SM the runs get shorter
@@ -60,6 +62,45 @@ struct Problem {
   int time;
   int width;      // W <= taps
   int64_t tiles;  // groups of 32 packs of channels
+};
+
+// Packs on their way from global memory, each for the thread that asked for it: no barrier is needed.
+template <class T, int vec>
+struct Staged {
+  Pack<T, vec> at[kStages][kAhead][kThreads];
+  __device__ void ask(int stage, int s, const T* from) { copy_pack_async(&at[stage][s][threadIdx.x], from); }
+  __device__ const Pack<T, vec>& get(int stage, int s) const { return at[stage][s][threadIdx.x]; }
+};
+
+// Whole groups of kAhead time steps between begin and end, asked for kStages - 1 groups before they are used.
+// ask(stage, s, t): asks for step t, the s-th of the group that lies in `stage`
+template <class Ask>
+class GroupsAhead {
+ public:
+  __device__ GroupsAhead(int begin, int end, Ask ask) : ask_(ask), at_(begin), end_(end) {
+#pragma unroll
+    for (int stage = 0; stage + 1 < kStages; ++stage) ask_for(stage);
+  }
+  // The stage of the next group, which has come.
+  __device__ int next() {
+    const int now = stage_, before = now == 0 ? kStages - 1 : now - 1;
+    ask_for(before);
+    copies_arrived_but<kStages - 1>();
+    stage_ = now + 1 == kStages ? 0 : now + 1;
+    return now;
+  }
+
+ private:
+  __device__ void ask_for(int stage) {
+    if (at_ + kAhead <= end_) {
+#pragma unroll
+      for (int s = 0; s < kAhead; ++s) ask_(stage, s, at_ + s);
+    }
+    close_copies();
+    at_ += kAhead;
+  }
+  Ask ask_;
+  int at_, end_, stage_ = 0;
 };
 
 // A thread's weights, with zeros in front of the real taps.
@@ -137,12 +178,12 @@ __global__ void __launch_bounds__(kThreads, taps == 4 ? 4 : 1)
   load_filter(p, c, weight, bias);
   load_past<T, vec, taps>(p, b, begin, c, past);
   int t = begin;
+  __shared__ Staged<T, vec> x_staged;
+  GroupsAhead ahead(t, end, [&](int stage, int s, int at) { x_staged.ask(stage, s, p.x.at(b, at) + c); });
   for (; t + kAhead <= end; t += kAhead) {
-    Pack<T, vec> in[kAhead];
+    const int stage = ahead.next();
 #pragma unroll
-    for (int s = 0; s < kAhead; ++s) in[s] = load_pack<vec>(p.x.at(b, t + s) + c);
-#pragma unroll
-    for (int s = 0; s < kAhead; ++s) store_pack(y.at(b, t + s) + c, forward_step(weight, bias, past, in[s]));
+    for (int s = 0; s < kAhead; ++s) store_pack(y.at(b, t + s) + c, forward_step(weight, bias, past, x_staged.get(stage, s)));
   }
   for (; t < end; ++t) store_pack(y.at(b, t) + c, forward_step(weight, bias, past, load_pack<vec>(p.x.at(b, t) + c)));
 
@@ -211,6 +252,7 @@ __global__ void __launch_bounds__(kThreads, taps == 4 ? kBackwardBlocks : 1)
   const int64_t positions = p.batch * p.time, range_end = positions / g.ranges * (range + 1) + min(range + 1, positions % g.ranges);
   int64_t position = positions / g.ranges * range + min(range, positions % g.ranges);
 
+  __shared__ Staged<T, vec> x_staged, grad_staged;
   BackwardState<vec, taps> state{};
   load_filter(p, c, state.weight, state.bias);
   while (position < range_end) {  // one sequence, or the part of it that lies in the range: times [begin, end)
@@ -247,17 +289,16 @@ __global__ void __launch_bounds__(kThreads, taps == 4 ? kBackwardBlocks : 1)
 
     int t = begin;
     for (; t < min(begin + taps - 1, end); ++t) border_step(t);
+    GroupsAhead ahead(t, end, [&](int stage, int s, int at) {
+      x_staged.ask(stage, s, p.x.at(b, at) + c);
+      grad_staged.ask(stage, s, g.grad_y.at(b, at) + c);
+    });
     for (; t + kAhead <= end; t += kAhead) {  // inside: x[t - (taps-1)] belongs to the range and has no share in the window
-      Pack<T, vec> in[kAhead], grad_in[kAhead];
-#pragma unroll
-      for (int s = 0; s < kAhead; ++s) {
-        in[s] = load_pack<vec>(p.x.at(b, t + s) + c);
-        grad_in[s] = load_pack<vec>(g.grad_y.at(b, t + s) + c);
-      }
+      const int stage = ahead.next();
 #pragma unroll
       for (int s = 0; s < kAhead; ++s) {
         float grad_pre[vec], grad[vec];
-        state.grad_pre(in[s], grad_in[s], true, grad_pre);
+        state.grad_pre(x_staged.get(stage, s), grad_staged.get(stage, s), true, grad_pre);
         state.grad_oldest(grad_pre, grad);
         if (g.grad_x.data != nullptr) store_pack(g.grad_x.at(b, t + s - (taps - 1)) + c, round_to<T>(grad));
         push(state.grad_past, grad_pre);

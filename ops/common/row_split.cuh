@@ -71,6 +71,9 @@ void split_row(int64_t width, F&& f) {
     if (width <= kWarp * 16) return f(RowSplit<vec, 16 / vec, true>{}, warps);
     if (width <= kWarp * 24) return f(RowSplit<vec, 24 / vec, true>{}, warps);
     if (width <= kWarp * 32) return f(RowSplit<vec, 32 / vec, true>{}, warps);
+    if constexpr (vec == 8) {  // one access a thread: few registers, and many rows under way at a time
+      if (width <= kRowMaxThreads * 4) return f(RowSplit<8, 1, false>{}, threads(8));
+    }
     if (width <= kRowMaxThreads * 16) return f(RowSplit<vec, 16 / vec, false>{}, threads(16));
     return f(RowSplit<vec, 32 / vec, false>{}, threads(32));
   }

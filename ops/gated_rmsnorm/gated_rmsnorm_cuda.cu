@@ -14,11 +14,13 @@
 // gated_rmsnorm_bwd_kernel
 // moves   y, z, grad_out in, grad_y, grad_z out: 10 bytes per element in bf16; floor 0.33 ms at the shape above
 // split   as forward, but for each group (grid.y) a grid that fits the GPU walks over the rows, so that weight gradients stay in registers;
-//         each block leaves one partial row and sum_partials adds them
+//         each block leaves one partial row and sum_partials adds them. Where a thread has one pack of a row, the next two rows are on
+//         their way through shared memory
 #include <algorithm>
 
 #include "core/cuda_context.h"
 #include "core/error.h"
+#include "ops/common/copies_ahead.cuh"
 #include "ops/common/row_split.cuh"
 #include "ops/common/strided_rows.h"
 #include "ops/common/sum_partials.h"
@@ -102,47 +104,83 @@ struct BackwardArgs {
   int groups, group_size;
 };
 
+constexpr int kStages = 3;  // rows of a block: one in work, the others on their way through shared memory, each piece for the thread that asks
+template <class Split>
+constexpr bool kAhead = Split::kPerThread == 1 && Split::kVec > 1;
+
 template <class T, class Split>
 __global__ void __launch_bounds__(Split::kMaxThreads) gated_rmsnorm_bwd_kernel(const BackwardArgs<T> a) {
   constexpr int vec = Split::kVec, per_thread = Split::kPerThread;
+  constexpr bool ahead = kAhead<Split>;
   const int64_t step = static_cast<int64_t>(gridDim.x) * Split::kRowsPerBlock;
   const int first = static_cast<int>(blockIdx.y) * a.group_size;
   const bool gate_first = a.form != GatedNorm::norm_first;
   float grad_weight[per_thread][vec] = {};
-  int turn = 0;
-  for (int64_t row = static_cast<int64_t>(blockIdx.x) * Split::kRowsPerBlock + Split::row_in_block(); row < a.y_rows.count;
-       row += step, ++turn) {
-    const T* grad_out = a.grad_out + a.grad_out_rows.begin(row) + first;
-    const T* y = a.y + a.y_rows.begin(row) + first;
-    const T* z = a.z + a.z_rows.begin(row) + first;
-    Pack<T, vec> grad_in[per_thread], y_in[per_thread], z_in[per_thread];
-#pragma unroll
-    for (int k = 0; k < per_thread; ++k) {
-      const int c = Split::column(k);
-      if (c >= a.group_size) continue;
-      grad_in[k] = load_pack<vec>(grad_out + c);
-      y_in[k] = load_pack<vec>(y + c);
-      z_in[k] = load_pack<vec>(z + c);
+  int turn = 0, stage = 0;
+  int64_t row = static_cast<int64_t>(blockIdx.x) * Split::kRowsPerBlock + Split::row_in_block();
+  const auto place = [](int at) {  // a thread's pieces lie blockDim.x packs apart, so that neighbours fill one line
+    return reinterpret_cast<Pack<T, vec>*>(shared_memory()) + static_cast<int>(threadIdx.x) + at * 3 * static_cast<int>(blockDim.x);
+  };
+  const auto ask = [&](int64_t next, int to) {
+    if (next < a.y_rows.count) {
+      const int c = Split::column(0);
+      if (c < a.group_size) {
+        Pack<T, vec>* at = place(to);
+        copy_pack_async(at, a.grad_out + a.grad_out_rows.begin(next) + first + c);
+        copy_pack_async(at + blockDim.x, a.y + a.y_rows.begin(next) + first + c);
+        copy_pack_async(at + 2 * blockDim.x, a.z + a.z_rows.begin(next) + first + c);
+      }
     }
-
-    float rstd = 1.0f, mean = 0.0f;
-    if (a.form != GatedNorm::gate_only) {
-      rstd = a.rstd[row * a.groups + blockIdx.y];
-      float dot = 0;  // sum_c ahat * u: in both forms weight * grad_out * rstd * y * silu(z)
+    close_copies();
+  };
+  if constexpr (ahead) {
+#pragma unroll
+    for (int s = 0; s + 1 < kStages; ++s) ask(row + s * step, s);
+  }
+  for (; row < a.y_rows.count; row += step, ++turn) {
+    Pack<T, vec> grad_in[per_thread], y_in[per_thread], z_in[per_thread];
+    if constexpr (ahead) {
+      ask(row + (kStages - 1) * step, stage == 0 ? kStages - 1 : stage - 1);
+      copies_arrived_but<kStages - 1>();
+      const Pack<T, vec>* at = place(stage);
+      grad_in[0] = at[0];
+      y_in[0] = at[blockDim.x];
+      z_in[0] = at[2 * blockDim.x];
+      stage = stage + 1 == kStages ? 0 : stage + 1;
+    } else {
+      const T* grad_out = a.grad_out + a.grad_out_rows.begin(row) + first;
+      const T* y = a.y + a.y_rows.begin(row) + first;
+      const T* z = a.z + a.z_rows.begin(row) + first;
 #pragma unroll
       for (int k = 0; k < per_thread; ++k) {
         const int c = Split::column(k);
         if (c >= a.group_size) continue;
-        const Pack<float, vec> weight = load_pack<vec>(a.weight + first + c);
-#pragma unroll
-        for (int i = 0; i < vec; ++i) {
-          const float scaled = to_f32(grad_in[k].at[i]) * (rstd * (to_f32(y_in[k].at[i]) * silu(to_f32(z_in[k].at[i]))));
-          grad_weight[k][i] += scaled;
-          dot += weight.at[i] * scaled;
-        }
+        grad_in[k] = load_pack<vec>(grad_out + c);
+        y_in[k] = load_pack<vec>(y + c);
+        z_in[k] = load_pack<vec>(z + c);
       }
-      mean = Split::sum(dot, turn) / static_cast<float>(a.group_size);
     }
+
+    const float rstd = a.form != GatedNorm::gate_only ? a.rstd[row * a.groups + blockIdx.y] : 1.0f;
+    float mean = 0.0f, s[per_thread][vec];  // s = sigmoid(z)
+    float dot = 0;  // sum_c ahat * u: in both forms weight * grad_out * rstd * y * silu(z)
+#pragma unroll
+    for (int k = 0; k < per_thread; ++k) {
+      const int c = Split::column(k);
+      if (c >= a.group_size) continue;
+      Pack<float, vec> weight;
+      if (a.weight != nullptr) weight = load_pack<vec>(a.weight + first + c);
+#pragma unroll
+      for (int i = 0; i < vec; ++i) {
+        const float zi = to_f32(z_in[k].at[i]);
+        s[k][i] = sigmoid(zi);
+        if (a.weight == nullptr) continue;
+        const float scaled = to_f32(grad_in[k].at[i]) * (rstd * (to_f32(y_in[k].at[i]) * (zi * s[k][i])));
+        grad_weight[k][i] += scaled;
+        dot += weight.at[i] * scaled;
+      }
+    }
+    if (a.form != GatedNorm::gate_only) mean = Split::sum(dot, turn) / static_cast<float>(a.group_size);
 
 #pragma unroll
     for (int k = 0; k < per_thread; ++k) {
@@ -153,16 +191,16 @@ __global__ void __launch_bounds__(Split::kMaxThreads) gated_rmsnorm_bwd_kernel(c
       float grad_y[vec], grad_z[vec];
 #pragma unroll
       for (int i = 0; i < vec; ++i) {
-        const float yi = to_f32(y_in[k].at[i]), zi = to_f32(z_in[k].at[i]), s = sigmoid(zi), gate = zi * s;
+        const float yi = to_f32(y_in[k].at[i]), zi = to_f32(z_in[k].at[i]), gate = zi * s[k][i], slope = silu_slope(zi, s[k][i]);
         const float weighted = a.weight != nullptr ? weight.at[i] * to_f32(grad_in[k].at[i]) : to_f32(grad_in[k].at[i]);
         if (gate_first) {
           const float grad_a = rstd * (weighted - rstd * (yi * gate) * mean);  // gate_only: rstd = 1, mean = 0
           grad_y[i] = grad_a * gate;
-          grad_z[i] = grad_a * yi * silu_slope(zi, s);
+          grad_z[i] = grad_a * yi * slope;
         } else {
           const float yhat = rstd * yi;
           grad_y[i] = rstd * (weighted * gate - yhat * mean);
-          grad_z[i] = weighted * yhat * silu_slope(zi, s);
+          grad_z[i] = weighted * yhat * slope;
         }
       }
       if (a.grad_y != nullptr) store_pack(a.grad_y + a.grad_y_rows.begin(row) + first + c, round_to<T>(grad_y));
@@ -223,8 +261,9 @@ void backward(const GatedRmsnormBackward& b) {
   split_groups<T>({&b.grad_out, &b.y, &b.z, &b.weight, &b.grad_y, &b.grad_z}, group_size, [&](auto split, unsigned threads) {
     using Split = decltype(split);
     const auto kernel = &gated_rmsnorm_bwd_kernel<T, Split>;
+    const std::size_t shared = kAhead<Split> ? kStages * 3 * threads * sizeof(Pack<T, Split::kVec>) : 0;
     int resident = 0;  // blocks that one SM holds at a time
-    cuda_check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, static_cast<int>(threads), 0),
+    cuda_check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, static_cast<int>(threads), shared),
                "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
     const int64_t needed = (args.y_rows.count + Split::kRowsPerBlock - 1) / Split::kRowsPerBlock;
     const int64_t fitting = std::max<int64_t>(static_cast<int64_t>(resident) * cuda.sm_count / b.groups, 1);
@@ -234,8 +273,8 @@ void backward(const GatedRmsnormBackward& b) {
       partials = Tensor::empty(b.y.device(), Dtype::f32, {grid.x, width});
       args.partials = partials.data<float>();
     }
-    kernel<<<grid, block, 0, cuda.stream>>>(args);
-    launch_check("gated_rmsnorm_bwd_kernel", grid, block);
+    kernel<<<grid, block, shared, cuda.stream>>>(args);
+    launch_check("gated_rmsnorm_bwd_kernel", grid, block, shared);
     if (b.grad_weight) sum_partials_cuda(partials, *b.grad_weight);
   });
 }

@@ -2,6 +2,7 @@
 // every device; see linear.h for the formulas and ops/common/gemm.h for the products.
 #include "ops/linear/linear.h"
 
+#include "autograd/aligned_rows.h"
 #include "autograd/recompute.h"
 #include "autograd/tape.h"
 #include "core/error.h"
@@ -45,7 +46,7 @@ Tensor product(const Tensor& x, const Tensor& w, const Tensor& bias) {
   const Tensor rows = as_matrix(x);  // [R, in]
   Shape shape = x.shape();
   shape[-1] = w.dim(0);
-  Tensor y = Tensor::empty(rows.device(), rows.dtype(), shape);
+  Tensor y = empty_with_aligned_rows(rows.device(), rows.dtype(), shape);
   const Tensor y_rows = y.reshape({rows.dim(0), w.dim(0)});
   if (bias) gemm(true, ones_row(rows, rows.dim(0)), false, row_vector(bias.to(rows.dtype())), y_rows);
   gemm(false, rows, true, w, y_rows, 1.0, bias ? 1.0 : 0.0);
