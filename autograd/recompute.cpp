@@ -10,14 +10,15 @@ namespace longhand {
 namespace {
 
 thread_local Recompute level = Recompute::none;
-constexpr std::pair<Recompute, const char*> kNames[] = {{Recompute::none, "none"}, {Recompute::light, "light"}, {Recompute::full, "full"}};
+constexpr std::pair<Recompute, const char*> kNames[] = {
+    {Recompute::none, "none"}, {Recompute::light, "light"}, {Recompute::projections, "projections"}, {Recompute::full, "full"}};
 
 }  // namespace
 
 Recompute parse_recompute(const std::string& name) {
   for (const auto& [value, known] : kNames)
     if (name == known) return value;
-  throw ConfigError("recompute: unknown level", {{"given", name}, {"expected", "none, light or full"}});
+  throw ConfigError("recompute: unknown level", {{"given", name}, {"expected", "none, light, projections or full"}});
 }
 
 const char* name_of(Recompute wanted) {

@@ -16,9 +16,10 @@
 namespace longhand {
 
 enum class Recompute {
-  none,   // everything is kept
-  light,  // what costs one pass over memory is made again: norms, convolutions, gates, narrow projections
-  full,   // a layer keeps its input alone; its forward runs once more in the backward
+  none,         // everything is kept
+  light,        // what costs one pass over memory is made again: norms, convolutions, gates, narrow projections
+  projections,  // every projection is made again as well
+  full,         // a layer keeps its input alone; its forward runs once more in the backward
 };
 /// errors  ConfigError naming the choices
 Recompute parse_recompute(const std::string& name);

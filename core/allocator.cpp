@@ -28,6 +28,16 @@ void* CachingAllocator::allocate(std::size_t bytes) {
   const bool exact = switches().exact && !reserving_;         // a graph's memory outlives its tensors
   const std::size_t least = std::max<std::size_t>(bytes, 1);  // no bytes have a place of their own, too: blocks are told apart by address
   const std::size_t size = exact ? least : free_->block_size(least);
+  const auto no_room = [&] {
+    return MemoryError("memory: no room for a new tensor",
+                       {{"device", description()},
+                        {"asked", std::to_string(size) + " bytes"},
+                        {"live", std::to_string(use_.live_bytes) + " bytes" +
+                                     (limit_ > 0 ? fmt::format(", of {} that may be", limit_) : std::string())},
+                        {"op", current_op_path()},
+                        {"try", "a smaller batch or a shorter chunk"}});
+  };
+  if (limit_ > 0 && use_.live_bytes + static_cast<int64_t>(size) > limit_) throw no_room();
   void* block = exact ? nullptr : free_->take(size);
   if (block == nullptr) {
     auto from_system = [&]() -> std::size_t {
@@ -40,12 +50,7 @@ void* CachingAllocator::allocate(std::size_t bytes) {
       use_.reserved_bytes -= static_cast<int64_t>(free_->release());
       taken = from_system();
     }
-    if (taken == 0)
-      throw MemoryError("memory: no room for a new tensor", {{"device", description()},
-                                                             {"asked", std::to_string(size) + " bytes"},
-                                                             {"live", std::to_string(use_.live_bytes) + " bytes"},
-                                                             {"op", current_op_path()},
-                                                             {"try", "a smaller batch or a shorter chunk"}});
+    if (taken == 0) throw no_room();
     use_.reserved_bytes += static_cast<int64_t>(taken);
     ++use_.system_allocations;
     if (!exact) block = free_->take(size);
@@ -87,6 +92,11 @@ void CachingAllocator::release(void* block) noexcept {
     }
   }
   live_.erase(found);
+}
+
+void CachingAllocator::set_limit(int64_t bytes) {
+  const std::lock_guard lock(mutex_);
+  limit_ = bytes;
 }
 
 MemoryUse CachingAllocator::use() const {

@@ -40,6 +40,9 @@ class CachingAllocator {
   void* allocate(std::size_t bytes);
   void release(void* block) noexcept;
 
+  /// From now on there is room for `bytes` live bytes and no more, as if the device had only that; 0: for as many as it has.
+  void set_limit(int64_t bytes);
+
   MemoryUse use() const;
   void reset_peak();
   void release_cached();  // gives unused blocks back to the system
@@ -71,6 +74,7 @@ class CachingAllocator {
   std::map<char*, std::size_t> noted_;  // handed out while reserving
   ReservedBlocks late_;                 // exact blocks that were released while reserving
   MemoryUse use_;
+  int64_t limit_ = 0;
   void note(void* block, std::size_t size);
   /// The live blocks within [begin, begin + size), and what is between them, in order.
   template <class LiveBlock, class Rest>

@@ -44,6 +44,7 @@ LanguageModel::LanguageModel(ModelConfig config) : config_(std::move(config)), f
   const int64_t vocab = config_.padded_vocab(), d = config_.d_model;
   embedding_ = parameters_.declare(family_->embedding_name, {vocab, d}, {.init = family_->embedding_init(config_)});
   for (int64_t i = 0; i < config_.n_layer; ++i) layers_.push_back(family_->make_layer(config_, i, parameters_));
+  recompute_.resize(layers_.size(), Recompute::none);
   final_norm_ = parameters_.declare(family_->final_norm_name, {d}, small_parameter(init_constant(1)));
   head_ = config_.tie_embeddings ? embedding_ : parameters_.declare(family_->head_name, {vocab, d}, {.init = family_->head_init(config_)});
 }
@@ -52,6 +53,13 @@ LanguageModel::LanguageModel(ModelConfig config, const Device& device, Dtype com
     : LanguageModel(std::move(config)) {
   device_ = device;
   parameters_.allocate(device, master_dtype, compute_dtype);
+}
+
+void LanguageModel::set_recompute(RecomputePlan plan) {
+  if (plan.size() != layers_.size())
+    throw ValueError("model: recomputation is planned for another number of layers",
+                     {{"plan", text_of(plan)}, {"levels", std::to_string(plan.size())}, {"layers", std::to_string(layers_.size())}});
+  recompute_ = std::move(plan);
 }
 
 RecurrentState LanguageModel::zero_state(int64_t rows) const {
@@ -71,18 +79,18 @@ LanguageModel::Forward LanguageModel::forward(const Tensor& tokens, const Recurr
                      {{"state", std::to_string(h0.layers().size()) + " layers, " + std::to_string(h0.rows()) + " rows"},
                       {"tokens", tokens.describe()},
                       {"expected", std::to_string(layers_.size()) + " layers, one row per row of tokens"}});
-  const RecomputeScope recompute(recompute_);
   Variable residual = embedding(tokens, embedding_->variable, wide_dtype());  // [B, T, d]
   Variable branch;                                                            // what the last sublayer adds; absent before the first
   std::vector<LayerState> states(layers_.size());
   const LayerState absent;
   for (std::size_t i = 0; i < layers_.size(); ++i) {
+    const RecomputeScope recompute(recompute_[i]);
     for (const Sublayer& sublayer : layers_[i]) {
       const LayerScope scope(sublayer.scope);
       auto normed = add_rmsnorm(branch, residual, sublayer.norm->variable, config_.norm_eps, compute_dtype());
       residual = normed.residual;
       const LayerState& begin = h0.absent() ? absent : h0.layers()[i];
-      branch = recompute_ == Recompute::full ? forward_to_be_run_again(*sublayer.mixer, normed.y, begin, states[i])
+      branch = recompute_[i] == Recompute::full ? forward_to_be_run_again(*sublayer.mixer, normed.y, begin, states[i])
                                              : sublayer.mixer->forward(normed.y, begin, states[i]);
     }
     if (h0.absent()) continue;

@@ -8,9 +8,9 @@
 #include <vector>
 
 #include "autograd/parameters.h"
-#include "autograd/recompute.h"
 #include "models/model_config.h"
 #include "models/model_family.h"
+#include "models/recompute_plan.h"
 #include "models/recurrent_state.h"
 
 namespace longhand {
@@ -38,8 +38,9 @@ class LanguageModel {
   const ParameterSet& parameters() const { return parameters_; }
   void initialize(uint64_t seed) { parameters_.initialize(seed); }
 
-  /// How much of a forward is made again in the backward instead of being kept; the bits are the same. none at first.
-  void set_recompute(Recompute level) { recompute_ = level; }
+  /// How much of each layer's forward is made again in the backward instead of being kept; the bits are the same. Nothing at first.
+  /// errors  ValueError unless the plan has a level for every layer
+  void set_recompute(RecomputePlan plan);
 
   RecurrentState zero_state(int64_t rows) const;
 
@@ -92,7 +93,7 @@ class LanguageModel {
   ModelConfig config_;
   const ModelFamily* family_;
   Device device_ = Device::cpu();
-  Recompute recompute_ = Recompute::none;
+  RecomputePlan recompute_;
   ParameterSet parameters_;
   Parameter* embedding_ = nullptr;
   Parameter* head_ = nullptr;  // the embedding itself when tied

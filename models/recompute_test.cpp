@@ -29,7 +29,7 @@ Outcome outcome_of(const ModelConfig& config, const Device& device, Dtype dtype,
   constexpr int64_t B = 3, T = 70;
   LanguageModel model(config, device, dtype, dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32);
   model.initialize(3);
-  model.set_recompute(level);
+  model.set_recompute(RecomputePlan(static_cast<std::size_t>(config.n_layer), level));
   const auto ids = [&](uint64_t key) { return Tensor::from(device, {B, T}, random_tokens(static_cast<std::size_t>(B * T), key)); };
   std::vector<LayerState> layers;
   uint64_t seed = 10;
@@ -81,7 +81,7 @@ TEST("recompute: every level gives the same bits of losses, states and gradients
       const ModelConfig config = config_of(plain ? family : "gla", !plain);
       const Outcome none = outcome_of(config, device, dtype, Recompute::none);
       int64_t kept = none.kept_bytes;
-      for (const Recompute level : {Recompute::light, Recompute::full}) {
+      for (const Recompute level : {Recompute::light, Recompute::projections, Recompute::full}) {
         CAPTURE(name_of(level));
         const Outcome other = outcome_of(config, device, dtype, level);
         CHECK(other.loss == none.loss);
@@ -140,7 +140,7 @@ TEST("recompute: what is remade is made once, when it is asked for, and goes wit
 TEST("recompute: levels have names, and another is refused") {
   CHECK(parse_recompute("light") == Recompute::light);
   CHECK(std::string(name_of(Recompute::full)) == "full");
-  CHECK_THROWS_WITH_AS(parse_recompute("some"), doctest::Contains("none, light or full"), ConfigError);
+  CHECK_THROWS_WITH_AS(parse_recompute("some"), doctest::Contains("none, light, projections or full"), ConfigError);
 }
 
 }  // namespace

@@ -20,6 +20,7 @@
 #include "tools/device_options.h"
 #include "tools/option_checks.h"
 #include "tools/peer_figures.h"
+#include "train/memory_fit.h"
 #include "train/progress.h"
 #include "train/trainer.h"
 
@@ -87,36 +88,6 @@ std::vector<int64_t> batches_or(const BenchModelOptions& options, int64_t fallba
   return batches.empty() ? std::vector<int64_t>{fallback} : batches;
 }
 
-bool fits(Recipe recipe, const DeviceChoice& choice, int64_t rows) {
-  recipe.train.batch_size = rows;
-  recipe.train.grad_accumulation = 1;
-  recipe.train.graph = false;
-  bool enough = true;
-  try {
-    LanguageModel model = fresh_model(recipe.model, choice);
-    Trainer trainer(recipe, model);
-    trainer.step(random_batch(recipe, 0));
-    choice.device.synchronize();
-  } catch (const MemoryError&) {
-    enough = false;
-  }
-  choice.device.allocator().release_cached();
-  return enough;
-}
-
-// The most rows whose step fits the device's memory: doubled until it does not, then halved down to an eighth of that.
-int64_t largest_batch(const Recipe& recipe, const DeviceChoice& choice) {
-  if (!choice.device.is_cuda())
-    throw ConfigError("bench: only a GPU's memory is tried out", {{"--batch", kAutoBatch}, {"device", choice.device.name()}});
-  constexpr int64_t kMostRows = 4096;
-  if (!fits(recipe, choice, 1)) throw MemoryError("bench: not even one row fits", {{"device", choice.device.description()}});
-  int64_t good = 1;
-  while (good < kMostRows && fits(recipe, choice, 2 * good)) good *= 2;
-  for (int64_t step = good / 2; step >= std::max<int64_t>(1, good / 8); step /= 2)
-    if (fits(recipe, choice, good + step)) good += step;
-  return good;
-}
-
 // What each op of one more step took and cannot avoid; printed only on demand.
 // returns  the sum of the ops' floors in ms: for each the larger of bytes / copy rate and flops of matrix products / their rate
 double ops_of_step(const Device& device, const Ceilings& ceilings, bool print, const std::function<void()>& step) {
@@ -168,7 +139,7 @@ void train_case(const Recipe& recipe, const std::string& name, const DeviceChoic
   const double floor_ms = ops_of_step(device, ceilings, false, step);
   const ModelFigures known =
       choice.dtype == Dtype::bf16 ? training_figures(name, recipe.train.batch_size, recipe.train.length) : ModelFigures{};
-  fmt::print("{:<16}{:>6}{:>7}  {:<7}{:>9.2f}{:>11.0f}{:>7}{:>10.2f}{:>6.0f}%  {:<10}{:>10}{:>8}  {:<14}{:<14}{}\n", name,
+  fmt::print("{:<16}{:>6}{:>7}  {:<12}{:>9.2f}{:>11.0f}{:>7}{:>10.2f}{:>6.0f}%  {:<10}{:>10}{:>8}  {:<14}{:<14}{}\n", name,
              recipe.train.batch_size, recipe.train.length, recipe.train.recompute, ms, tokens_per_s,
              peak > 0 ? fmt::format("{:.1f}%", 100 * flops / (ms / 1e3) / peak) : "-", floor_ms, 100 * floor_ms / ms, peak_memory,
              known.peer_tokens_per_s > 0 ? fmt::format("{:.0f}", known.peer_tokens_per_s) : "",
@@ -276,19 +247,22 @@ int run_bench_train(const BenchModelOptions& options) {
   const DeviceChoice choice = choose_device(options.device, options.dtype);
   const Ceilings ceilings = measure_ceilings(choice.device, choice.dtype);
   print_ceilings(choice, ceilings);
-  fmt::print("{:<16}{:>6}{:>7}  {:<7}{:>9}{:>11}{:>7}{:>10}{:>7}  {:<10}{:>10}{:>8}  {:<14}{:<14}{}\n", "model", "batch", "length", "again",
+  fmt::print("{:<16}{:>6}{:>7}  {:<12}{:>9}{:>11}{:>7}{:>10}{:>7}  {:<10}{:>10}{:>8}  {:<14}{:<14}{}\n", "model", "batch", "length", "again",
              "ms/step", "tokens/s", "MFU", "floor ms", "share", "memory", "peer tok/s", "faster", "speed/target", "memory/target",
              "queued as");
   for (const std::string& path : options.recipes) {
     Recipe recipe = read_recipe(path, options.settings);
     recipe.model = recipe_model_config(path, options.settings);
     recipe.model.complete();
+    recipe.train.dtype = name_of(choice.dtype);
     const bool automatic = options.batches.size() == 1 && options.batches[0] == kAutoBatch;
-    const auto batches = automatic ? std::vector<int64_t>{largest_batch(recipe, choice)} : batches_or(options, recipe.train.batch_size);
+    const auto batches = automatic ? std::vector<int64_t>{most_rows(recipe, choice.device)} : batches_or(options, recipe.train.batch_size);
     for (const int64_t batch : batches) {
       recipe.train.batch_size = batch;
       if (!options.batches.empty()) recipe.train.grad_accumulation = 1;  // --batch means rows at once
-      train_case(recipe, name_of_recipe(path), choice, ceilings, options);
+      Recipe fitted = recipe;
+      choose_recompute(fitted, choice.device);
+      train_case(fitted, name_of_recipe(path), choice, ceilings, options);
       choice.device.allocator().release_cached();
     }
   }

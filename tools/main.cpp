@@ -52,6 +52,10 @@ void add_train(CLI::App& app, Action& action) {
       ->type_name("DIR");
   command->add_option("--name", options->name, "Name of the run: its folder is runs/NAME (default: the recipe's)")->type_name("NAME");
   command
+      ->add_option("--batch", options->batch,
+                   "Rows at once, or auto: as many as fit (train.memory_gib); sets train.grad_accumulation, and a step stays the same")
+      ->type_name("N");
+  command
       ->add_option("--verify-determinism", options->verify_determinism,
                    "Instead of training do the first N steps twice, and compare every loss, weight and moment bit for bit")
       ->type_name("N")

@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <charconv>
 #include <exception>
 #include <filesystem>
 #include <memory>
@@ -21,6 +22,7 @@
 #include "tools/process_device.h"
 #include "train/communicator.h"
 #include "train/determinism.h"
+#include "train/memory_fit.h"
 #include "train/recipe.h"
 #include "train/run_batches.h"
 #include "train/run_folder.h"
@@ -206,10 +208,28 @@ int train(TrainingJob& job, const Device& device, Communicator& processes, bool 
   return 0;
 }
 
+// Rows at once and what is made again, where they are to follow from the memory that there is.
+void fit_to_memory(Recipe& recipe, const std::string& batch, const Device& device, Communicator* processes) {
+  if (batch == "auto") {
+    choose_micro_batches(recipe, device, processes);
+  } else if (!batch.empty()) {
+    int64_t rows = 0;
+    const char* const end = batch.data() + batch.size();
+    const auto [stopped, status] = std::from_chars(batch.data(), end, rows);
+    if (status != std::errc{} || stopped != end || rows < 1 || recipe.train.batch_size % rows != 0)
+      throw ConfigError("train: the rows of a step cannot be taken as many at once",
+                        {{"--batch", batch},
+                         {"train.batch_size", std::to_string(recipe.train.batch_size)},
+                         {"expected", "a divisor of it, or auto"}});
+    recipe.train.grad_accumulation = recipe.train.batch_size / rows;
+  }
+  choose_recompute(recipe, device, processes);
+}
+
 // What has to be the same for all processes, and is compared before anything begins: first what decides which questions are asked at all.
 std::string description_of(const TrainCommand& command) {
   std::string text = description_of_build() + fmt::format("recipe: {}\n", command.recipe);
-  for (const auto& [name, value] : {std::pair("resume", command.resume), {"init-from", command.init_from}, {"name", command.name}})
+  for (const auto& [name, value] : {std::pair("resume", command.resume), {"init-from", command.init_from}, {"name", command.name}, {"batch", command.batch}})
     text += fmt::format("{}: {}\n", name, value);
   for (const std::string& setting : command.overrides) text += "setting: " + setting + "\n";
   for (char** entry = environ; *entry != nullptr; ++entry)  // switches: some decide how a step is queued
@@ -242,8 +262,8 @@ int train_together(const TrainCommand& command, std::unique_ptr<Communicator>& p
   if (resume && command.verify_determinism > 0)
     throw ConfigError("train: determinism is verified from a recipe's start, not from a checkpoint",
                       {{"try", "longhand train RECIPE.toml --init-from " + command.resume + " --verify-determinism N"}});
-  if (resume && !(command.recipe.empty() && command.init_from.empty() && command.name.empty()))
-    throw ConfigError("train: a resumed run has its recipe, its start and its name",
+  if (resume && !(command.recipe.empty() && command.init_from.empty() && command.name.empty() && command.batch.empty()))
+    throw ConfigError("train: a resumed run has its recipe, its start, its name and its micro-batches",
                       {{"try", "longhand train --resume RUN [--set key=value]"}});
   if (!resume && command.recipe.empty())
     throw ConfigError("train: no recipe", {{"try", "longhand train RECIPE.toml, or longhand train --resume RUN"}});
@@ -270,6 +290,7 @@ int train_together(const TrainCommand& command, std::unique_ptr<Communicator>& p
                     .on_step = {}};
     const auto step = folder.latest_step();
     agree(recipe, *job.tokenizer, fmt::format("{}, after step {}", folder.path(), step ? *step : 0));
+    fit_to_memory(job.recipe, "", device, processes->alone() ? nullptr : processes.get());
     return train(job, device, *processes, command.nccl);
   }
   auto settings = command.overrides;
@@ -280,8 +301,12 @@ int train_together(const TrainCommand& command, std::unique_ptr<Communicator>& p
   const std::shared_ptr<const Tokenizer> tokenizer = open_tokenizer(recipe.data.tokenizer);
   resolve_model(recipe, tokenizer->vocab_size());
   if (recipe.train.dtype == "auto") recipe.train.dtype = device.is_cuda() ? "bf16" : "f32";
-  if (command.verify_determinism > 0) return verify(recipe, tokenizer, device, command.verify_determinism);
+  if (command.verify_determinism > 0) {
+    fit_to_memory(recipe, command.batch, device, nullptr);
+    return verify(recipe, tokenizer, device, command.verify_determinism);
+  }
   agree(recipe, *tokenizer, recipe.name);
+  fit_to_memory(recipe, command.batch, device, processes->alone() ? nullptr : processes.get());
   std::optional<RunFolder> own;
   if (processes->leads()) own = RunFolder::create(kRuns, recipe.name);
   TrainingJob job{.recipe = recipe,

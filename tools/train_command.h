@@ -13,6 +13,7 @@ struct TrainCommand {
   std::string device;                  // "" : the first GPU if there is one, else the CPU
   std::string init_from;               // stands for init_from of the recipe
   std::string name;                    // stands for name of the recipe
+  std::string batch;                   // rows at once, or auto: as many as fit; sets train.grad_accumulation. Empty: the recipe's
   int64_t verify_determinism = 0;      // do so many steps twice and compare, instead of training
   bool nccl = false;                   // join GPUs by NCCL even when there is only one, to see what it costs
   bool help_recipe = false;            // only list the keys of a recipe

@@ -30,6 +30,8 @@ class HostLink {
 
   /// Peak of dense bf16 products of the device, for MFU; 0 when unknown.
   virtual double bf16_peak_flops() const { return 0; }
+  /// Memory of the device that no program has taken; 0 when unknown.
+  virtual int64_t free_memory_bytes() const { return 0; }
 
  protected:
   explicit HostLink(const Device& device) : device_(device) {}

@@ -77,6 +77,11 @@ class CudaHostLink final : public HostLink {
   }
 
   double bf16_peak_flops() const override { return cuda_.bf16_peak_flops; }
+  int64_t free_memory_bytes() const override {
+    size_t free = 0, total = 0;
+    cuda_check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
+    return static_cast<int64_t>(free);
+  }
 
  protected:
   void copy_up(const Tensor& to, const void* values, std::size_t bytes) override {

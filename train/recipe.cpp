@@ -17,6 +17,7 @@
 #include "data/tokenizer.h"
 #include "models/checkpoint.h"
 #include "models/model_family.h"
+#include "models/recompute_plan.h"
 
 namespace longhand {
 namespace {
@@ -103,9 +104,11 @@ constexpr Key kKeys[] = {
      "several processes sum their gradients while backward still runs; false: after it, to see what that hides", -kAny, kAny, nullptr,
      true},
     {"train.recompute", FIELD(train.recompute),
-     "what a backward makes again instead of keeping it, to save memory, with the same bits: light: norms, convolutions, gates; full: "
-     "layers",
-     -kAny, kAny, "none|light|full", true},
+     "what a backward makes again instead of keeping it, to save memory, with the same bits: none; light: norms, convolutions, gates; "
+     "projections: these too; full: layers; or by layers, light:20,full:4; auto: as little as memory_gib allows",
+     -kAny, kAny, nullptr, true},
+    {"train.memory_gib", FIELD(train.memory_gib), "memory of the device for recompute = auto and for --batch auto; 0: all that is free", 0,
+     kAny, nullptr, true},
     {"train.log_every", FIELD(train.log_every), "steps between lines of metrics.jsonl", 1, kAny, nullptr, true},
     {"train.checkpoint_every", FIELD(train.checkpoint_every), "steps between checkpoints; 0: only at the end", 0, kAny, nullptr, true},
     {"train.keep_last", FIELD(train.keep_last), "newest checkpoints that are kept; 0: all", 0, kAny, nullptr, true},
@@ -524,6 +527,7 @@ void resolve_model(Recipe& recipe, int64_t tokenizer_vocab) {
     recipe.model.vocab_size = tokenizer_vocab;
   }
   recipe.model.complete();
+  if (recipe.train.recompute != kAutomaticRecompute) (void)parse_recompute_plan(recipe.train.recompute, recipe.model.n_layer);
   checkpoint_layout(recipe.model);  // a model that cannot be saved is refused before its first step
   if (recipe.model.padded_vocab() < tokenizer_vocab)
     throw ConfigError("recipe: the tokenizer has more tokens than the model",

@@ -12,6 +12,8 @@
 
 namespace longhand {
 
+/// The value of train.recompute that memory_fit.h replaces.
+inline constexpr const char* kAutomaticRecompute = "auto";
 /// The value of data.task for rows of text.
 inline constexpr const char* kTextRows = "text";
 
@@ -46,6 +48,7 @@ struct Recipe {
     bool shard_optimizer = true;
     bool overlap = true;
     std::string recompute = "none";
+    double memory_gib = 0;
     int64_t log_every = 10;
     int64_t checkpoint_every = 1000;
     int64_t keep_last = 2;

@@ -56,7 +56,7 @@ Trainer::Trainer(const Recipe& recipe, LanguageModel& model, Communicator* proce
       lr_{recipe.train.steps, recipe.optimizer.lr, recipe.optimizer.min_lr, recipe.optimizer.warmup_fraction},
       decay_(decay_schedule_from(recipe.optimizer.weight_decay_schedule)),
       graphs_(recipe.train.graph && model.device().is_cuda()) {
-  model_.set_recompute(parse_recompute(recipe.train.recompute));
+  model_.set_recompute(parse_recompute_plan(recipe.train.recompute, model.config().n_layer));
   if (processes_ != nullptr) link_->while_waiting([this] { processes_->require_links(); });
   const int64_t rows = recipe.train.batch_size / recipe.train.grad_accumulation;
   if (processes_ != nullptr && rows < processes_->size())

@@ -159,6 +159,7 @@ class Loop {
     line_.say(fmt::format("steps       {} of {} tokens: {} rows of {}, {} micro-batch{}", recipe_.train.steps, step_tokens,
                           recipe_.train.batch_size, recipe_.train.length, recipe_.train.grad_accumulation,
                           recipe_.train.grad_accumulation == 1 ? "" : "es"));
+    if (recipe_.train.recompute != name_of(Recompute::none)) line_.say("made again  " + recipe_.train.recompute + ", in the backward");
     line_.say("no weight decay on");
     for (const std::string& group : trainer_.optimizer().describe_no_decay()) line_.say("            " + group);
   }

@@ -63,21 +63,24 @@ CausalConv1dOutput causal_conv1d_silu(const Variable& x, const Variable& weight,
   if (in.numel() == 0) return pass_window(y, window, x, weight, bias, window0);
   on_device(device, &causal_conv1d_fwd_cpu, LONGHAND_CUDA_IMPL(causal_conv1d_fwd_cuda))({in, w, b, start, y, window});
 
-  auto outputs = record("causal_conv1d_silu", {y, window}, {x, weight, bias, window0}, [in, w, b, start](BackwardCall& call) {
-    CausalConv1dBackward g{call.grad_or_zeros(0), call.grad(1), in, w, b, start, {}, {}, {}, {}};
+  const Kept kept_x(x);
+  auto outputs = record("causal_conv1d_silu", {y, window}, {x, weight, bias, window0}, [kept_x, w, b, start](BackwardCall& call) {
+    CausalConv1dBackward g{call.grad_or_zeros(0), call.grad(1), kept_x.get(), w, b, start, {}, {}, {}, {}};
     if (call.needs(0)) g.grad_x = call.buffer(0);
     if (call.needs(1)) g.grad_weight = call.accumulate(1);
     if (call.needs(2)) g.grad_bias = call.accumulate(2);
     if (call.needs(3)) g.grad_window0 = call.buffer(3);
-    on_device(in.device(), &causal_conv1d_bwd_cpu, LONGHAND_CUDA_IMPL(causal_conv1d_bwd_cuda))(g);
+    on_device(w.device(), &causal_conv1d_bwd_cpu, LONGHAND_CUDA_IMPL(causal_conv1d_bwd_cuda))(g);
     call.set(0, g.grad_x);
     call.set(3, g.grad_window0);
   });
-  const auto again = [in, w, b, start, window_shape = window.shape()] {
-    const OpScope scope("causal_conv1d_silu", {&in, &w, &b, &start});
-    Tensor y_again = Tensor::empty(in.device(), in.dtype(), in.shape());
-    const Tensor window_again = Tensor::empty(in.device(), in.dtype(), window_shape);
-    on_device(in.device(), &causal_conv1d_fwd_cpu, LONGHAND_CUDA_IMPL(causal_conv1d_fwd_cuda))({in, w, b, start, y_again, window_again});
+  const auto again = [kept_x, w, b, start, window_shape = window.shape()] {
+    const Tensor& x_again = kept_x.get();
+    const OpScope scope("causal_conv1d_silu", {&x_again, &w, &b, &start});
+    Tensor y_again = Tensor::empty(w.device(), x_again.dtype(), x_again.shape());
+    const Tensor window_again = Tensor::empty(w.device(), x_again.dtype(), window_shape);
+    on_device(w.device(), &causal_conv1d_fwd_cpu,
+              LONGHAND_CUDA_IMPL(causal_conv1d_fwd_cuda))({x_again, w, b, start, y_again, window_again});
     return y_again;
   };
   return {remade(outputs[0], again), outputs[1]};

@@ -53,20 +53,23 @@ Variable gated_rmsnorm(const Variable& y, const Variable& z, const Variable& wei
   on_device(device, &gated_rmsnorm_fwd_cpu,
             LONGHAND_CUDA_IMPL(gated_rmsnorm_fwd_cuda))({form, groups, options.eps, y_rows, z_rows, w, out, rstd});
 
-  const Variable result = record("gated_rmsnorm", out, {y, z, weight}, [form, groups, y_rows, z_rows, w, rstd](BackwardCall& call) {
-    GatedRmsnormBackward b{form, groups, with_strided_rows(call.grad(0)), y_rows, z_rows, w, rstd, {}, {}, {}};
+  const Kept kept_y(y), kept_z(z);
+  const Variable result = record("gated_rmsnorm", out, {y, z, weight}, [form, groups, kept_y, kept_z, w, rstd](BackwardCall& call) {
+    const Tensor y_again = with_strided_rows(kept_y.get()), z_again = with_strided_rows(kept_z.get());
+    GatedRmsnormBackward b{form, groups, with_strided_rows(call.grad(0)), y_again, z_again, w, rstd, {}, {}, {}};
     if (call.needs(0)) b.grad_y = writable_strided_rows(call.buffer(0));
     if (call.needs(1)) b.grad_z = writable_strided_rows(call.buffer(1));
     if (call.needs(2)) b.grad_weight = call.accumulate(2);
-    on_device(y_rows.device(), &gated_rmsnorm_bwd_cpu, LONGHAND_CUDA_IMPL(gated_rmsnorm_bwd_cuda))(b);
+    on_device(y_again.device(), &gated_rmsnorm_bwd_cpu, LONGHAND_CUDA_IMPL(gated_rmsnorm_bwd_cuda))(b);
     call.set(0, b.grad_y);
     call.set(1, b.grad_z);
   });
-  return remade(result, [form, groups, eps = options.eps, y_rows, z_rows, w, rstd, device] {
-    const OpScope scope("gated_rmsnorm", {&y_rows, &z_rows, &w});
-    Tensor out_again = Tensor::empty(device, y_rows.dtype(), y_rows.shape());
+  return remade(result, [form, groups, eps = options.eps, kept_y, kept_z, w, rstd, device] {
+    const Tensor y_again = with_strided_rows(kept_y.get()), z_again = with_strided_rows(kept_z.get());
+    const OpScope scope("gated_rmsnorm", {&y_again, &z_again, &w});
+    Tensor out_again = Tensor::empty(device, y_again.dtype(), y_again.shape());
     on_device(device, &gated_rmsnorm_fwd_cpu,  // writes the same rstd once more
-              LONGHAND_CUDA_IMPL(gated_rmsnorm_fwd_cuda))({form, groups, eps, y_rows, z_rows, w, out_again, rstd});
+              LONGHAND_CUDA_IMPL(gated_rmsnorm_fwd_cuda))({form, groups, eps, y_again, z_again, w, out_again, rstd});
     return out_again;
   });
 }

@@ -30,7 +30,7 @@ void require_linear_args(const Variable& x, const Variable& weight, const Variab
     throw DtypeError("linear: bias must have weight's dtype, or f32 beside bf16", {{"bias", b.describe()}, {"weight", w.describe()}});
 }
 
-// Up to this many inputs a product costs about what writing its outputs costs.
+// Up to this many inputs a product costs about what writing its outputs costs: it is made again from the level light on.
 constexpr int64_t kNarrow = 128;
 
 Tensor row_vector(const Tensor& t) {
@@ -77,7 +77,7 @@ Variable linear(const Variable& x, const Variable& weight, const Variable& bias)
       gemm(false, ones_row(grad_y, grad_y.dim(0)), false, grad_y, row_vector(grad_bias), 1.0, beta);
     }
   });
-  if (w.dim(1) > kNarrow) return y;
+  if (w.dim(1) > kNarrow && recompute_level() < Recompute::projections) return y;
   return remade(y, [kept_x, w, b] {
     const OpScope again("linear", {&kept_x.get(), &w});
     return product(kept_x.get(), w, b);

@@ -95,13 +95,17 @@ SelectiveScanOutput selective_scan(const Variable& x, const Variable& dt, const 
       grad_enabled() && std::any_of(inputs.begin(), inputs.end(), [](const Variable& v) { return v.defined() && v.requires_grad(); });
   auto [y, h_T, borders] =
       on_device(in.x.device(), &selective_scan_fwd_cpu, LONGHAND_CUDA_IMPL(selective_scan_fwd_cuda))(in, differentiated);
-  SelectiveScanInputs small = in;  // without x and dt, which may be cheaper to make again
-  small.x = small.dt = Tensor();
-  const auto backward_scan = [small, kept_x = Kept(x), kept_dt = Kept(dt), borders = borders](BackwardCall& call) {
+  SelectiveScanInputs small = in;  // without what may be cheaper to make again
+  small.x = small.dt = small.B_t = small.C_t = small.z = Tensor();
+  const auto backward_scan = [small, kept_x = Kept(x), kept_dt = Kept(dt), kept_B = Kept(B_t), kept_C = Kept(C_t), kept_z = Kept(z),
+                              borders = borders](BackwardCall& call) {
     SelectiveScanBackward g;
     g.in = small;
     g.in.x = kept_x.get();
     g.in.dt = kept_dt.get();
+    g.in.B_t = kept_B.get();
+    g.in.C_t = kept_C.get();
+    g.in.z = kept_z.get();
     g.borders = borders;
     g.grad_y = call.grad(0);
     g.grad_h_T = whole(call.grad(1));

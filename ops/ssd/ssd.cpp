@@ -89,12 +89,13 @@ SsdOutput ssd(const Variable& x, const Variable& dt, const Variable& A_log, cons
   const SsdInputs in{with_packed_tokens(given.x),   with_packed_tokens(given.dt), whole(given.A_log),   with_packed_tokens(given.B_t),
                      with_packed_tokens(given.C_t), whole(given.D_skip),          whole(given.dt_bias), whole(given.h0)};
   auto [y, h_T] = on_device(in.x.device(), &ssd_fwd_cpu, LONGHAND_CUDA_IMPL(ssd_fwd_cuda))(in, options);
-  SsdInputs small = in;  // without x, B_t and C_t, which may be cheaper to make again
-  small.x = small.B_t = small.C_t = Tensor();
-  const Kept kept_x(x), kept_B(B_t), kept_C(C_t);
-  const auto backward_ssd = [small, kept_x, kept_B, kept_C, options](BackwardCall& call) {
+  SsdInputs small = in;  // without what may be cheaper to make again
+  small.x = small.dt = small.B_t = small.C_t = Tensor();
+  const Kept kept_x(x), kept_dt(dt), kept_B(B_t), kept_C(C_t);
+  const auto backward_ssd = [small, kept_x, kept_dt, kept_B, kept_C, options](BackwardCall& call) {
     SsdInputs all = small;
     all.x = with_packed_tokens(kept_x.get());
+    all.dt = with_packed_tokens(kept_dt.get());
     all.B_t = with_packed_tokens(kept_B.get());
     all.C_t = with_packed_tokens(kept_C.get());
     const Tensor grad_y = with_packed_tokens(call.grad(0));

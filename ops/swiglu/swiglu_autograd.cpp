@@ -34,18 +34,21 @@ Variable swiglu(const Variable& gate, const Variable& up) {
   const Tensor y = Tensor::empty(gate_rows.device(), gate_rows.dtype(), gate_rows.shape());  // [.., E]
   on_device(gate_rows.device(), &swiglu_fwd_cpu, LONGHAND_CUDA_IMPL(swiglu_fwd_cuda))({gate_rows, up_rows, y});
 
-  const Variable result = record("swiglu", y, {gate, up}, [gate_rows, up_rows](BackwardCall& call) {  // y is not kept
-    SwigluBackward b{with_strided_rows(call.grad(0)), gate_rows, up_rows, {}, {}};
+  const Kept kept_gate(gate), kept_up(up);
+  const Variable result = record("swiglu", y, {gate, up}, [kept_gate, kept_up](BackwardCall& call) {  // y is not kept
+    const Tensor gate_again = with_strided_rows(kept_gate.get()), up_again = with_strided_rows(kept_up.get());
+    SwigluBackward b{with_strided_rows(call.grad(0)), gate_again, up_again, {}, {}};
     if (call.needs(0)) b.grad_gate = writable_strided_rows(call.buffer(0));
     if (call.needs(1)) b.grad_up = writable_strided_rows(call.buffer(1));
-    on_device(gate_rows.device(), &swiglu_bwd_cpu, LONGHAND_CUDA_IMPL(swiglu_bwd_cuda))(b);
+    on_device(gate_again.device(), &swiglu_bwd_cpu, LONGHAND_CUDA_IMPL(swiglu_bwd_cuda))(b);
     call.set(0, b.grad_gate);
     call.set(1, b.grad_up);
   });
-  return remade(result, [gate_rows, up_rows] {
-    const OpScope scope("swiglu", {&gate_rows, &up_rows});
-    Tensor y_again = Tensor::empty(gate_rows.device(), gate_rows.dtype(), gate_rows.shape());
-    on_device(gate_rows.device(), &swiglu_fwd_cpu, LONGHAND_CUDA_IMPL(swiglu_fwd_cuda))({gate_rows, up_rows, y_again});
+  return remade(result, [kept_gate, kept_up] {
+    const Tensor gate_again = with_strided_rows(kept_gate.get()), up_again = with_strided_rows(kept_up.get());
+    const OpScope scope("swiglu", {&gate_again, &up_again});
+    Tensor y_again = Tensor::empty(gate_again.device(), gate_again.dtype(), gate_again.shape());
+    on_device(gate_again.device(), &swiglu_fwd_cpu, LONGHAND_CUDA_IMPL(swiglu_fwd_cuda))({gate_again, up_again, y_again});
     return y_again;
   });
 }

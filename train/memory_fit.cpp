@@ -1,0 +1,158 @@
+// See memory_fit.h.
+#include "train/memory_fit.h"
+
+#include <algorithm>
+#include <optional>
+
+#include "core/allocator.h"
+#include "core/error.h"
+#include "core/tensor.h"
+#include "models/recompute_plan.h"
+#include "train/communicator.h"
+#include "train/trainer.h"
+
+namespace longhand {
+namespace {
+
+constexpr int64_t kMargin = 64;
+constexpr double kGib = 1 << 30;
+
+class MemoryLimit {
+ public:
+  MemoryLimit(const Device& device, int64_t bytes) : allocator_(device.allocator()) { allocator_.set_limit(bytes); }
+  ~MemoryLimit() {
+    allocator_.set_limit(0);
+    allocator_.release_cached();
+  }
+  MemoryLimit(const MemoryLimit&) = delete;
+  MemoryLimit& operator=(const MemoryLimit&) = delete;
+
+ private:
+  CachingAllocator& allocator_;
+};
+
+// Which tokens does not matter: every position counts.
+Batch any_batch(const Recipe& recipe) {
+  Batch batch;
+  batch.rows = recipe.train.batch_size;
+  batch.length = recipe.train.length;
+  const auto positions = static_cast<std::size_t>(batch.rows * batch.length);
+  batch.tokens.assign(positions, 0);
+  batch.targets.assign(positions, 0);
+  batch.mask.assign(positions, 1);
+  batch.resets.assign(static_cast<std::size_t>(batch.rows), 0);
+  for (int64_t row = 0; row < batch.rows; ++row) batch.row_ids.push_back(row);
+  return batch;
+}
+
+std::string limit_text(int64_t bytes) {
+  return bytes > 0 ? std::to_string(bytes) + " bytes" : "what the device has";
+}
+
+void require_known(const Recipe& recipe, const Device& device) {
+  if (device.is_cuda() || recipe.train.memory_gib > 0) return;
+  throw ConfigError("train: a CPU's memory is not tried out", {{"device", device.name()}, {"try", "--set train.memory_gib=N"}});
+}
+
+// The smallest value in [low, high] that fits, when every larger one does; high itself is looked at first.
+template <class Fits>
+std::optional<int64_t> smallest_that_fits(int64_t low, int64_t high, Fits&& fits) {
+  if (!fits(high)) return std::nullopt;
+  while (low < high) {
+    const int64_t middle = low + (high - low) / 2;
+    fits(middle) ? high = middle : low = middle + 1;
+  }
+  return high;
+}
+
+}  // namespace
+
+int64_t memory_for_training(const Recipe& recipe, const Device& device) {
+  if (recipe.train.memory_gib > 0) return static_cast<int64_t>(recipe.train.memory_gib * kGib);
+  device.allocator().release_cached();
+  const int64_t free = make_host_link(device)->free_memory_bytes();
+  return free > 0 ? free + device.allocator().use().live_bytes : 0;
+}
+
+bool step_fits(const Recipe& recipe, const Device& device, int64_t bytes, const Communicator* processes) {
+  Recipe tried = recipe;
+  // Two micro-batches stand for any number of them.
+  const int64_t parts = std::min<int64_t>(recipe.train.grad_accumulation, 2);
+  int64_t rows = recipe.train.batch_size / recipe.train.grad_accumulation;
+  if (processes != nullptr) rows = processes->own(rows).size();
+  tried.train.batch_size = parts * rows;
+  tried.train.grad_accumulation = parts;
+  tried.train.graph = false;
+  const MemoryLimit limit(device, bytes > 0 ? bytes - bytes / kMargin : 0);
+  try {
+    LanguageModel model(recipe.model, device, parse_dtype(recipe.train.dtype));
+    fill(model.parameters().flat_master(), 0);
+    model.parameters().refresh_compute();
+    Trainer trainer(tried, model);
+    const Batch batch = any_batch(tried);
+    for (int step = 0; step < 2; ++step) trainer.step(batch);  // the second beside what the first has left
+    device.synchronize();
+  } catch (const MemoryError&) {
+    return false;
+  }
+  return true;
+}
+
+void choose_recompute(Recipe& recipe, const Device& device, Communicator* processes) {
+  if (recipe.train.recompute != kAutomaticRecompute) return;
+  require_known(recipe, device);
+  const int64_t layers = recipe.model.n_layer, bytes = memory_for_training(recipe, device), plans = recompute_plans(layers);
+  const auto place = smallest_that_fits(0, plans - 1, [&](int64_t tried) {
+    recipe.train.recompute = text_of(recompute_plan_at(tried, layers));
+    return step_fits(recipe, device, bytes, processes);
+  });
+  int64_t agreed = place ? *place : plans;
+  if (processes != nullptr) agreed = processes->all_reduce_max(agreed);
+  if (agreed == plans)
+    throw MemoryError("train: a step does not fit, whatever is made again",
+                      {{"memory", limit_text(bytes)},
+                       {"rows at once", std::to_string(recipe.train.batch_size / recipe.train.grad_accumulation)},
+                       {"try", "a larger train.grad_accumulation, or --batch with fewer rows"}});
+  recipe.train.recompute = text_of(recompute_plan_at(agreed, layers));
+}
+
+void choose_micro_batches(Recipe& recipe, const Device& device, Communicator* processes) {
+  require_known(recipe, device);
+  if (recipe.train.recompute == kAutomaticRecompute)
+    throw ConfigError("train: either the rows or what is made again can be chosen for you, not both",
+                      {{"train.recompute", recipe.train.recompute}, {"--batch", "auto"}, {"try", "--set train.recompute=light"}});
+  const int64_t rows = recipe.train.batch_size, bytes = memory_for_training(recipe, device);
+  const int64_t fewest = processes != nullptr ? processes->size() : 1;  // a row for each
+  std::vector<int64_t> cuts;                                            // numbers of micro-batches, from few to many
+  for (int64_t parts = 1; parts <= rows / fewest; ++parts)
+    if (rows % parts == 0) cuts.push_back(parts);
+  const auto found = smallest_that_fits(0, std::ssize(cuts) - 1, [&](int64_t tried) {
+    recipe.train.grad_accumulation = cuts[static_cast<std::size_t>(tried)];
+    return step_fits(recipe, device, bytes, processes);
+  });
+  int64_t agreed = found ? *found : std::ssize(cuts);
+  if (processes != nullptr) agreed = processes->all_reduce_max(agreed);
+  if (agreed == std::ssize(cuts))
+    throw MemoryError("train: not even one row at a time fits",
+                      {{"memory", limit_text(bytes)}, {"try", "--set train.recompute=full, or shorter rows"}});
+  recipe.train.grad_accumulation = cuts[static_cast<std::size_t>(agreed)];
+}
+
+int64_t most_rows(Recipe recipe, const Device& device) {
+  require_known(recipe, device);
+  constexpr int64_t kMostRows = 4096;
+  const int64_t bytes = memory_for_training(recipe, device);
+  recipe.train.grad_accumulation = 1;
+  const auto fits = [&](int64_t rows) {
+    recipe.train.batch_size = rows;
+    return step_fits(recipe, device, bytes);
+  };
+  if (!fits(1)) throw MemoryError("train: not even one row fits", {{"memory", limit_text(bytes)}, {"device", device.description()}});
+  int64_t good = 1;
+  while (good < kMostRows && fits(2 * good)) good *= 2;
+  for (int64_t step = good / 2; step >= std::max<int64_t>(1, good / 8); step /= 2)
+    if (fits(good + step)) good += step;
+  return good;
+}
+
+}  // namespace longhand

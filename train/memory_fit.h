@@ -1,0 +1,31 @@
+// What of a step has to be made again, and how many rows go at once, so that training fits into the memory there is. Steps are tried out, on
+// fresh weights of a model of their own and launch by launch: what fits is known, not estimated.
+#pragma once
+#include "train/recipe.h"
+
+namespace longhand {
+
+class Communicator;
+
+/// What training may use of a device: train.memory_gib; without it all that is free there, 0 where that is not known (a CPU).
+int64_t memory_for_training(const Recipe& recipe, const Device& device);
+
+/// Whether steps of a resolved recipe, of its rows and its plan of recomputation, stay within `bytes`; 0: within what the device has. A
+/// sixty-fourth is left for what a recorded graph and the driver take.
+/// processes  that share the rows; null: this one is alone
+bool step_fits(const Recipe& recipe, const Device& device, int64_t bytes, const Communicator* processes = nullptr);
+
+/// Sets train.recompute of a recipe that says "auto" to the fastest plan (models/recompute_plan.h) whose steps fit memory_for_training();
+/// leaves another recipe as it is. Processes agree on the one that fits all of them.
+/// errors  MemoryError when none fits; ConfigError on a CPU without train.memory_gib
+void choose_recompute(Recipe& recipe, const Device& device, Communicator* processes = nullptr);
+
+/// Sets train.grad_accumulation to the smallest that cuts train.batch_size into micro-batches that fit memory_for_training().
+/// errors  as choose_recompute(); ConfigError when train.recompute is "auto" too
+void choose_micro_batches(Recipe& recipe, const Device& device, Communicator* processes = nullptr);
+
+/// The most rows at once, up to 4,096, that fit, found to an eighth; for measurements.
+/// errors  as choose_micro_batches()
+int64_t most_rows(Recipe recipe, const Device& device);
+
+}  // namespace longhand
