@@ -36,9 +36,7 @@ constexpr int kWarpsPerBlock = 4;
 constexpr int kThreads = kWarpsPerBlock * kWarp;
 constexpr int kAhead = 4;        // time steps that are asked for together
 constexpr int kStages = 3;       // groups of them: one in work, the others on their way
-constexpr int kLongestRun = 64;  // forward: 3 of 67 inputs are read twice
-constexpr int kShortestRun = 8;
-constexpr int64_t kWarpsPerSm = 24;  // forward: below this many warps per SM the runs get shorter
+constexpr int kShortestRun = 8;  // forward: 3 of 11 inputs are read twice
 constexpr int64_t kShortestRange = 16;
 constexpr int kBackwardBlocks = 4;  // per SM: caps the registers
 
@@ -178,12 +176,12 @@ __global__ void __launch_bounds__(kThreads, taps == 4 ? 4 : 1)
   load_filter(p, c, weight, bias);
   load_past<T, vec, taps>(p, b, begin, c, past);
   int t = begin;
-  __shared__ Staged<T, vec> x_staged;
-  GroupsAhead ahead(t, end, [&](int stage, int s, int at) { x_staged.ask(stage, s, p.x.at(b, at) + c); });
   for (; t + kAhead <= end; t += kAhead) {
-    const int stage = ahead.next();
+    Pack<T, vec> in[kAhead];
 #pragma unroll
-    for (int s = 0; s < kAhead; ++s) store_pack(y.at(b, t + s) + c, forward_step(weight, bias, past, x_staged.get(stage, s)));
+    for (int s = 0; s < kAhead; ++s) in[s] = load_pack<vec>(p.x.at(b, t + s) + c);
+#pragma unroll
+    for (int s = 0; s < kAhead; ++s) store_pack(y.at(b, t + s) + c, forward_step(weight, bias, past, in[s]));
   }
   for (; t < end; ++t) store_pack(y.at(b, t) + c, forward_step(weight, bias, past, load_pack<vec>(p.x.at(b, t) + c)));
 
@@ -342,15 +340,25 @@ Problem<T> problem_of(const Tensor& x, const Tensor& window0, const Tensor& weig
           (channels + per_tile - 1) / per_tile};
 }
 
+template <class Kernel>
+int64_t warps_at_a_time(Kernel kernel, const CudaContext& cuda) {
+  int resident = 0;  // blocks that one SM holds
+  cuda_check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, 0),
+             "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+  return static_cast<int64_t>(resident) * cuda.sm_count * kWarpsPerBlock;
+}
+
 template <class T, int vec, int taps>
 void forward(const CausalConv1dForward& f) {
   const Problem<T> p = problem_of<T, vec>(f.x, f.window0, f.weight, f.bias);
   const CudaContext& cuda = f.x.device().cuda_context();
-  int run = kLongestRun;
-  const auto runs = [&] { return (f.x.dim(1) + run - 1) / run; };
-  while (run > kShortestRun && p.tiles * p.batch * runs() < cuda.sm_count * kWarpsPerSm) run /= 2;
-  const dim3 grid(static_cast<unsigned>((p.tiles * p.batch * runs() + kWarpsPerBlock - 1) / kWarpsPerBlock)), block(kThreads);
-  causal_conv1d_fwd_runs_kernel<T, vec, taps><<<grid, block, 0, cuda.stream>>>(p, series_of<T>(f.y), series_of<T>(f.window), run, runs());
+  const auto kernel = &causal_conv1d_fwd_runs_kernel<T, vec, taps>;
+  // As many runs as the GPU works on at a time: a second wave that does not fill it would take as long as the first.
+  const int64_t time = f.x.dim(1), wanted = std::clamp<int64_t>(warps_at_a_time(kernel, cuda) / (p.tiles * p.batch), 1, time);
+  const int run = static_cast<int>(std::max<int64_t>(kShortestRun, (time + wanted - 1) / wanted));
+  const int64_t runs = (time + run - 1) / run;
+  const dim3 grid(static_cast<unsigned>((p.tiles * p.batch * runs + kWarpsPerBlock - 1) / kWarpsPerBlock)), block(kThreads);
+  kernel<<<grid, block, 0, cuda.stream>>>(p, series_of<T>(f.y), series_of<T>(f.window), run, runs);
   launch_check("causal_conv1d_fwd_runs_kernel", grid, block);
 }
 
@@ -359,10 +367,7 @@ void backward(const CausalConv1dBackward& b) {
   const Problem<T> p = problem_of<T, vec>(b.x, b.window0, b.weight, b.bias);
   const CudaContext& cuda = b.x.device().cuda_context();
   const auto kernel = &causal_conv1d_bwd_ranges_kernel<T, vec, taps>;
-  int resident = 0;  // blocks that one SM holds at a time
-  cuda_check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, 0),
-             "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
-  const int64_t warps = static_cast<int64_t>(resident) * cuda.sm_count * kWarpsPerBlock;
+  const int64_t warps = warps_at_a_time(kernel, cuda);
   const int64_t ranges = std::max<int64_t>(1, std::min(warps / p.tiles, (p.batch * b.x.dim(1) + kShortestRange - 1) / kShortestRange));
 
   Tensor weight_partials, bias_partials;

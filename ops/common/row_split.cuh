@@ -57,7 +57,8 @@ struct RowSplit {
 };
 
 /// Calls f(RowSplit<...>, threads per block) with the split for rows of `width`, which is a multiple of vec and at most kRowMaxWidth.
-template <int vec, class F>
+/// one_pack  rows of up to 256 packs that are too wide for a warp are dealt out pack by pack: few registers a thread, many threads a row
+template <int vec, bool one_pack = false, class F>
 void split_row(int64_t width, F&& f) {
   const auto threads = [&](int64_t per_thread) {
     return static_cast<unsigned>((width + per_thread * kWarp - 1) / (per_thread * kWarp) * kWarp);
@@ -71,8 +72,8 @@ void split_row(int64_t width, F&& f) {
     if (width <= kWarp * 16) return f(RowSplit<vec, 16 / vec, true>{}, warps);
     if (width <= kWarp * 24) return f(RowSplit<vec, 24 / vec, true>{}, warps);
     if (width <= kWarp * 32) return f(RowSplit<vec, 32 / vec, true>{}, warps);
-    if constexpr (vec == 8) {  // one access a thread: few registers, and many rows under way at a time
-      if (width <= kRowMaxThreads * 4) return f(RowSplit<8, 1, false>{}, threads(8));
+    if constexpr (one_pack) {
+      if (width <= kRowMaxThreads / 2 * vec) return f(RowSplit<vec, 1, false>{}, threads(vec));
     }
     if (width <= kRowMaxThreads * 16) return f(RowSplit<vec, 16 / vec, false>{}, threads(16));
     return f(RowSplit<vec, 32 / vec, false>{}, threads(32));

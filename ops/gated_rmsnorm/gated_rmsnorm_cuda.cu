@@ -133,6 +133,14 @@ __global__ void __launch_bounds__(Split::kMaxThreads) gated_rmsnorm_bwd_kernel(c
     }
     close_copies();
   };
+  const auto weights_of = [&](int k) {  // ones where there is no weight
+    Pack<float, vec> weight;
+#pragma unroll
+    for (int i = 0; i < vec; ++i) weight.at[i] = 1.0f;
+    if (a.weight != nullptr && Split::column(k) < a.group_size) weight = load_pack<vec>(a.weight + first + Split::column(k));
+    return weight;
+  };
+  const Pack<float, vec> own_weights = weights_of(0);
   if constexpr (ahead) {
 #pragma unroll
     for (int s = 0; s + 1 < kStages; ++s) ask(row + s * step, s);
@@ -161,46 +169,47 @@ __global__ void __launch_bounds__(Split::kMaxThreads) gated_rmsnorm_bwd_kernel(c
       }
     }
 
+    // normed = rstd * y * silu(z) in both forms with a norm, and the mean of weight * grad_out * normed is what a row's gradients share
     const float rstd = a.form != GatedNorm::gate_only ? a.rstd[row * a.groups + blockIdx.y] : 1.0f;
-    float mean = 0.0f, s[per_thread][vec];  // s = sigmoid(z)
-    float dot = 0;  // sum_c ahat * u: in both forms weight * grad_out * rstd * y * silu(z)
+    float s[per_thread][vec], normed[per_thread][vec];  // s = sigmoid(z)
+    float dot = 0;
 #pragma unroll
     for (int k = 0; k < per_thread; ++k) {
       const int c = Split::column(k);
       if (c >= a.group_size) continue;
-      Pack<float, vec> weight;
-      if (a.weight != nullptr) weight = load_pack<vec>(a.weight + first + c);
+      const Pack<float, vec> weight = ahead ? own_weights : weights_of(k);
 #pragma unroll
       for (int i = 0; i < vec; ++i) {
         const float zi = to_f32(z_in[k].at[i]);
         s[k][i] = sigmoid(zi);
-        if (a.weight == nullptr) continue;
-        const float scaled = to_f32(grad_in[k].at[i]) * (rstd * (to_f32(y_in[k].at[i]) * (zi * s[k][i])));
-        grad_weight[k][i] += scaled;
-        dot += weight.at[i] * scaled;
+        normed[k][i] = to_f32(y_in[k].at[i]) * (zi * s[k][i]) * rstd;
+        const float share = to_f32(grad_in[k].at[i]) * normed[k][i];
+        grad_weight[k][i] += share;
+        dot += weight.at[i] * share;
       }
     }
+    float mean = 0.0f;
     if (a.form != GatedNorm::gate_only) mean = Split::sum(dot, turn) / static_cast<float>(a.group_size);
+    const float shared = rstd * mean;
 
 #pragma unroll
     for (int k = 0; k < per_thread; ++k) {
       const int c = Split::column(k);
       if (c >= a.group_size) continue;
-      Pack<float, vec> weight;
-      if (a.weight != nullptr) weight = load_pack<vec>(a.weight + first + c);
+      const Pack<float, vec> weight = ahead ? own_weights : weights_of(k);
       float grad_y[vec], grad_z[vec];
 #pragma unroll
       for (int i = 0; i < vec; ++i) {
-        const float yi = to_f32(y_in[k].at[i]), zi = to_f32(z_in[k].at[i]), gate = zi * s[k][i], slope = silu_slope(zi, s[k][i]);
-        const float weighted = a.weight != nullptr ? weight.at[i] * to_f32(grad_in[k].at[i]) : to_f32(grad_in[k].at[i]);
-        if (gate_first) {
-          const float grad_a = rstd * (weighted - rstd * (yi * gate) * mean);  // gate_only: rstd = 1, mean = 0
+        const float yi = to_f32(y_in[k].at[i]), zi = to_f32(z_in[k].at[i]), gate = zi * s[k][i];
+        const float slope = s[k][i] + gate * (1.0f - s[k][i]);  // d silu / dz
+        const float weighted = rstd * (weight.at[i] * to_f32(grad_in[k].at[i]));
+        if (gate_first) {  // out = weight * norm(y * gate)
+          const float grad_a = weighted - normed[k][i] * shared;
           grad_y[i] = grad_a * gate;
           grad_z[i] = grad_a * yi * slope;
-        } else {
-          const float yhat = rstd * yi;
-          grad_y[i] = rstd * (weighted * gate - yhat * mean);
-          grad_z[i] = weighted * yhat * slope;
+        } else {  // out = weight * norm(y) * gate
+          grad_y[i] = weighted * gate - rstd * yi * shared;
+          grad_z[i] = weighted * yi * slope;
         }
       }
       if (a.grad_y != nullptr) store_pack(a.grad_y + a.grad_y_rows.begin(row) + first + c, round_to<T>(grad_y));
@@ -212,7 +221,7 @@ __global__ void __launch_bounds__(Split::kMaxThreads) gated_rmsnorm_bwd_kernel(c
 }
 
 // Calls f(split, threads) for groups of the given size, by the widest packs that all tensors allow.
-template <class T, class F>
+template <class T, bool one_pack = false, class F>
 void split_groups(std::initializer_list<const Tensor*> tensors, int64_t group_size, F&& f) {
   const auto fits = [&](int64_t vec) {
     return group_size % vec == 0 && std::all_of(tensors.begin(), tensors.end(), [vec](const Tensor* t) {
@@ -221,7 +230,7 @@ void split_groups(std::initializer_list<const Tensor*> tensors, int64_t group_si
            });
   };
   if constexpr (sizeof(T) == 2) {
-    if (fits(8)) return split_row<8>(group_size, f);
+    if (fits(8)) return split_row<8, one_pack>(group_size, f);
   }
   fits(4) ? split_row<4>(group_size, f) : split_row<1>(group_size, f);
 }
@@ -258,7 +267,7 @@ void backward(const GatedRmsnormBackward& b) {
                        strided_rows_of(b.z),        strided_rows_of(b.grad_y),
                        strided_rows_of(b.grad_z),   b.form,
                        static_cast<int>(b.groups),  static_cast<int>(group_size)};
-  split_groups<T>({&b.grad_out, &b.y, &b.z, &b.weight, &b.grad_y, &b.grad_z}, group_size, [&](auto split, unsigned threads) {
+  split_groups<T, true>({&b.grad_out, &b.y, &b.z, &b.weight, &b.grad_y, &b.grad_z}, group_size, [&](auto split, unsigned threads) {
     using Split = decltype(split);
     const auto kernel = &gated_rmsnorm_bwd_kernel<T, Split>;
     const std::size_t shared = kAhead<Split> ? kStages * 3 * threads * sizeof(Pack<T, Split::kVec>) : 0;
