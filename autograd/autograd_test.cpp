@@ -97,6 +97,42 @@ TEST("a gradient written inside a whole may go to another input too") {
   CHECK(gradcheck(f, {random64({2, 2}, 12), random64({2, 5}, 13)}).worst < 1e-7);
 }
 
+// The second gradient of a variable is added to the first in its place, unless that place is somebody else's gradient too.
+TEST("a second gradient is added to the first without a copy, but not where two variables share it") {
+  const auto passed_on = [](const Variable& x) { return add(x, Variable(Tensor::zeros(kCpu, Dtype::f64, x.shape()))); };
+  const auto sum_in_buffers = [](const Variable& x, const Variable& y, bool shared) {
+    Tensor sum = x.value().clone();
+    add_scaled(sum, y.value());
+    return record("sum", sum, {x, y}, [shared](BackwardCall& call) {
+      const Tensor of_x = call.buffer(0), of_y = shared ? of_x : call.buffer(1);
+      for (const Tensor& grad : {of_x, of_y}) copy(grad, call.grad(0));
+      call.set(0, of_x);
+      call.set(1, of_y);
+    });
+  };
+  for (const bool shared : {false, true}) {
+    CAPTURE(shared);
+    const auto f = [&](const std::vector<Variable>& in) {
+      const Variable x = square(in[0]), y = square(in[1]);
+      const Variable again = square(x);  // walked behind the sum: adds to the gradient that the sum has given to x
+      return std::vector<Variable>{again, sum_in_buffers(x, y, shared)};
+    };
+    CHECK(gradcheck(f, {random64({2, 3}, 20), random64({2, 3}, 21)}).worst < 1e-7);
+  }
+  constexpr int64_t kLarge = 1 << 16;
+  const auto peak = [&](bool shared) {
+    const Variable x = passed_on(Variable::leaf(random64({kLarge}, 1))), y = passed_on(Variable::leaf(random64({kLarge}, 2)));
+    const Variable again = passed_on(x), sum = sum_in_buffers(x, y, shared);
+    const Tensor ones = Tensor::full(kCpu, Dtype::f64, {kLarge}, 1.0);
+    kCpu.allocator().reset_peak();
+    const int64_t before = kCpu.allocator().use().live_bytes;
+    backward({again, sum}, {ones, ones});
+    return (kCpu.allocator().use().peak_bytes - before) / (kLarge * 8);
+  };
+  CHECK(peak(false) == 2);  // both gradients of the sum, one of which takes the second in
+  CHECK(peak(true) == 2);   // their one gradient, and the copy of it that takes the second in
+}
+
 TEST("nothing is recorded under NoGrad, and constants want no gradient") {
   const Variable x = Variable::leaf(random64({3}, 5));
   {

@@ -60,11 +60,16 @@ class Node {
   std::vector<Slot> outputs;
   std::vector<std::pair<int, Tensor>> pending;  // accumulate() results of inputs that are not parameters, delivered after the function
 
+  // While the function runs: buffers that it was handed, and what it gave as gradients, with the slots that hold them now.
+  std::vector<Tensor> handed;
+  std::vector<std::pair<Tensor, Slot*>> given;
+
   std::vector<int> summed_in_place;  // accumulate() results of parameters, with LONGHAND_CHECK=1 searched for NaN and infinity
 
   void run();
   GradEdge& wanted(int input) const;  // ValueError when input wants no gradient
   void deliver(int input, const Tensor& grad, bool owned);
+  void own_buffers();  // slots whose gradient nobody else can hold may be added to in place
 };
 
 /// Used by the tape to make variables that carry an edge.

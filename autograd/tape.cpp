@@ -206,12 +206,16 @@ Tensor BackwardCall::buffer(int input) const {
   const GradEdge& edge = node_.wanted(input);
   if (edge.place)
     if (Tensor inside = edge.place(); inside.defined()) return inside;
-  return Tensor::empty(edge.device, edge.dtype, edge.shape);
+  node_.handed.push_back(Tensor::empty(edge.device, edge.dtype, edge.shape));
+  return node_.handed.back();
 }
 
 void BackwardCall::set(int input, const Tensor& grad) {
   if (!grad.defined() || !needs(input)) return;
   node_.deliver(input, grad, false);
+  const GradEdge& edge = *node_.inputs[static_cast<std::size_t>(input)];
+  Node::Slot* slot = edge.producer == nullptr ? nullptr : &edge.producer->outputs[static_cast<std::size_t>(edge.output)];
+  node_.given.emplace_back(grad, slot != nullptr && slot->grad.same_storage(grad) ? slot : nullptr);
 }
 
 Accumulation BackwardCall::accumulate(int input) {
@@ -264,6 +268,17 @@ void Node::deliver(int input, const Tensor& grad, bool owned) {
   add_scaled(slot.grad, grad);
 }
 
+// A buffer that was handed out for one gradient and given as one alone: the op has let go of it.
+void Node::own_buffers() {
+  for (const auto& [grad, slot] : given) {
+    const auto same = [&grad = grad](const Tensor& other) { return other.same_storage(grad); };
+    const auto times = std::count_if(given.begin(), given.end(), [&same](const auto& other) { return same(other.first); });
+    if (slot != nullptr && times == 1 && std::any_of(handed.begin(), handed.end(), same)) slot->owned = true;
+  }
+  handed.clear();
+  given.clear();
+}
+
 void Node::run() {
   if (used) throw ValueError(op + ": backward over a graph that was already walked", {{"layer", layer}, {"try", "run the forward again"}});
   used = true;
@@ -283,6 +298,7 @@ void Node::run() {
     }
     BackwardCall call(*this);
     if (incoming.defined()) function(call);
+    own_buffers();
     for (auto& [input, grad] : pending) deliver(input, grad, true);
     for (int input : summed_in_place) require_finite(wanted(input).grad, op, layer, "gradient of input " + std::to_string(input));
   }

@@ -20,6 +20,7 @@ struct Outcome {
 
 ModelConfig config_of(const std::string& family, bool short_conv) {
   ModelConfig config = small_config(family);
+  config.d_model = 144;  // wider than what counts as a narrow projection
   if (short_conv) config.options["use_short_conv"] = 1;
   return config;
 }
