@@ -19,6 +19,26 @@ namespace {
 Tensor random_f64(Shape shape, uint64_t seed) {
   return random_tensor(Device::cpu(), Dtype::f64, shape, seed);
 }
+// 3 x, whose gradient is written where the tape says.
+Variable multiplied(const Variable& x) {
+  const Tensor y = x.value().clone();
+  multiply(y, 3);
+  return record("multiplied", y, {x}, [](BackwardCall& call) {
+    const Tensor grad = call.buffer(0);
+    copy(grad, call.grad(0));
+    multiply(grad, 3);
+    call.set(0, grad);
+  });
+}
+// Rows of a matrix from `first` on; their gradient comes as one of the whole.
+Variable split_rows(const Variable& matrix, int64_t first) {
+  const Tensor rows = matrix.value().slice(0, first, matrix.value().dim(0));
+  return record("split_rows", rows, {matrix}, [first, shape = matrix.shape()](BackwardCall& call) {
+    const Tensor grad = Tensor::zeros(Device::cpu(), Dtype::f64, shape);
+    copy(grad.slice(0, first, shape[0]), call.grad(0));
+    call.set(0, grad);
+  });
+}
 void set_poison(Switches& s) {
   s.poison = true;
 }
@@ -55,6 +75,29 @@ TEST("linear: rows that need two strides are copied, and give the same") {
   const Tensor whole = random_f64({2, 5, 4}, 1), w = random_f64({3, 4}, 2);
   const Tensor times = whole.slice(1, 1, 4);
   CHECK(linear(times, w).value().to_vector<double>() == linear(times.clone(), w).value().to_vector<double>());
+}
+
+TEST("linear: rows of a wide output begin at whole lines of the cache, also those of its gradient, and the numbers are the same") {
+  const SwitchScope poison(set_poison);
+  constexpr int64_t kOut = 1003, kFirst = 600;  // 1,003 doubles: 5 more make whole lines of 16
+  const Tensor x = random_f64({2, 3, 4}, 1), w = random_f64({kOut, 4}, 2), g = random_f64({2, 3, kOut - kFirst}, 3);
+  struct Outcome {
+    std::vector<double> y, grad_x, grad_w;
+  };
+  const auto outcome = [&](bool whole) {
+    const Variable in = Variable::leaf(x), weight = Variable::leaf(w);
+    const Variable part = whole ? split(linear(in, weight), {kFirst, kOut - kFirst})[1] : linear(in, split_rows(weight, kFirst));
+    if (whole) CHECK(part.value().stride(1) == 1008);
+    backward({multiplied(part)}, {g});
+    return Outcome{part.value().to_vector<double>(), in.grad().to_vector<double>(), weight.grad().to_vector<double>()};
+  };
+  const Outcome part = outcome(true), expected = outcome(false);
+  expect_close(part.y, expected.y, 1e-14);
+  expect_close(part.grad_x, expected.grad_x, 1e-12);
+  expect_close(part.grad_w, expected.grad_w, 1e-13);
+  CHECK(linear(x, random_f64({1000, 4}, 4)).value().is_contiguous() == false);
+  CHECK(linear(x, random_f64({1008, 4}, 4)).value().is_contiguous());
+  CHECK(linear(x, random_f64({33, 4}, 4)).value().is_contiguous());  // a third more memory for three columns: not worth it
 }
 
 TEST("linear: a parameter used twice sums both gradients in its place") {
