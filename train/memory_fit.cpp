@@ -82,7 +82,6 @@ bool step_fits(const Recipe& recipe, const Device& device, int64_t bytes, const 
   if (processes != nullptr) rows = processes->own(rows).size();
   tried.train.batch_size = parts * rows;
   tried.train.grad_accumulation = parts;
-  tried.train.graph = false;
   const MemoryLimit limit(device, bytes > 0 ? bytes - bytes / kMargin : 0);
   try {
     LanguageModel model(recipe.model, device, parse_dtype(recipe.train.dtype));
@@ -90,8 +89,9 @@ bool step_fits(const Recipe& recipe, const Device& device, int64_t bytes, const 
     model.parameters().refresh_compute();
     Trainer trainer(tried, model);
     const Batch batch = any_batch(tried);
-    for (int step = 0; step < 2; ++step) trainer.step(batch);  // the second beside what the first has left
+    for (int step = 0; step < 3; ++step) trainer.step(batch);  // the second is recorded, beside what the first has left
     device.synchronize();
+    if (trainer.graph_lacked_memory()) return false;
   } catch (const MemoryError&) {
     return false;
   }

@@ -1,5 +1,5 @@
 // What of a step has to be made again, and how many rows go at once, so that training fits into the memory there is. Steps are tried out, on
-// fresh weights of a model of their own and launch by launch: what fits is known, not estimated.
+// the weights of a model of their own, as they will be queued: what fits is known, not estimated.
 #pragma once
 #include "train/recipe.h"
 
@@ -11,7 +11,7 @@ class Communicator;
 int64_t memory_for_training(const Recipe& recipe, const Device& device);
 
 /// Whether steps of a resolved recipe, of its rows and its plan of recomputation, stay within `bytes`; 0: within what the device has. A
-/// sixty-fourth is left for what a recorded graph and the driver take.
+/// sixty-fourth is left over.
 /// processes  that share the rows; null: this one is alone
 bool step_fits(const Recipe& recipe, const Device& device, int64_t bytes, const Communicator* processes = nullptr);
 

@@ -175,6 +175,7 @@ void Trainer::queue_step() {
         graph_ = record_graph(model_.device(), [this] { run_step(); });
       } catch (const Error& error) {
         problem = error.what();
+        graph_lacked_memory_ = dynamic_cast<const MemoryError*>(&error) != nullptr;
       }
       graphs_ = !failed_anywhere(!graph_);
       if (graphs_) {

@@ -60,6 +60,8 @@ class Trainer {
 
   /// For people: "a graph of 1,234 launches" once steps are replayed, or why they are not; "" before that is known and on a CPU.
   const std::string& queued() const { return queued_; }
+  /// Whether a step could not be recorded because memory ran out.
+  bool graph_lacked_memory() const { return graph_lacked_memory_; }
 
   int64_t steps_done() const { return steps_done_; }
   double lr_at(int64_t step) const { return lr_.at(step); }
@@ -111,6 +113,7 @@ class Trainer {
   Form recorded_, launched_;  // of graph_, and of the latest step that was queued launch by launch
   bool graphs_;
   std::string queued_;
+  bool graph_lacked_memory_ = false;
   std::vector<RecurrentState>
       begun_;  // h0 of the last step's micro-batches, until the next step: they cost no memory at its peak; CPU only
 };
