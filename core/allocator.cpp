@@ -29,13 +29,13 @@ void* CachingAllocator::allocate(std::size_t bytes) {
   const std::size_t least = std::max<std::size_t>(bytes, 1);  // no bytes have a place of their own, too: blocks are told apart by address
   const std::size_t size = exact ? least : free_->block_size(least);
   const auto no_room = [&] {
-    return MemoryError("memory: no room for a new tensor",
-                       {{"device", description()},
-                        {"asked", std::to_string(size) + " bytes"},
-                        {"live", std::to_string(use_.live_bytes) + " bytes" +
-                                     (limit_ > 0 ? fmt::format(", of {} that may be", limit_) : std::string())},
-                        {"op", current_op_path()},
-                        {"try", "a smaller batch or a shorter chunk"}});
+    return MemoryError(
+        "memory: no room for a new tensor",
+        {{"device", description()},
+         {"asked", std::to_string(size) + " bytes"},
+         {"live", std::to_string(use_.live_bytes) + " bytes" + (limit_ > 0 ? fmt::format(", of {} that may be", limit_) : std::string())},
+         {"op", current_op_path()},
+         {"try", "a smaller batch or a shorter chunk"}});
   };
   if (limit_ > 0 && use_.live_bytes + static_cast<int64_t>(size) > limit_) throw no_room();
   void* block = exact ? nullptr : free_->take(size);

@@ -91,7 +91,7 @@ LanguageModel::Forward LanguageModel::forward(const Tensor& tokens, const Recurr
       residual = normed.residual;
       const LayerState& begin = h0.absent() ? absent : h0.layers()[i];
       branch = recompute_[i] == Recompute::full ? forward_to_be_run_again(*sublayer.mixer, normed.y, begin, states[i])
-                                             : sublayer.mixer->forward(normed.y, begin, states[i]);
+                                                : sublayer.mixer->forward(normed.y, begin, states[i]);
     }
     if (h0.absent()) continue;
     for (const auto& [name, variable] : h0.layers()[i])

@@ -52,8 +52,7 @@ std::string text_of(const RecomputePlan& plan) {
 
 RecomputePlan recompute_plan_at(int64_t place, int64_t layers) {
   RecomputePlan plan;
-  for (int64_t layer = 0; layer < layers; ++layer)
-    plan.push_back(kLevels[static_cast<std::size_t>((place - layer + layers - 1) / layers)]);
+  for (int64_t layer = 0; layer < layers; ++layer) plan.push_back(kLevels[static_cast<std::size_t>((place - layer + layers - 1) / layers)]);
   return plan;
 }
 

@@ -247,8 +247,8 @@ int run_bench_train(const BenchModelOptions& options) {
   const DeviceChoice choice = choose_device(options.device, options.dtype);
   const Ceilings ceilings = measure_ceilings(choice.device, choice.dtype);
   print_ceilings(choice, ceilings);
-  fmt::print("{:<16}{:>6}{:>7}  {:<12}{:>9}{:>11}{:>7}{:>10}{:>7}  {:<10}{:>10}{:>8}  {:<14}{:<14}{}\n", "model", "batch", "length", "again",
-             "ms/step", "tokens/s", "MFU", "floor ms", "share", "memory", "peer tok/s", "faster", "speed/target", "memory/target",
+  fmt::print("{:<16}{:>6}{:>7}  {:<12}{:>9}{:>11}{:>7}{:>10}{:>7}  {:<10}{:>10}{:>8}  {:<14}{:<14}{}\n", "model", "batch", "length",
+             "again", "ms/step", "tokens/s", "MFU", "floor ms", "share", "memory", "peer tok/s", "faster", "speed/target", "memory/target",
              "queued as");
   for (const std::string& path : options.recipes) {
     Recipe recipe = read_recipe(path, options.settings);

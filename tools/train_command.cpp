@@ -217,10 +217,9 @@ void fit_to_memory(Recipe& recipe, const std::string& batch, const Device& devic
     const char* const end = batch.data() + batch.size();
     const auto [stopped, status] = std::from_chars(batch.data(), end, rows);
     if (status != std::errc{} || stopped != end || rows < 1 || recipe.train.batch_size % rows != 0)
-      throw ConfigError("train: the rows of a step cannot be taken as many at once",
-                        {{"--batch", batch},
-                         {"train.batch_size", std::to_string(recipe.train.batch_size)},
-                         {"expected", "a divisor of it, or auto"}});
+      throw ConfigError(
+          "train: the rows of a step cannot be taken as many at once",
+          {{"--batch", batch}, {"train.batch_size", std::to_string(recipe.train.batch_size)}, {"expected", "a divisor of it, or auto"}});
     recipe.train.grad_accumulation = recipe.train.batch_size / rows;
   }
   choose_recompute(recipe, device, processes);
@@ -229,7 +228,8 @@ void fit_to_memory(Recipe& recipe, const std::string& batch, const Device& devic
 // What has to be the same for all processes, and is compared before anything begins: first what decides which questions are asked at all.
 std::string description_of(const TrainCommand& command) {
   std::string text = description_of_build() + fmt::format("recipe: {}\n", command.recipe);
-  for (const auto& [name, value] : {std::pair("resume", command.resume), {"init-from", command.init_from}, {"name", command.name}, {"batch", command.batch}})
+  for (const auto& [name, value] :
+       {std::pair("resume", command.resume), {"init-from", command.init_from}, {"name", command.name}, {"batch", command.batch}})
     text += fmt::format("{}: {}\n", name, value);
   for (const std::string& setting : command.overrides) text += "setting: " + setting + "\n";
   for (char** entry = environ; *entry != nullptr; ++entry)  // switches: some decide how a step is queued

@@ -1,5 +1,5 @@
-// What of a step has to be made again, and how many rows go at once, so that training fits into the memory there is. Steps are tried out, on
-// the weights of a model of their own, as they will be queued: what fits is known, not estimated.
+// What of a step has to be made again, and how many rows go at once, so that training fits into the memory there is. Steps are tried out,
+// on the weights of a model of their own, as they will be queued: what fits is known, not estimated.
 #pragma once
 #include "train/recipe.h"
 

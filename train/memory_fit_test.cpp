@@ -19,7 +19,8 @@ std::vector<Device> devices() {
 
 // Large enough that a step's activations outweigh its weights.
 Recipe longer_recipe(const Device& device, std::vector<std::string> settings = {}) {
-  settings.insert(settings.begin(), {"train.length=300", "train.batch_size=8", std::string("train.dtype=") + (device.is_cuda() ? "bf16" : "f32")});
+  settings.insert(settings.begin(),
+                  {"train.length=300", "train.batch_size=8", std::string("train.dtype=") + (device.is_cuda() ? "bf16" : "f32")});
   return tiny_recipe(settings);
 }
 
