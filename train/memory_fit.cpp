@@ -19,16 +19,23 @@ constexpr double kGib = 1 << 30;
 
 class MemoryLimit {
  public:
-  MemoryLimit(const Device& device, int64_t bytes) : allocator_(device.allocator()) { allocator_.set_limit(bytes); }
+  MemoryLimit(const Device& device, int64_t bytes) : allocator_(device.allocator()), bytes_(bytes) {
+    allocator_.set_limit(bytes);
+    allocator_.reset_peak();
+  }
   ~MemoryLimit() {
     allocator_.set_limit(0);
     allocator_.release_cached();
+    allocator_.reset_peak();  // a trial is no part of what is measured later
   }
+  // A recorded graph also takes what lies between its tensors, which is known only when it is done.
+  bool was_kept() const { return bytes_ == 0 || allocator_.use().peak_bytes <= bytes_; }
   MemoryLimit(const MemoryLimit&) = delete;
   MemoryLimit& operator=(const MemoryLimit&) = delete;
 
  private:
   CachingAllocator& allocator_;
+  const int64_t bytes_;
 };
 
 // Which tokens does not matter: every position counts.
@@ -91,7 +98,7 @@ bool step_fits(const Recipe& recipe, const Device& device, int64_t bytes, const 
     const Batch batch = any_batch(tried);
     for (int step = 0; step < 3; ++step) trainer.step(batch);  // the second is recorded, beside what the first has left
     device.synchronize();
-    if (trainer.graph_lacked_memory()) return false;
+    if (trainer.graph_lacked_memory() || !limit.was_kept()) return false;
   } catch (const MemoryError&) {
     return false;
   }

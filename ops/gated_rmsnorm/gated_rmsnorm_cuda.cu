@@ -104,8 +104,7 @@ struct BackwardArgs {
   int groups, group_size;
 };
 
-constexpr int kStages =
-    3;  // rows of a block: one in work, the others on their way through shared memory, each piece for the thread that asks
+constexpr int kStages = 3;  // rows of a block: one in work, the others on their way through shared memory, each piece for who asks
 template <class Split>
 constexpr bool kAhead = Split::kPerThread == 1 && Split::kVec > 1;
 
