@@ -7,9 +7,11 @@
 #include <chrono>
 #include <map>
 #include <numeric>
+#include <optional>
 
 #include "autograd/tape.h"
 #include "core/error.h"
+#include "eval/sampling.h"
 #include "eval/text_stream.h"
 #include "models/decoder.h"
 
@@ -131,20 +133,44 @@ class BatchRunner {
   void step() {
     all_.resize(rows_.size());
     std::iota(all_.begin(), all_.end(), int64_t{0});
-    if (!decoder_) decoder_ = std::make_unique<Decoder>(model_, std::exchange(state_, {}));
+    if (!decoder_) make_decoder();
     take_tokens(all_, 1);
     const Tensor& logits = decoder_->step(tokens_);  // [B, padded vocabulary]
-    const std::vector<float> values = logits.to_vector<float>();
-    const auto vocab = static_cast<std::size_t>(model_.config().vocab_size), stride = static_cast<std::size_t>(logits.dim(-1));
+    std::vector<int32_t> drawn;
+    if (batch_sampler_) drawn = batch_sampler_->ids();
+    // On the host where there is no GPU, and where it has found logits that Sampler refuses and names.
+    if (!batch_sampler_ || *std::min_element(drawn.begin(), drawn.end()) < 0) drawn = draw_on_host(logits);
     std::vector<std::size_t> ended;
     for (std::size_t i = 0; i < rows_.size(); ++i) {
-      Row& row = rows_[i];
-      const std::span<const float> of_row = std::span(values).subspan(i * stride, vocab);
-      take(row, sampler_.draw(of_row, row.seen.ids(), row.index, static_cast<uint64_t>(row.read)));
-      if (row.out->stop != StopReason::none) ended.push_back(i);
+      take(rows_[i], drawn[i]);
+      if (rows_[i].out->stop != StopReason::none) ended.push_back(i);
     }
     result_.speed.decode_tokens += static_cast<int64_t>(rows_.size());
     if (!ended.empty()) remove(ended);
+  }
+
+  // Of the rows as they are now, with the draw behind every step where the logits are on a GPU.
+  void make_decoder() {
+    DecoderOptions with;
+    if (model_.device().is_cuda()) {
+      std::vector<BatchSampler::Row> rows;
+      for (const Row& row : rows_) rows.push_back({row.index, static_cast<uint64_t>(row.read), row.seen.ids()});
+      batch_sampler_.emplace(model_.device(), sampler_.options(), sampler_.never(), model_.config().vocab_size, rows);
+      with.then = [this](const Tensor& logits) { batch_sampler_->queue(logits); };
+    }
+    decoder_ = std::make_unique<Decoder>(model_, std::exchange(state_, {}), with);
+  }
+
+  std::vector<int32_t> draw_on_host(const Tensor& logits) {
+    const std::vector<float> values = logits.to_vector<float>();
+    const auto vocab = static_cast<std::size_t>(model_.config().vocab_size), stride = static_cast<std::size_t>(logits.dim(-1));
+    std::vector<int32_t> drawn;
+    for (std::size_t i = 0; i < rows_.size(); ++i) {
+      const Row& row = rows_[i];
+      const std::span<const float> of_row = std::span(values).subspan(i * stride, vocab);
+      drawn.push_back(sampler_.draw(of_row, row.seen.ids(), row.index, static_cast<uint64_t>(row.read)));
+    }
+    return drawn;
   }
 
   void take(Row& row, int32_t token) {
@@ -214,6 +240,7 @@ class BatchRunner {
   std::vector<Row> rows_;
   RecurrentState state_;  // while nothing is decoded; then the decoder has it
   std::unique_ptr<Decoder> decoder_;
+  std::optional<BatchSampler> batch_sampler_;  // of the decoder's rows
   std::vector<int32_t> tokens_;
   std::vector<int64_t> all_;
   Clock::time_point decode_start_;

@@ -12,6 +12,7 @@
 #include "core/philox.h"
 #include "core/safetensors.h"
 #include "data/unicode.h"
+#include "models/decoder.h"
 #include "models/model_family.h"
 #include "tests/support/check.h"
 
@@ -453,4 +454,42 @@ TEST("a state file of another kind, another model or with damage is refused by i
               "not a finite number"));
   CHECK(holds(refusal([](Tensors& t, Metadata&) { t["layers.0.ssm"] = Tensor::zeros(kCpu, Dtype::i32, t["layers.0.ssm"].shape()); }),
               "layers.0.ssm"));
+}
+
+TEST("on a GPU rows draw what the host draws from the logits of a decoder, whatever ends before them, and go on bit for bit") {
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  for (const auto& on_cpu : models()) {
+    CAPTURE(on_cpu->config().family);
+    LanguageModel model(on_cpu->config(), Device::cuda(), Dtype::f32);
+    for (Parameter& p : model.parameters().all()) copy(p.master, on_cpu->parameters().find(p.name)->master.to(Device::cuda()));
+    model.parameters().refresh_compute();
+    for (const SamplingOptions& sampling : kSampling) {
+      const GenerationOptions options{.max_tokens = 14, .sampling = sampling, .end_of_text = kEnd, .tokenizer = &kTokenizer};
+      const Generation all = generate(model, kPrompts, options);
+      for (std::size_t row = 0; row < kPrompts.size(); ++row) {  // the same decoder's logits, drawn from by Sampler
+        const NoGrad no_grad;
+        const auto count = static_cast<int64_t>(kPrompts[row].size());
+        RecurrentState state = model.zero_state(1);
+        if (count > 1)
+          state =
+              model.forward(Tensor::from(model.device(), {1, count - 1}, Ids(kPrompts[row].begin(), kPrompts[row].end() - 1)), state).state;
+        Decoder decoder(model, state);
+        Sampler sampler(sampling, {kGap});
+        Ids text = kPrompts[row], drawn;
+        while (drawn.size() < 14 && (drawn.empty() || drawn.back() != kEnd)) {
+          const auto logits = decoder.step(std::span(text).last(1)).to_vector<float>();
+          drawn.push_back(sampler.draw(std::span(logits).first(kVocab), text, row, text.size()));
+          text.push_back(drawn.back());
+        }
+        CHECK(all.rows[row].tokens == drawn);
+      }
+      GenerationOptions half = options;
+      half.max_tokens = 5;
+      const Generation first = generate(model, kPrompts, half);
+      half.max_tokens = 9;
+      const Generation second = generate(model, {}, half, first.state);
+      for (std::size_t row = 0; row < kPrompts.size(); ++row)
+        CHECK(together(first.rows[row].tokens, second.rows[row].tokens) == all.rows[row].tokens);
+    }
+  }
 }

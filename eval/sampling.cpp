@@ -9,16 +9,20 @@
 
 #include "core/error.h"
 #include "core/philox.h"
+#include "ops/next_token/next_token.h"
 
 namespace longhand {
 namespace {
 
 constexpr float kImpossible = -std::numeric_limits<float>::infinity();
 
+uint64_t key_of_row(uint64_t seed, uint64_t row) {
+  return philox_key(philox_key(seed, hash_name("sampling")), row);
+}
+
 // U(0, 1) with 53 random bits, never 0 and never 1.
 double uniform(uint64_t seed, uint64_t row, uint64_t position) {
-  const uint64_t key = philox_key(philox_key(seed, hash_name("sampling")), row);
-  return (static_cast<double>(philox_u64(key, position) >> 12) + 0.5) * 0x1p-52;
+  return (static_cast<double>(philox_u64(key_of_row(seed, row), position) >> 12) + 0.5) * 0x1p-52;
 }
 
 }  // namespace
@@ -125,6 +129,50 @@ void Sampler::keep_min_p() {
   for (const Candidate& c : candidates_) top = std::max(top, c.logit);
   const double least = top + std::log(options_.min_p);
   std::erase_if(candidates_, [&](const Candidate& c) { return c.logit < least; });
+}
+
+BatchSampler::BatchSampler(const Device& gpu, const SamplingOptions& options, const std::vector<int32_t>& never, int64_t vocab,
+                           std::span<const Row> rows)
+    : options_(options) {
+  require_sampling_options(options_);
+  const auto B = static_cast<int64_t>(rows.size());
+  const auto on_gpu = [&](Shape shape, const auto& values) { return Tensor::from(Device::cpu(), shape, values).to(gpu); };
+  std::vector<uint8_t> never_flags(static_cast<std::size_t>(vocab)), seen_flags;
+  for (const int32_t id : never)
+    if (id >= 0 && id < vocab) never_flags[static_cast<std::size_t>(id)] = 1;
+  never_ = on_gpu({vocab}, never_flags);
+  std::vector<int64_t> keys, positions;
+  for (const Row& row : rows) {
+    keys.push_back(static_cast<int64_t>(key_of_row(options_.seed, row.index)));
+    positions.push_back(static_cast<int64_t>(row.position));
+  }
+  key_ = on_gpu({B}, keys);
+  position_ = on_gpu({B}, positions);
+  ids_ = Tensor::zeros(gpu, Dtype::i32, {B});
+  if (options_.repetition_penalty == 1) return;
+  seen_flags.resize(static_cast<std::size_t>(B * vocab));
+  for (std::size_t b = 0; b < rows.size(); ++b)
+    for (const int32_t id : rows[b].seen) {
+      if (id < 0 || id >= vocab)
+        throw ValueError("sampling: a token seen before is outside the vocabulary",
+                         {{"id", std::to_string(id)}, {"vocabulary", std::to_string(vocab)}});
+      seen_flags[b * static_cast<std::size_t>(vocab) + static_cast<std::size_t>(id)] = 1;
+    }
+  seen_ = on_gpu({B, vocab}, seen_flags);
+}
+
+void BatchSampler::queue(const Tensor& logits) const {
+  next_token({.logits = logits,
+              .never = never_,
+              .seen = seen_,
+              .repetition_penalty = options_.repetition_penalty,
+              .temperature = options_.temperature,
+              .top_k = options_.top_k,
+              .top_p = options_.top_p,
+              .min_p = options_.min_p,
+              .key = key_,
+              .position = position_,
+              .ids = ids_});
 }
 
 }  // namespace longhand

@@ -4,6 +4,8 @@
 #include <span>
 #include <vector>
 
+#include "core/tensor.h"
+
 namespace longhand {
 
 /// How a token is chosen. The steps are taken in the order of the fields, which is the order of the field's libraries; each sees what the
@@ -40,6 +42,7 @@ class Sampler {
   int32_t draw(std::span<const float> logits, std::span<const int32_t> seen, uint64_t row, uint64_t position);
 
   const SamplingOptions& options() const { return options_; }
+  const std::vector<int32_t>& never() const { return never_; }
 
  private:
   struct Candidate {
@@ -56,6 +59,30 @@ class Sampler {
   std::vector<uint8_t> penalised_;
   std::vector<Candidate> candidates_;
   std::vector<double> order_;
+};
+
+/// Sampler for all rows of a batch at once, on the GPU that has their logits: only ids come to the host.
+class BatchSampler {
+ public:
+  struct Row {
+    uint64_t index;                 // as Sampler::draw's row
+    uint64_t position;              // of the last token that was read; the draw is for the next one
+    std::span<const int32_t> seen;  // ids of the sequence so far; what is drawn joins them
+  };
+  /// errors  those of require_sampling_options; ValueError for an id in `seen` outside [0, vocab)
+  BatchSampler(const Device& gpu, const SamplingOptions& options, const std::vector<int32_t>& never, int64_t vocab,
+               std::span<const Row> rows);
+
+  /// Queues the draw of every row's next token. Nothing is waited for: it can be part of a recorded graph.
+  /// logits   [B, vocab or more] f32
+  void queue(const Tensor& logits) const;
+
+  /// What the last queued draw gave, waiting for it. In place of an id stands a number below 0 where Sampler::draw refuses the logits.
+  std::vector<int32_t> ids() const { return ids_.to_vector<int32_t>(); }
+
+ private:
+  SamplingOptions options_;
+  Tensor never_, seen_, key_, position_, ids_;  // next_token.h says what they hold
 };
 
 }  // namespace longhand

@@ -7,6 +7,8 @@
 #include <set>
 
 #include "core/error.h"
+#include "core/philox.h"
+#include "ops/next_token/next_token.h"
 #include "tests/support/check.h"
 
 using namespace longhand;
@@ -197,5 +199,67 @@ TEST("logits that are no distribution are refused with row, position and id") {
     CHECK(holds(message<NumericError>(options, Logits{}), "every logit is -inf"));
     Sampler none(options, {0, 1});
     CHECK_THROWS_AS(none.draw(Logits{1, 2}, {}, 0, 0), NumericError);
+  }
+}
+
+TEST("on a GPU all rows of a batch draw what each draws on the host, token after token") {
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  const Device gpu = Device::cuda();
+  const SamplingOptions all[] = {{.temperature = 0},
+                                 {.repetition_penalty = 1.3, .temperature = 0},
+                                 {.temperature = 1, .seed = 7},
+                                 {.temperature = 0.7, .top_k = 1},
+                                 {.temperature = 1.5, .top_k = 40, .seed = 2},
+                                 {.temperature = 1, .top_p = 0.9, .seed = 3},
+                                 {.temperature = 2, .top_p = 1e-9},
+                                 {.temperature = 0.9, .min_p = 0.05, .seed = 5},
+                                 {.temperature = 1, .min_p = 1},
+                                 {.repetition_penalty = 1.2, .temperature = 0.8, .top_k = 50, .top_p = 0.95, .min_p = 0.02, .seed = 11}};
+  for (const int64_t vocab : {1, 33, 1000, 50277})
+    for (const bool coarse : {false, true})  // many equal logits
+      for (const SamplingOptions& options : all) {
+        constexpr int64_t B = 5;
+        const int64_t padded = vocab + 11;
+        const Ids never = vocab > 40 ? Ids{3, static_cast<int32_t>(vocab) - 1, -1} : Ids{};
+        std::vector<Ids> seen(B);
+        for (int64_t b = 0; b < B; ++b)
+          for (int64_t i = 0; i < b * vocab / 20; ++i) seen[static_cast<std::size_t>(b)].push_back(static_cast<int32_t>(7 * i % vocab));
+        std::vector<BatchSampler::Row> rows;
+        for (uint64_t b = 0; b < B; ++b) rows.push_back({3 * b + 1, 10 * b, seen[b]});
+        const BatchSampler batch(gpu, options, never, vocab, rows);
+        Sampler one(options, never);
+        for (uint64_t token = 0; token < 6; ++token) {
+          Logits logits(static_cast<std::size_t>(B * padded));
+          for (std::size_t i = 0; i < logits.size(); ++i) {
+            logits[i] = 3 * philox_normal(token, i);
+            if (coarse) logits[i] = std::round(logits[i]);
+            if (vocab > 1 && i % 13 == 5) logits[i] = -kInf;
+            if (static_cast<int64_t>(i) % padded >= vocab) logits[i] = 1e30f;  // pads the head
+          }
+          batch.queue(Tensor::from(Device::cpu(), {B, padded}, logits).to(gpu));
+          const Ids drawn = batch.ids();
+          for (uint64_t b = 0; b < B; ++b) {
+            const auto of_row =
+                std::span<const float>(logits).subspan(b * static_cast<std::size_t>(padded), static_cast<std::size_t>(vocab));
+            const int32_t expected = one.draw(of_row, seen[b], rows[b].index, rows[b].position + token + 1);
+            CAPTURE(vocab);
+            CAPTURE(options.top_k);
+            CAPTURE(options.top_p);
+            CHECK(drawn[b] == expected);
+            seen[b].push_back(expected);
+          }
+        }
+      }
+}
+
+TEST("on a GPU logits that are no distribution give no id, and leave the other rows alone") {
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  const Device gpu = Device::cuda();
+  for (const double temperature : {0.0, 1.0}) {
+    const BatchSampler::Row rows[4] = {{0, 0, {}}, {1, 0, {}}, {2, 0, {}}, {3, 0, {}}};
+    const BatchSampler batch(gpu, {.temperature = temperature, .top_k = 1}, {}, 3, rows);
+    const float nan = std::numeric_limits<float>::quiet_NaN();
+    batch.queue(Tensor::from(Device::cpu(), {4, 3}, Logits{0, 1, 0, 0, nan, 0, 0, 0, kInf, -kInf, -kInf, -kInf}).to(gpu));
+    CHECK(batch.ids() == Ids{1, kNotANumber, kNotANumber, kNothingPossible});
   }
 }

@@ -13,6 +13,7 @@ Decoder::Decoder(const LanguageModel& model, const RecurrentState& state, const 
     : model_(model),
       state_(state.clone()),
       tokens_(Tensor::empty(model.device(), Dtype::i32, {state.rows(), 1})),
+      then_(options.then),
       joined_(model.has_step(state.rows()) && options.joined_kernels),
       graphs_(model.device().is_cuda()) {}
 
@@ -42,11 +43,13 @@ void Decoder::run() {
   const NoGrad no_grad;
   if (joined_) {
     logits_ = model_.step(tokens_, state_);
+    if (then_) then_(logits_);
     return;
   }
   auto out = model_.forward(tokens_, state_);
   const Tensor logits = model_.logits(out.hidden.value());
   logits_ = logits.reshape({logits.dim(0), logits.dim(-1)});
+  if (then_) then_(logits_);
   if (!model_.device().is_cuda()) {
     state_ = out.state.detach();
     return;

@@ -1,6 +1,7 @@
 // Decoder: one token after the other, from a state that stays where it is. On a GPU a step is recorded as a graph and replayed, so that a
 // token costs one launch instead of one for every kernel of every layer.
 #pragma once
+#include <functional>
 #include <memory>
 #include <span>
 
@@ -11,6 +12,10 @@ namespace longhand {
 
 struct DecoderOptions {
   bool joined_kernels = true;  // on a GPU, where the model offers them: LanguageModel::step() instead of forward()
+
+  /// Called with the logits of every step, to queue what comes behind them. On a GPU it is recorded with the step and no longer called:
+  /// what it queues must read from device memory whatever changes.
+  std::function<void(const Tensor& logits)> then = {};
 };
 
 class Decoder {
@@ -38,6 +43,7 @@ class Decoder {
   RecurrentState state_;
   Tensor tokens_, logits_;
   std::unique_ptr<DeviceGraph> graph_;
+  std::function<void(const Tensor&)> then_;
   bool joined_, graphs_, warm_ = false;
 };
 

@@ -92,16 +92,21 @@ void compare_logits(const Reference& reference) {
   if (states > 0) CHECK(states <= written - 2);
 }
 
-// The greedy tokens after row 0, for prompts read in chunks of several sizes, then step by step.
+// The greedy tokens after row 0, for prompts read in chunks of several sizes, then step by step; on a GPU too, where there is one.
 void compare_greedy(const Reference& reference) {
   const NamedTensors expected = read_safetensors(golden(reference.numbers) + "/case.safetensors");
   const Ids prompt = expected.at("input_ids").slice(0, 0, 1).to_vector<int32_t>(), greedy = expected.at("greedy").to_vector<int32_t>();
-  const auto model = load_model(golden(reference.folder), Device::cpu(), Dtype::f32);
-  for (const int64_t chunk : {1, 2, 3, 16, 1000}) {
-    CAPTURE(chunk);
-    const auto tokens = static_cast<int64_t>(greedy.size());
-    const Generation result = generate(*model, {prompt}, {.max_tokens = tokens, .sampling = {.temperature = 0}, .chunk = chunk});
-    CHECK(result.rows[0].tokens == greedy);
+  std::vector<Device> devices{Device::cpu()};
+  if (cuda_device_count() > 0) devices.push_back(Device::cuda());
+  for (const Device& device : devices) {
+    const auto model = load_model(golden(reference.folder), device, Dtype::f32);
+    for (const int64_t chunk : {1, 2, 3, 16, 1000}) {
+      CAPTURE(device.name());
+      CAPTURE(chunk);
+      const auto tokens = static_cast<int64_t>(greedy.size());
+      const Generation result = generate(*model, {prompt}, {.max_tokens = tokens, .sampling = {.temperature = 0}, .chunk = chunk});
+      CHECK(result.rows[0].tokens == greedy);
+    }
   }
 }
 

@@ -9,12 +9,14 @@
 #include <chrono>
 #include <filesystem>
 #include <functional>
+#include <optional>
 
 #include "autograd/tape.h"
 #include "core/allocator.h"
 #include "core/error.h"
 #include "core/op_ledger.h"
 #include "core/philox.h"
+#include "eval/sampling.h"
 #include "models/decoder.h"
 #include "tools/ceilings.h"
 #include "tools/device_options.h"
@@ -197,13 +199,22 @@ void decode_case(const ModelConfig& config, const std::string& name, int64_t bat
   const Device& device = choice.device;
   LanguageModel model = fresh_model(config, choice);
   const RecurrentState zero = model.zero_state(batch);
-  Decoder decoder(model, zero);
+  std::optional<BatchSampler> drawing;
+  DecoderOptions with;
+  if (device.is_cuda()) {
+    std::vector<BatchSampler::Row> rows;
+    for (int64_t b = 0; b < batch; ++b) rows.push_back({static_cast<uint64_t>(b), 0, {}});
+    drawing.emplace(device, SamplingOptions{.temperature = 0}, std::vector<int32_t>{}, config.vocab_size, rows);
+    with.then = [&](const Tensor& logits) { drawing->queue(logits); };
+  }
+  Decoder decoder(model, zero, with);
   const int64_t steps = options.tokens > 0 ? options.tokens : kDecodeSteps;
   const std::vector<int32_t> tokens = random_tokens(batch * 16, config.vocab_size, 3);
-  std::vector<float> on_host;
-  const auto step = [&](int64_t i) {
+  const auto step = [&](int64_t i) {  // as generation does, but for the tokens that it goes on with
     const auto from = tokens.begin() + (i % 16) * batch;
-    on_host = decoder.step(std::vector<int32_t>(from, from + batch)).to_vector<float>();  // as sampling does
+    const Tensor& logits = decoder.step(std::vector<int32_t>(from, from + batch));
+    if (drawing) (void)drawing->ids();
+    else (void)logits.to_vector<float>();
   };
   for (int64_t i = 0; i < kWarmSteps; ++i) step(i);
   device.synchronize();
@@ -211,7 +222,9 @@ void decode_case(const ModelConfig& config, const std::string& name, int64_t bat
   for (int64_t i = 0; i < steps; ++i) step(i);
   device.synchronize();
   const double ms = ms_since(begin) / static_cast<double>(steps);
-  const double bytes = static_cast<double>(model.parameter_count() * size_of(choice.dtype)) + 2 * static_cast<double>(zero.size_bytes());
+  const int64_t looked_up = config.tie_embeddings ? 0 : config.padded_vocab() * config.d_model;  // an embedding of which a row is read
+  const double bytes =
+      static_cast<double>((model.parameter_count() - looked_up) * size_of(choice.dtype)) + 2 * static_cast<double>(zero.size_bytes());
   const double floor_ms = 1e3 * bytes / ceilings.copy_bytes_per_s;
   const double tokens_per_s = static_cast<double>(batch) / ms * 1e3;
   fmt::print("{:<16}{:>7}{:>8}{:>12.3f}{:>14.0f}{:>10.3f}{:>7.0f}%  {:<12}{:<14}{}\n", name, batch, steps, ms, tokens_per_s, floor_ms,

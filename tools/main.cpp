@@ -201,7 +201,7 @@ void add_bench(CLI::App& app, Action& action) {
   auto* train =
       bench->add_subcommand("train", "Whole training steps of models on random tokens: tokens/s, MFU, peak memory, share of the floor");
   auto* prefill = bench->add_subcommand("prefill", "Long prompts of random tokens at constant memory");
-  auto* decode = bench->add_subcommand("decode", "One token after the other, logits read by the host");
+  auto* decode = bench->add_subcommand("decode", "One token after the other, drawn ids read by the host");
   add_bench_model_options(*train, *prefill, *decode, *models);
   train->callback([=, &action] { action = [=] { return run_bench_train(*models); }; });
   prefill->callback([=, &action] { action = [=] { return run_bench_prefill(*models); }; });
