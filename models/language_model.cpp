@@ -115,27 +115,18 @@ Tensor LanguageModel::step(const Tensor& tokens, const RecurrentState& state) co
   const NoGrad no_grad;
   const int64_t B = tokens.dim(0), d = config_.d_model;
   const Tensor first = embedding(tokens, embedding_->variable, Dtype::f32).value().reshape({B, d});
-  // Blocks of one kernel read the residual stream while another block writes the sum: it goes from one place to the other.
-  const Tensor places[] = {Tensor::empty(device_, Dtype::f32, {B, d}), Tensor::empty(device_, Dtype::f32, {B, d})};
   Tensor residual = first, branch;
-  std::size_t turn = 0;
   for (std::size_t i = 0; i < layers_.size(); ++i)
     for (const Sublayer& sublayer : layers_[i]) {
       const LayerScope scope(sublayer.scope);
-      const Tensor out = Tensor::empty(device_, compute_dtype(), {B, d}), sum = places[turn++ % 2];
-      sublayer.mixer->step({residual, branch, sublayer.norm->variable.value(), config_.norm_eps, sum, out}, state.layers()[i]);
-      residual = sum;
+      const Tensor out = Tensor::empty(device_, compute_dtype(), {B, d});
+      residual = sublayer.mixer->step({residual, branch, sublayer.norm->variable.value(), config_.norm_eps, out}, state.layers()[i]);
       branch = out;
     }
   const LayerScope scope("lm_head");
-  const Tensor head = head_->variable.value(), norm = final_norm_->variable.value();
+  const Tensor head = head_->variable.value();
   Tensor logits = Tensor::empty(device_, Dtype::f32, {B, head.dim(0)});
-  if (B <= kTokenStepRows) {
-    norm_projection({residual, branch, norm, config_.norm_eps, head, places[turn % 2], logits});
-    return logits;
-  }
-  const auto normed = add_rmsnorm(branch, residual, final_norm_->variable, config_.norm_eps, compute_dtype());
-  gemm(false, normed.y.value(), true, head, logits);
+  (void)norm_projection({residual, branch, final_norm_->variable.value(), config_.norm_eps, head, logits});
   return logits;
 }
 

@@ -29,14 +29,14 @@ class Mixer {
     Tensor residual, branch;  // [B, d_model] f32, and what the sublayer before adds: compute type, undefined in front of the first
     Tensor norm;              // [d_model] of this sublayer
     double eps;
-    Tensor sum;  // [B, d_model] f32: receives residual + branch; another tensor than residual
     Tensor out;  // [B, d_model]: receives what this mixer adds
   };
   /// Whether step() is offered for these rows.
   virtual bool has_step(int64_t /*rows*/, Dtype /*compute*/) const { return false; }
   /// As norm and forward() of one token, up to the roundings that ops/token_step/token_step.h names.
-  /// state  contiguous; changed in place
-  virtual void step(const Step&, const LayerState& /*state*/) const {}
+  /// state    contiguous; changed in place
+  /// returns  residual + branch
+  virtual Tensor step(const Step&, const LayerState& /*state*/) const { return {}; }
 
   /// The state tensors of this mixer as zeros for a batch of `rows`; empty for a mixer without state.
   virtual LayerState zero_state(int64_t rows, const Device& device, Dtype compute) const = 0;

@@ -19,6 +19,7 @@
 #include "ops/linear/linear.h"
 #include "ops/rmsnorm/rmsnorm.h"
 #include "ops/swiglu/swiglu.h"
+#include "ops/token_step/token_step.h"
 
 namespace longhand::models::gla {
 namespace {
@@ -148,6 +149,45 @@ class Attention final : public Mixer {
     return linear(reshape(heads, {B, T, s.values()}), o_proj_->variable);                                                // [B, T, d_model]
   }
 
+  bool has_step(int64_t /*rows*/, Dtype compute) const override {
+    const Sizes& s = sizes_;
+    const int64_t pack = 16 / size_of(compute);
+    return of_input_->variable && g_proj_ != nullptr && q_conv_ == nullptr && gla_token_fits(s.Dk, s.Dv, s.rank) && s.d_model % pack == 0 &&
+           s.values() % pack == 0;
+  }
+
+  Tensor step(const Step& step, const LayerState& state) const override {
+    const Sizes& s = sizes_;
+    const int64_t B = step.residual.dim(0);
+    const Tensor weight = of_input_->variable.value();
+    const Tensor all = Tensor::empty(weight.device(), weight.dtype(), {B, weight.dim(0)}),
+                 y = Tensor::empty(weight.device(), weight.dtype(), {B, s.values()});
+    Tensor sum = norm_projection({step.residual, step.branch, step.norm, step.eps, weight, all});
+    const auto parts = split(all, {s.keys(), s.keys(), s.values(), s.rank, s.values()});
+    gla_token({.q = parts[0].value(),
+               .k = parts[1].value(),
+               .v = parts[2].value(),
+               .gate_input = parts[3].value(),
+               .gate_weight = gate_up_->variable.value(),
+               .gate_bias = gate_bias_->variable.value(),
+               .gate_normalizer = gla_.gate_normalizer,
+               .gate_min = gla_.gate_min,
+               .scale = 1 / std::sqrt(static_cast<double>(s.Dk)),
+               .state = state_tensor(state, "ssm").value(),
+               .y = y});
+    gated_projection({y,
+                      parts[4].value(),
+                      norm_weight_->variable.value(),
+                      norm_.eps,
+                      s.heads,
+                      norm_.norm_before_gate,
+                      o_proj_->variable.value(),
+                      step.out,
+                      {},
+                      {}});
+    return sum;
+  }
+
   LayerState zero_state(int64_t rows, const Device& device, Dtype compute) const override {
     const Sizes& s = sizes_;
     const Dtype state_dtype = compute == Dtype::f64 ? Dtype::f64 : Dtype::f32;
@@ -208,6 +248,21 @@ class Mlp final : public Mixer {
     const auto parts = split(linear(x, gate_up_->variable), {width_, width_});
     return linear(swiglu(parts[0], parts[1]), down_proj_->variable);
   }
+
+  bool has_step(int64_t /*rows*/, Dtype compute) const override {
+    const int64_t pack = 16 / size_of(compute);
+    return gate_up_->variable && d_model_ % pack == 0 && width_ % pack == 0;
+  }
+
+  Tensor step(const Step& step, const LayerState&) const override {
+    const Tensor weight = gate_up_->variable.value();
+    const Tensor both = Tensor::empty(weight.device(), weight.dtype(), {step.residual.dim(0), 2 * width_});
+    Tensor sum = norm_projection({step.residual, step.branch, step.norm, step.eps, weight, both});
+    const Tensor gate = both.slice(1, 0, width_), up = both.slice(1, width_, 2 * width_);
+    gated_projection({up, gate, {}, 0, 1, false, down_proj_->variable.value(), step.out, {}, {}});
+    return sum;
+  }
+
   LayerState zero_state(int64_t, const Device&, Dtype) const override { return {}; }
   double forward_flops_per_token() const override { return 6 * static_cast<double>(width_ * d_model_); }
 

@@ -14,6 +14,7 @@
 #include "ops/causal_conv1d/causal_conv1d.h"
 #include "ops/linear/linear.h"
 #include "ops/selective_scan/selective_scan.h"
+#include "ops/token_step/token_step.h"
 
 namespace longhand::models::mamba1 {
 namespace {
@@ -97,6 +98,34 @@ class Mamba1Mixer final : public Mixer {
     h_T["conv"] = conv.window;
     h_T["ssm"] = scan.h_T;
     return linear(scan.y, out_proj_->variable, optional_variable(out_bias_));  // [B, T, d_model]
+  }
+
+  bool has_step(int64_t /*rows*/, Dtype compute) const override {
+    const int64_t pack = 16 / size_of(compute);
+    return in_bias_ == nullptr && mamba1_token_fits(sizes_.d_state) && sizes_.d_model % pack == 0 && sizes_.d_inner % pack == 0;
+  }
+
+  Tensor step(const Step& step, const LayerState& state) const override {
+    const Sizes& s = sizes_;
+    const int64_t B = step.residual.dim(0);
+    const Tensor in_weight = in_proj_->variable.value(), window = state_tensor(state, "conv").value();
+    const auto empty = [&](int64_t width) { return Tensor::empty(in_weight.device(), in_weight.dtype(), {B, width}); };
+    const Tensor projected = empty(2 * s.d_inner), mixed = empty(s.d_inner), selected = empty(s.dt_rank + 2 * s.d_state),
+                 y = empty(s.d_inner);
+    Tensor sum = norm_projection({step.residual, step.branch, step.norm, step.eps, in_weight, projected});
+    const Tensor now = projected.slice(1, 0, s.d_inner), z = projected.slice(1, s.d_inner, 2 * s.d_inner);
+    convolved_projection(
+        {now, window, conv_weight_->variable.value(), optional_variable(conv_bias_).value(), x_proj_->variable.value(), mixed, selected});
+    mamba1_token({.x = mixed,
+                  .selected = selected,
+                  .dt_weight = dt_proj_->variable.value(),
+                  .A_log = A_log_->variable.value(),
+                  .D_skip = D_->variable.value(),
+                  .dt_bias = dt_bias_->variable.value(),
+                  .state = state_tensor(state, "ssm").value(),
+                  .y = y});
+    gated_projection({y, z, {}, 0, 1, false, out_proj_->variable.value(), step.out, window, now});
+    return sum;
   }
 
   LayerState zero_state(int64_t rows, const Device& device, Dtype compute) const override {

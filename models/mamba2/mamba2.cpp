@@ -15,10 +15,8 @@
 #include "models/mamba2/mamba2_layouts.h"
 #include "models/mamba_backbone.h"
 #include "ops/causal_conv1d/causal_conv1d.h"
-#include "ops/common/gemm.h"
 #include "ops/gated_rmsnorm/gated_rmsnorm.h"
 #include "ops/linear/linear.h"
-#include "ops/rmsnorm/rmsnorm.h"
 #include "ops/ssd/ssd.h"
 #include "ops/token_step/token_step.h"
 
@@ -142,18 +140,17 @@ class Mamba2Mixer final : public Mixer {
     return in_bias_ == nullptr && mamba2_token_fits(sizes_.headdim, sizes_.d_state) && sizes_.d_model % pack == 0;
   }
 
-  void step(const Step& step, const LayerState& state) const override {
+  Tensor step(const Step& step, const LayerState& state) const override {
     const Sizes& s = sizes_;
     const int64_t B = step.residual.dim(0), C = s.conv_channels();
     const Tensor in_weight = in_proj_->variable.value(), out_weight = out_proj_->variable.value();
     const Tensor norm = norm_weight_ != nullptr ? norm_weight_->variable.value() : Tensor();
     const Tensor window = state_tensor(state, "conv").value();
-    const bool few = B <= kTokenStepRows;
     Tensor projected = Tensor::empty(in_weight.device(), in_weight.dtype(), {B, s.projection()});
-    if (few) norm_projection({step.residual, step.branch, step.norm, step.eps, in_weight, step.sum, projected});
-    else add_norm_and_multiply(step, in_weight, projected);
+    Tensor sum = norm_projection({step.residual, step.branch, step.norm, step.eps, in_weight, projected});
     const Tensor z = projected.slice(1, 0, s.d_inner), now = projected.slice(1, s.d_inner, s.d_inner + C);
-    const Tensor y = Tensor::empty(in_weight.device(), in_weight.dtype(), {B, s.d_inner});
+    const bool gate_first = norm && norm_.groups == 1 && !norm_.norm_before_gate;  // then the recurrence's kernel does it
+    const Tensor y = Tensor::empty(in_weight.device(), gate_first ? Dtype::f32 : in_weight.dtype(), {B, s.d_inner});
     const Tensor D = D_->variable.value();
     mamba2_token({.projected = projected,
                   .conv_weight = conv_weight_->variable.value(),
@@ -166,14 +163,11 @@ class Mamba2Mixer final : public Mixer {
                   .dt_max = ssd_.dt_max,
                   .groups = s.groups,
                   .state = state_tensor(state, "ssm").value(),
-                  .y = y});
-    if (few) {
-      gated_projection({y, z, norm, norm_.eps, norm_.groups, norm_.norm_before_gate, out_weight, step.out, window, now});
-      return;
-    }
-    shift_window(window, now);
-    const Variable gated = gated_rmsnorm(y, z, norm, norm_);
-    gemm(false, gated.value(), true, out_weight, step.out);
+                  .y = y,
+                  .gate = gate_first});
+    if (gate_first) (void)norm_projection({y, {}, norm, norm_.eps, out_weight, step.out, window, now});
+    else gated_projection({y, z, norm, norm_.eps, norm_.groups, norm_.norm_before_gate, out_weight, step.out, window, now});
+    return sum;
   }
 
   LayerState zero_state(int64_t rows, const Device& device, Dtype compute) const override {
@@ -194,13 +188,6 @@ class Mamba2Mixer final : public Mixer {
  private:
   static constexpr int64_t kComputeChunk = 64;
   static constexpr double kFlopsChunk = 256;
-
-  // The first part of step() for many rows.
-  static void add_norm_and_multiply(const Step& step, const Tensor& weight, const Tensor& out) {
-    const auto normed = add_rmsnorm(step.branch ? Variable(step.branch) : Variable(), step.residual, step.norm, step.eps, weight.dtype());
-    copy(step.sum, normed.residual.value());
-    gemm(false, normed.y.value(), true, weight, out);
-  }
 
   static Initializer init_A_log(const ModelConfig& c) {
     return [low = c.option("A_init_min"), high = c.option("A_init_max")](uint64_t key, uint64_t i) {

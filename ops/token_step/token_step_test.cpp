@@ -10,8 +10,10 @@
 #include "core/error.h"
 #include "ops/causal_conv1d/causal_conv1d.h"
 #include "ops/gated_rmsnorm/gated_rmsnorm.h"
+#include "ops/gla/gla.h"
 #include "ops/linear/linear.h"
 #include "ops/rmsnorm/rmsnorm.h"
+#include "ops/selective_scan/selective_scan.h"
 #include "ops/ssd/ssd.h"
 #include "tests/support/check.h"
 
@@ -45,15 +47,19 @@ TEST("token step: norm and projection agree with the ops, for every number of ro
   const Device gpu = Device::cuda();
   const NoGrad no_grad;
   for (const Dtype dtype : kDtypes)
-    for (const int64_t B : {1, 2, 3, 5, 8})
-      for (const auto& [D, R] : {std::pair<int64_t, int64_t>{16, 5}, {264, 33}, {1024, 4384}, {2048, 7}, {4096, 100}})
+    for (const int64_t B : {1, 2, 3, 5, 8, 11})
+      for (const auto& [D, R] :
+           {std::pair<int64_t, int64_t>{16, 5}, {264, 33}, {768, 50}, {1024, 4384}, {2048, 7}, {2816, 24}, {4096, 100}})
         for (const bool with_branch : {false, true}) {
           const Tensor residual = random_tensor(gpu, Dtype::f32, {B, D}, 1), branch = random_tensor(gpu, dtype, {B, D}, 2);
           const Tensor norm = random_tensor(gpu, Dtype::f32, {D}, 3), weight = random_tensor(gpu, dtype, {R, D}, 4, 0.05);
-          const Tensor sum = Tensor::empty(gpu, Dtype::f32, {B, D}), out = Tensor::empty(gpu, dtype, {B, R}),
-                       wide = Tensor::empty(gpu, Dtype::f32, {B, R});
-          norm_projection({residual, with_branch ? branch : Tensor(), norm, 1e-5, weight, sum, out});
-          norm_projection({residual, with_branch ? branch : Tensor(), norm, 1e-5, weight, sum, wide});
+          const Tensor out = Tensor::empty(gpu, dtype, {B, R}), wide = Tensor::empty(gpu, Dtype::f32, {B, R});
+          const Tensor sum = norm_projection({residual, with_branch ? branch : Tensor(), norm, 1e-5, weight, out});
+          const Tensor window = random_tensor(gpu, dtype, {B, 3, 40}, 5), now = random_tensor(gpu, dtype, {B, 40}, 6),
+                       shifted = window.clone();
+          norm_projection({residual, with_branch ? branch : Tensor(), norm, 1e-5, weight, wide, window, now});
+          shift_window(shifted, now);
+          CHECK(window.to_vector<float>() == shifted.to_vector<float>());
           const auto normed = add_rmsnorm(with_branch ? Variable(branch) : Variable(), residual, norm, 1e-5, dtype);
           CHECK(sum.to_vector<float>() == normed.residual.value().to_vector<float>());
           const Tensor expected = linear(normed.y, weight).value();
@@ -66,11 +72,11 @@ TEST("token step: a row's bits do not depend on the other rows") {
   if (cuda_device_count() == 0) SKIP("no CUDA device");
   const Device gpu = Device::cuda();
   const Tensor residual = random_tensor(gpu, Dtype::f32, {7, 512}, 1), norm = random_tensor(gpu, Dtype::f32, {512}, 2),
-               weight = random_tensor(gpu, Dtype::bf16, {300, 512}, 3), sum = Tensor::empty(gpu, Dtype::f32, {7, 512}),
-               all = Tensor::empty(gpu, Dtype::f32, {7, 300}), one = Tensor::empty(gpu, Dtype::f32, {1, 300});
-  norm_projection({residual, {}, norm, 1e-5, weight, sum, all});
+               weight = random_tensor(gpu, Dtype::bf16, {300, 512}, 3), all = Tensor::empty(gpu, Dtype::f32, {7, 300}),
+               one = Tensor::empty(gpu, Dtype::f32, {1, 300});
+  norm_projection({residual, {}, norm, 1e-5, weight, all});
   for (int64_t b = 0; b < 7; ++b) {
-    norm_projection({residual.slice(0, b, b + 1), {}, norm, 1e-5, weight, sum.slice(0, b, b + 1), one});
+    norm_projection({residual.slice(0, b, b + 1), {}, norm, 1e-5, weight, one});
     CHECK(all.slice(0, b, b + 1).to_vector<float>() == one.to_vector<float>());
   }
 }
@@ -84,7 +90,7 @@ TEST("token step: the gate and its projection agree with the ops, in every form,
     int64_t groups;
   };
   for (const Dtype dtype : kDtypes)
-    for (const int64_t B : {1, 3, 8})
+    for (const int64_t B : {1, 3, 8, 10})
       for (const auto& [E, R] : {std::pair<int64_t, int64_t>{64, 9}, {2048, 1024}, {1536, 768}})
         for (const Form& form : {Form{true, false, 1}, {true, true, 1}, {true, false, 4}, {false, false, 1}})
           for (const int64_t taps : {0, 1, 3}) {
@@ -103,6 +109,112 @@ TEST("token step: the gate and its projection agree with the ops, in every form,
           }
 }
 
+TEST("token step: the gate of GLA's heads, which share the norm's weights, and of its network, whose two halves are strided") {
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  const Device gpu = Device::cuda();
+  const NoGrad no_grad;
+  for (const Dtype dtype : kDtypes)
+    for (const int64_t B : {1, 2, 8, 9})
+      for (const auto& [H, Dv] : {std::pair<int64_t, int64_t>{4, 256}, {2, 12}, {3, 88}}) {
+        const int64_t E = H * Dv;
+        const Tensor y = random_tensor(gpu, dtype, {B, E}, 1), z = random_tensor(gpu, dtype, {B, E + 3}, 2).slice(1, 3, E + 3),
+                     norm = random_tensor(gpu, Dtype::f32, {Dv}, 3), weight = random_tensor(gpu, dtype, {40, E}, 4, 0.05),
+                     out = Tensor::empty(gpu, dtype, {B, 40});
+        gated_projection({y, z, norm, 1e-6, H, true, weight, out, {}, {}});
+        const Variable heads = gated_rmsnorm(y.reshape({B, H, Dv}), z.contiguous().reshape({B, H, Dv}), norm,
+                                             {.eps = 1e-6, .groups = 1, .norm_before_gate = true});
+        expect_near(out, linear(heads.value().reshape({B, E}), weight).value(), dtype, "heads " + out.describe());
+        const Tensor both = random_tensor(gpu, dtype, {B, 2 * E}, 5), gate = both.slice(1, 0, E), up = both.slice(1, E, 2 * E);
+        gated_projection({up, gate, {}, 0, 1, false, weight, out, {}, {}});
+        const Variable gated = gated_rmsnorm(up.contiguous(), gate.contiguous(), {}, {});
+        expect_near(out, linear(gated, weight).value(), dtype, "network " + out.describe());
+      }
+}
+
+TEST("token step: convolution and projection agree with the ops, and the window stays") {
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  const Device gpu = Device::cuda();
+  const NoGrad no_grad;
+  for (const Dtype dtype : kDtypes)
+    for (const int64_t B : {1, 3, 8, 9})
+      for (const auto& [C, R] : {std::pair<int64_t, int64_t>{32, 9}, {1536, 80}, {5120, 192}})
+        for (const int64_t W : {1, 2, 4}) {
+          const Tensor both = random_tensor(gpu, dtype, {B, 2 * C}, 1), now = both.slice(1, 0, C),
+                       window = random_tensor(gpu, dtype, {B, W - 1, C}, 2), kept = window.clone(),
+                       conv_weight = random_tensor(gpu, Dtype::f32, {C, 1, W}, 3, 0.5),
+                       conv_bias = W == 2 ? Tensor() : random_tensor(gpu, Dtype::f32, {C}, 4, 0.5),
+                       weight = random_tensor(gpu, dtype, {R, C}, 5, 0.05), y = Tensor::empty(gpu, dtype, {B, C}),
+                       out = Tensor::empty(gpu, dtype, {B, R});
+          convolved_projection({now, window, conv_weight, conv_bias, weight, y, out});
+          const auto conv = causal_conv1d_silu(now.contiguous().reshape({B, 1, C}), conv_weight, conv_bias, window);
+          const Tensor expected = conv.y.value().reshape({B, C});
+          expect_near(y, expected, dtype, "y " + y.describe());
+          expect_near(out, linear(expected, weight).value(), dtype, "out " + out.describe());
+          CHECK(window.to_vector<float>() == kept.to_vector<float>());
+        }
+}
+
+TEST("token step: the middle of a Mamba-1 layer agrees with dt's projection and the scan, token after token") {
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  const Device gpu = Device::cuda();
+  const NoGrad no_grad;
+  struct Case {
+    int64_t B, E, N, rank;
+  };
+  for (const Dtype dtype : kDtypes)
+    for (const Case& c : {Case{1, 32, 4, 1}, {3, 40, 16, 5}, {2, 72, 20, 8}, {1, 1536, 16, 48}, {9, 160, 64, 12}}) {
+      const Tensor dt_weight = random_tensor(gpu, dtype, {c.E, c.rank}, 1, 0.3), A_log = random_tensor(gpu, Dtype::f32, {c.E, c.N}, 2),
+                   D_skip = random_tensor(gpu, Dtype::f32, {c.E}, 3), dt_bias = random_tensor(gpu, Dtype::f32, {c.E}, 4),
+                   state = random_tensor(gpu, Dtype::f32, {c.B, c.E, c.N}, 5);
+      Tensor expected_state = state.clone();
+      for (uint64_t token = 0; token < 5; ++token) {
+        const Tensor x = random_tensor(gpu, dtype, {c.B, c.E}, 20 + token),
+                     selected = random_tensor(gpu, dtype, {c.B, c.rank + 2 * c.N}, 30 + token), y = Tensor::empty(gpu, dtype, {c.B, c.E});
+        mamba1_token({x, selected, dt_weight, A_log, D_skip, dt_bias, state, y});
+        const auto part = [&](int64_t begin, int64_t end) {
+          return selected.slice(1, begin, end).contiguous().reshape({c.B, 1, end - begin});
+        };
+        const Variable dt = linear(part(0, c.rank), dt_weight);
+        const auto scan = selective_scan(x.reshape({c.B, 1, c.E}), dt, A_log, part(c.rank, c.rank + c.N),
+                                         part(c.rank + c.N, c.rank + 2 * c.N), D_skip, {}, dt_bias, expected_state);
+        expected_state = scan.h_T.value();
+        expect_near(y, scan.y.value(), dtype, "y " + y.describe());
+        expect_near(state, expected_state, dtype, "state " + state.describe());
+      }
+    }
+}
+
+TEST("token step: the middle of a GLA layer agrees with the gates' projection and gla, token after token") {
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  const Device gpu = Device::cuda();
+  const NoGrad no_grad;
+  struct Case {
+    int64_t B, H, Dk, Dv, rank;
+    double gate_min;
+  };
+  constexpr double kNone = -std::numeric_limits<double>::infinity();
+  for (const Dtype dtype : kDtypes)
+    for (const Case& c : {Case{1, 2, 8, 4, 1, kNone}, {3, 2, 24, 20, 3, -0.05}, {1, 4, 128, 256, 16, kNone}, {9, 1, 64, 128, 16, kNone}}) {
+      const int64_t K = c.H * c.Dk, V = c.H * c.Dv;
+      const Tensor gate_weight = random_tensor(gpu, dtype, {K, c.rank}, 1), gate_bias = random_tensor(gpu, Dtype::f32, {K}, 2),
+                   state = random_tensor(gpu, Dtype::f32, {c.B, c.H, c.Dk, c.Dv}, 3);
+      Tensor expected_state = state.clone();
+      for (uint64_t token = 0; token < 5; ++token) {
+        const Tensor all = random_tensor(gpu, dtype, {c.B, 2 * K + V + c.rank}, 20 + token), y = Tensor::empty(gpu, dtype, {c.B, V});
+        const Tensor q = all.slice(1, 0, K), k = all.slice(1, K, 2 * K), v = all.slice(1, 2 * K, 2 * K + V),
+                     low = all.slice(1, 2 * K + V, 2 * K + V + c.rank);
+        gla_token({q, k, v, low, gate_weight, gate_bias, 16, c.gate_min, 1 / std::sqrt(static_cast<double>(c.Dk)), state, y});
+        const Shape keys{c.B, 1, c.H, c.Dk}, values{c.B, 1, c.H, c.Dv};
+        const Variable gate = linear(low.contiguous(), gate_weight, gate_bias);
+        const auto mixed = gla(q.contiguous().reshape(keys), k.contiguous().reshape(keys), v.contiguous().reshape(values),
+                               gate.value().reshape(keys), expected_state, {.gate_normalizer = 16, .gate_min = c.gate_min});
+        expected_state = mixed.h_T.value();
+        expect_near(y, mixed.o.value(), dtype, "y " + y.describe());
+        expect_near(state, expected_state, dtype, "state " + state.describe());
+      }
+    }
+}
+
 TEST("token step: the middle of a Mamba-2 layer agrees with convolution and ssd, token after token") {
   if (cuda_device_count() == 0) SKIP("no CUDA device");
   const Device gpu = Device::cuda();
@@ -116,6 +228,7 @@ TEST("token step: the middle of a Mamba-2 layer agrees with convolution and ssd,
                           {3, 4, 64, 128, 2, 4, true, true},
                           {2, 4, 32, 132, 4, 2, false, false},
                           {1, 32, 64, 128, 1, 4, true, false},
+                          {5, 2, 64, 132, 1, 4, true, true},
                           {9, 2, 64, 64, 1, 1, false, false}}) {
       if (dtype == Dtype::f32 && c.N > 128) continue;  // beyond what ssd takes
       const int64_t inner = c.H * c.P, C = inner + 2 * c.G * c.N;
@@ -128,7 +241,7 @@ TEST("token step: the middle of a Mamba-2 layer agrees with convolution and ssd,
       Tensor expected_state = state.clone(), expected_window = window.clone();
       for (uint64_t token = 0; token < 5; ++token) {
         const Tensor projected = random_tensor(gpu, dtype, {c.B, inner + C + c.H}, 20 + token);
-        const Tensor now = projected.slice(1, inner, inner + C), y = Tensor::empty(gpu, dtype, {c.B, inner});
+        const Tensor now = projected.slice(1, inner, inner + C), y = Tensor::empty(gpu, dtype, {c.B, inner}), gated_state = state.clone();
         mamba2_token({.projected = projected,
                       .conv_weight = conv_weight,
                       .conv_bias = conv_bias,
@@ -141,6 +254,21 @@ TEST("token step: the middle of a Mamba-2 layer agrees with convolution and ssd,
                       .groups = c.G,
                       .state = state,
                       .y = y});
+        const Tensor gated = Tensor::empty(gpu, Dtype::f32, {c.B, inner});
+        mamba2_token({.projected = projected,
+                      .conv_weight = conv_weight,
+                      .conv_bias = conv_bias,
+                      .window = window,
+                      .A_log = A_log,
+                      .D_skip = D_skip,
+                      .dt_bias = dt_bias,
+                      .dt_min = 0.01,
+                      .dt_max = 2,
+                      .groups = c.G,
+                      .state = gated_state,
+                      .y = gated,
+                      .gate = true});
+        CHECK(gated_state.to_vector<float>() == state.to_vector<float>());
         shift_window(window, now);
         const auto conv = causal_conv1d_silu(now.contiguous().reshape({c.B, 1, C}), conv_weight, conv_bias, expected_window);
         const Tensor mixed = conv.y.value();
@@ -152,6 +280,8 @@ TEST("token step: the middle of a Mamba-2 layer agrees with convolution and ssd,
         expected_window = conv.window.value();
         expected_state = ssd_out.h_T.value();
         expect_near(y, ssd_out.y.value(), dtype, "y " + y.describe());
+        const Variable with_gate = gated_rmsnorm(ssd_out.y.value().reshape({c.B, inner}), projected.slice(1, 0, inner), {}, {});
+        expect_near(gated, with_gate.value(), dtype, "gated " + gated.describe());
         expect_near(state, expected_state, dtype, "state " + state.describe());
         CHECK(window.to_vector<float>() == expected_window.to_vector<float>());
       }
@@ -161,16 +291,20 @@ TEST("token step: the middle of a Mamba-2 layer agrees with convolution and ssd,
 TEST("token step: what does not fit is named, and a CPU has none") {
   const Device cpu = Device::cpu();
   const Tensor x = Tensor::zeros(cpu, Dtype::f32, {1, 16}), w = Tensor::zeros(cpu, Dtype::f32, {4, 16}),
-               norm = Tensor::zeros(cpu, Dtype::f32, {16}), out = Tensor::zeros(cpu, Dtype::f32, {1, 4}),
-               sum = Tensor::zeros(cpu, Dtype::f32, {1, 16});
-  CHECK_THROWS_AS(norm_projection({x, {}, norm, 1e-5, w, sum, out}), DeviceError);
-  CHECK_THROWS_AS(norm_projection({x, {}, norm, 1e-5, w, x, out}), ValueError);
-  CHECK_THROWS_WITH_AS(norm_projection({x, {}, norm, 1e-5, w, sum, sum}), doctest::Contains("[1, 4]"), ShapeError);
-  const Tensor many = Tensor::zeros(cpu, Dtype::f32, {kTokenStepRows + 1, 16});
-  CHECK_THROWS_AS(norm_projection({many, {}, norm, 1e-5, w, many, out}), ValueError);
+               norm = Tensor::zeros(cpu, Dtype::f32, {16}), out = Tensor::zeros(cpu, Dtype::f32, {1, 4});
+  CHECK_THROWS_AS(norm_projection({x, {}, norm, 1e-5, w, out}), DeviceError);
+  CHECK_THROWS_WITH_AS(norm_projection({x, {}, norm, 1e-5, w, x}), doctest::Contains("[1, 4]"), ShapeError);
+  CHECK_THROWS_AS(gated_projection({x, x, norm, 1e-5, 16, false, w, out, {}, {}}), ValueError);  // groups of a single column
+  CHECK_FALSE(mamba1_token_fits(6));
+  CHECK_FALSE(mamba1_token_fits(68));
+  CHECK(mamba1_token_fits(16));
   CHECK_FALSE(mamba2_token_fits(24, 128));
   CHECK_FALSE(mamba2_token_fits(64, 260));
   CHECK(mamba2_token_fits(64, 128));
+  CHECK_FALSE(gla_token_fits(257, 256, 16));
+  CHECK_FALSE(gla_token_fits(128, 6, 16));
+  CHECK_FALSE(gla_token_fits(4, 8, 1));
+  CHECK(gla_token_fits(128, 256, 16));
 }
 
 }  // namespace

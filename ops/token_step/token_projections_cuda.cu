@@ -1,0 +1,534 @@
+// The projections of a token; token_step.h has the formulas.
+//
+// norm_projection_kernel, gated_projection_kernel, convolved_projection_kernel
+// moves   the weight once: 2*R*D bytes in bf16 (9.0 MB for 4384 x 1024); the rows of activations stay in L2
+// flops   1 multiply-add per element of weight and row: memory bound
+// floor   9.0 MB / 4.3 TB/s = 2.1 us on an H200
+// split   a block owns a few rows of weight, about 32 KB, which are on their way to shared memory long before the kernel in front has
+// ended;
+//         then every block forms the rows of activations beside them and its warps multiply
+// needs   weights of whole packs of 16 bytes a row; the shared memory that few_rows_fit() counts
+// order   sums over parts of the columns, then over the parts: the same bits whatever the grid and the number of rows
+// agrees  with the ops that they join: kTokenStepToleranceF32, kTokenStepToleranceBf16
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "core/error.h"
+#include "ops/common/cuda_math.cuh"
+#include "ops/common/matrix_instructions.cuh"
+#include "ops/token_step/token_launch_cuda.cuh"
+#include "ops/token_step/token_step.h"
+
+namespace longhand {
+namespace {
+
+constexpr int kThreads = 256, kWarps = kThreads / kWarp;
+constexpr int kRows = static_cast<int>(kTokenStepRows);
+constexpr int kBlocksOfRegisters = 6;  // small, so that the blocks of the next kernels find room beside those that are at work
+
+// --- a product of few rows ------------------------------------------------------------------------------------
+
+constexpr int kTile = 8;                                // rows of weight of a tensor-core product
+constexpr int kWindow = 32;                             // columns of two of them
+constexpr int kPartialFloats = kWarps * kRows * kTile;  // what the warps of a block have to add up
+constexpr int64_t kWeightBytes = 34 * 1024;             // of a block, where rows are not longer
+
+/// out = x weight^T
+struct Product {
+  const void* weight;
+  void* out;
+  int64_t out_rows;  // R
+  int width;         // D, a multiple of the pack
+  int batch;
+  int block_rows;  // of weight: a multiple of kTile that divides kTile * kWarps
+};
+
+/// Elements between two rows in shared memory: an odd multiple of 64 bytes, so that eight lanes which read two rows meet in no bank.
+template <class T>
+__host__ __device__ constexpr int shared_stride(int width) {
+  constexpr int line = 128 / static_cast<int>(sizeof(T));
+  return (width + line - 1) / line * line + line / 2;
+}
+
+/// The dynamic shared memory of a block: its rows of weight, the rows of x, what a kernel loads ahead, what the product adds up.
+template <class T>
+struct BlockMemory {
+  T *weight, *x;
+  float *ahead, *partial;
+  __device__ BlockMemory(const Product& p, int floats_ahead) {
+    weight = reinterpret_cast<T*>(shared_memory());
+    x = weight + p.block_rows * shared_stride<T>(p.width);
+    ahead = reinterpret_cast<float*>(x + p.batch * shared_stride<T>(p.width));
+    partial = ahead + floats_ahead;
+  }
+  static int64_t bytes(const Product& p, int64_t floats_ahead) {
+    return (p.block_rows + p.batch) * shared_stride<T>(p.width) * static_cast<int64_t>(sizeof(T)) +
+           (floats_ahead + kPartialFloats) * static_cast<int64_t>(sizeof(float));
+  }
+};
+
+/// Sends `width` floats, in fours, on their way.
+__device__ inline void load_ahead(const float* from, int width, float* to) {
+  for (int i = static_cast<int>(threadIdx.x) * 4; i < width; i += kThreads * 4) copy_16_async(to + i, from + i);
+  close_copies();
+}
+
+/// The same with a block's rows of weight; rows past the end repeat the last one.
+template <class T>
+__device__ void load_weight(const Product& p, T* to, int64_t block) {
+  constexpr int vec = 16 / static_cast<int>(sizeof(T));
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, packs = p.width / vec;
+  for (int r = static_cast<int>(threadIdx.x) / kWarp; r < p.block_rows; r += kWarps) {
+    const int64_t row = block * p.block_rows + r < p.out_rows ? block * p.block_rows + r : p.out_rows - 1;
+    const T* from = static_cast<const T*>(p.weight) + row * p.width;
+    for (int pack = lane; pack < packs; pack += kWarp) copy_16_async(to + r * shared_stride<T>(p.width) + pack * vec, from + pack * vec);
+  }
+  close_copies();
+}
+
+/// bf16 on the tensor cores: eight rows of weight by all rows of x at once; the warps of a tile share out the columns. An instruction takes
+/// 16 columns in whatever order, so that a lane's 16 bytes of a row go into two of them.
+/// partial [warp, row of x, row of the tile]
+__device__ inline void multiply_part(const Product& p, const BlockMemory<__nv_bfloat16>& memory) {
+  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp, row = lane / 4;
+  const int share = kWarps / (p.block_rows / kTile), windows = (p.width + kWindow - 1) / kWindow, part = warp % share;
+  const int stride = shared_stride<__nv_bfloat16>(p.width), begin = windows * part / share, end = windows * (part + 1) / share;
+  const __nv_bfloat16 *weight = memory.weight + (warp / share * kTile + row) * stride, *x = memory.x + row * stride;
+  float sums[4][4] = {};  // apart, so that no instruction waits for the one before
+  auto multiply = [&](int window, float(&first)[4], float(&second)[4]) {
+    const int column = window * kWindow + lane % 4 * 8;
+    const bool inside = column < p.width;
+    const uint4 w = inside ? *reinterpret_cast<const uint4*>(weight + column) : uint4{0, 0, 0, 0};
+    const uint4 in = inside && row < p.batch ? *reinterpret_cast<const uint4*>(x + column) : uint4{0, 0, 0, 0};
+    multiply_bf16(first, {in.x, 0, in.y, 0}, w.x, w.y);
+    multiply_bf16(second, {in.z, 0, in.w, 0}, w.z, w.w);
+  };
+  int window = begin;
+#pragma unroll 2
+  for (; window + 1 < end; window += 2) {
+    multiply(window, sums[0], sums[1]);
+    multiply(window + 1, sums[2], sums[3]);
+  }
+  if (window < end) multiply(window, sums[0], sums[1]);
+  float2 of_lane;  // row l / 4 of x by rows 2 (l % 4) and the next of weight
+  of_lane.x = (sums[0][0] + sums[1][0]) + (sums[2][0] + sums[3][0]);
+  of_lane.y = (sums[0][1] + sums[1][1]) + (sums[2][1] + sums[3][1]);
+  *reinterpret_cast<float2*>(memory.partial + (warp * kRows + row) * kTile + lane % 4 * 2) = of_lane;
+}
+
+/// f32: a warp takes a row of weight after the other, its lanes share the columns.
+/// partial [row of weight, row of x]
+__device__ inline void multiply_part(const Product& p, const BlockMemory<float>& memory) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, stride = shared_stride<float>(p.width);
+  for (int r = static_cast<int>(threadIdx.x) / kWarp; r < p.block_rows; r += kWarps) {
+    float sums[kRows] = {};
+    for (int i = lane * 4; i < p.width; i += kWarp * 4) {
+      const Pack<float, 4> w = load_pack<4>(memory.weight + r * stride + i);
+#pragma unroll
+      for (int b = 0; b < kRows; ++b) {
+        if (b >= p.batch) break;
+        const Pack<float, 4> in = load_pack<4>(memory.x + b * stride + i);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sums[b] = fmaf(w.at[j], in.at[j], sums[b]);
+      }
+    }
+#pragma unroll
+    for (int b = 0; b < kRows; ++b) {
+      const float sum = warp_sum(sums[b]);
+      if (lane == 0) memory.partial[r * kRows + b] = sum;
+    }
+  }
+}
+
+template <class T>
+__device__ float sum_of_parts(const Product& p, const float* partial, int b, int r) {
+  if constexpr (sizeof(T) == 4) {
+    return partial[r * kRows + b];
+  } else {
+    const int share = kWarps / (p.block_rows / kTile);
+    float sum = 0;
+    for (int w = 0; w < share; ++w) sum += partial[((r / kTile * share + w) * kRows + b) * kTile + r % kTile];
+    return sum;
+  }
+}
+
+/// The product times scale(row of x), once x is in shared memory and the first rows of weight are on their way there; further blocks of
+/// rows follow.
+template <class T, class Out, class Scale>
+__device__ void multiply_all(const Product& p, const BlockMemory<T>& memory, int64_t block, int64_t blocks_apart, int64_t blocks,
+                             const Scale& scale) {
+  for (; block < blocks; block += blocks_apart) {
+    copies_arrived();
+    __syncthreads();
+    multiply_part(p, memory);
+    __syncthreads();
+    if (block + blocks_apart < blocks) load_weight(p, memory.weight, block + blocks_apart);
+    for (int i = static_cast<int>(threadIdx.x); i < p.block_rows * p.batch; i += kThreads) {
+      const int r = i % p.block_rows, b = i / p.block_rows;
+      const int64_t row = block * p.block_rows + r;
+      if (row < p.out_rows)
+        static_cast<Out*>(p.out)[b * p.out_rows + row] = static_cast<Out>(scale(b) * sum_of_parts<T>(p, memory.partial, b, r));
+    }
+  }
+}
+
+// --- what stands in front of it -------------------------------------------------------------------------------
+
+/// How the rows of a batch are dealt to the threads of a block while they are normalised: n rows at the same time. A row's numbers are
+/// summed in one order whatever n is: as kThreads threads would, each of which a thread stands for n times.
+template <int n>
+struct RowsOfBlock {
+  static constexpr int threads = kThreads / n, warps = kWarps / n;  // of a row
+  static_assert(n <= kWarps);
+  static __device__ int row() { return static_cast<int>(threadIdx.x) / threads; }
+  static __device__ int lane() { return static_cast<int>(threadIdx.x) % threads; }
+  /// What total() adds up, behind a barrier. scratch holds n * kWarps floats.
+  static __device__ void put(const float (&partial)[n], float* scratch) {
+#pragma unroll
+    for (int v = 0; v < n; ++v) {
+      const float part = warp_sum(partial[v]);
+      if (threadIdx.x % kWarp == 0) scratch[row() * kWarps + v * warps + lane() / kWarp] = part;
+    }
+  }
+  /// The sum over the threads of a row.
+  static __device__ float total(const float* scratch, int of_row) {
+    float sum = 0;
+    for (int w = 0; w < kWarps; ++w) sum += scratch[of_row * kWarps + w];
+    return sum;
+  }
+};
+
+/// A convolution's window that moves on beside a product, in blocks of its own.
+struct WindowMove {
+  void* window;  // null: nothing to move
+  const void* now;
+  int64_t now_stride;
+  int batch, taps, channels;  // taps W - 1
+};
+
+template <class T>
+__device__ void move_window(const WindowMove& m, int64_t block) {
+  const int64_t i = block * blockDim.x + threadIdx.x, b = i / m.channels, c = i % m.channels;
+  if (b >= m.batch) return;
+  T* const window = static_cast<T*>(m.window) + b * m.taps * m.channels + c;
+  for (int k = 0; k + 1 < m.taps; ++k) window[static_cast<int64_t>(k) * m.channels] = window[static_cast<int64_t>(k + 1) * m.channels];
+  window[static_cast<int64_t>(m.taps - 1) * m.channels] = static_cast<const T*>(m.now)[b * m.now_stride + c];
+}
+
+struct NormArgs {
+  Product product;
+  const float *residual, *norm;
+  const void* branch;  // may be null
+  float* sum;          // null without a branch
+  float eps;
+  WindowMove move;
+};
+
+template <class T>
+__device__ Pack<float, 4> residual_sum(const NormArgs& p, int64_t at) {
+  Pack<float, 4> v = load_pack<4>(p.residual + at);
+  if (p.branch != nullptr) {
+    const Pack<T, 4> more = load_pack<4>(static_cast<const T*>(p.branch) + at);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) v.at[j] += to_f32(more.at[j]);
+  }
+  return v;
+}
+
+/// Blocks from `product_blocks` on move the window; the others multiply.
+template <class T, class Out, int n>
+__global__ void __launch_bounds__(kThreads, kBlocksOfRegisters)
+    norm_projection_kernel(NormArgs p, int64_t blocks, unsigned product_blocks) {
+  let_next_kernel_start();
+  if (blockIdx.x >= product_blocks) {
+    wait_for_kernel_in_front();
+    return move_window<T>(p.move, blockIdx.x - product_blocks);
+  }
+  using Rows = RowsOfBlock<n>;
+  __shared__ float scratch[n * kWarps];
+  const int D = p.product.width, b = Rows::row();
+  const BlockMemory<T> memory(p.product, D);
+  load_ahead(p.norm, D, memory.ahead);
+  load_weight(p.product, memory.weight, blockIdx.x);
+  copies_arrived_but<1>();
+  __syncthreads();  // the norm's weights are there
+  wait_for_kernel_in_front();
+  // x is without its factor rstd, which is not known yet and which the sums get in the end.
+  float squares[n] = {};
+  if (b < p.product.batch)
+#pragma unroll
+    for (int v = 0; v < n; ++v)
+      for (int i = (v * Rows::threads + Rows::lane()) * 4; i < D; i += kThreads * 4) {
+        const int64_t at = static_cast<int64_t>(b) * D + i;
+        const Pack<float, 4> in = residual_sum<T>(p, at), w = load_pack<4>(memory.ahead + i);
+        float x[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          squares[v] = fmaf(in.at[j], in.at[j], squares[v]);
+          x[j] = w.at[j] * in.at[j];
+        }
+        store_pack(memory.x + b * shared_stride<T>(D) + i, round_to<T>(x));
+        if (blockIdx.x == 0 && p.sum != nullptr) store_pack(p.sum + at, in);
+      }
+  Rows::put(squares, scratch);
+  multiply_all<T, Out>(p.product, memory, blockIdx.x, product_blocks, blocks,
+                       [&](int row) { return rsqrtf(Rows::total(scratch, row) / static_cast<float>(D) + p.eps); });
+}
+
+struct GateArgs {
+  Product product;
+  const void *y, *z;
+  int64_t y_stride, z_stride;
+  const float* norm;  // null: the gate alone
+  int norm_width;     // of what repeats
+  float eps;
+  int groups;
+  bool norm_before_gate;
+  WindowMove move;
+};
+
+/// Four neighbours, of whose alignment nothing is known.
+template <class T>
+__device__ Pack<T, 4> load_four(const T* from) {
+  if (reinterpret_cast<uintptr_t>(from) % sizeof(Pack<T, 4>) == 0) return load_pack<4>(from);
+  return {{from[0], from[1], from[2], from[3]}};
+}
+
+/// n groups, of whichever rows, are normalised at the same time.
+template <class T, int n>
+__global__ void __launch_bounds__(kThreads, kBlocksOfRegisters)
+    gated_projection_kernel(GateArgs p, int64_t blocks, unsigned product_blocks) {
+  let_next_kernel_start();
+  if (blockIdx.x >= product_blocks) {
+    wait_for_kernel_in_front();
+    return move_window<T>(p.move, blockIdx.x - product_blocks);
+  }
+  using Rows = RowsOfBlock<n>;
+  __shared__ float scratch[2][n * kWarps];
+  const int group = p.product.width / p.groups;
+  const BlockMemory<T> memory(p.product, p.norm_width);
+  load_ahead(p.norm, p.norm_width, memory.ahead);
+  load_weight(p.product, memory.weight, blockIdx.x);
+  copies_arrived_but<1>();
+  wait_for_kernel_in_front();
+
+  int turn = 0;
+  for (int first = 0; first < p.product.batch * p.groups; first += n, turn ^= 1) {
+    const int b = (first + Rows::row()) / p.groups, begin = (first + Rows::row()) % p.groups * group;
+    const bool mine = b < p.product.batch;
+    const T *y = static_cast<const T*>(p.y) + b * p.y_stride + begin, *z = static_cast<const T*>(p.z) + b * p.z_stride + begin;
+    float rstd = 1.0f;
+    if (p.norm != nullptr) {
+      float squares[n] = {};
+      if (mine)
+#pragma unroll
+        for (int v = 0; v < n; ++v)
+          for (int i = (v * Rows::threads + Rows::lane()) * 4; i < group; i += kThreads * 4) {
+            const Pack<T, 4> y_in = load_four(y + i), z_in = load_four(z + i);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+              const float value = to_f32(y_in.at[j]), normed = p.norm_before_gate ? value : value * silu(to_f32(z_in.at[j]));
+              squares[v] = fmaf(normed, normed, squares[v]);
+            }
+          }
+      Rows::put(squares, scratch[turn]);
+      __syncthreads();
+      rstd = rsqrtf(Rows::total(scratch[turn], Rows::row()) / static_cast<float>(group) + p.eps);
+    }
+    if (!mine) continue;
+    T* const x = memory.x + b * shared_stride<T>(p.product.width) + begin;
+    const float* weight = memory.ahead + (p.norm_width > group ? begin : 0);
+    for (int i = Rows::lane() * 4; i < group; i += Rows::threads * 4) {
+      const Pack<T, 4> y_in = load_four(y + i), z_in = load_four(z + i);
+      float out[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        out[j] = (p.norm != nullptr ? weight[i + j] : 1.0f) * rstd * (to_f32(y_in.at[j]) * silu(to_f32(z_in.at[j])));
+      store_pack(x + i, round_to<T>(out));
+    }
+  }
+  multiply_all<T, T>(p.product, memory, blockIdx.x, product_blocks, blocks, [](int) { return 1.0f; });
+}
+
+struct ConvolvedArgs {
+  Product product;
+  const void *now, *window;
+  int64_t now_stride;
+  const float *conv_weight, *conv_bias;
+  void* y;
+  int taps;    // W
+  bool ahead;  // there is shared memory for the sums over the taps before the last
+};
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, kBlocksOfRegisters) convolved_projection_kernel(ConvolvedArgs p, int64_t blocks) {
+  let_next_kernel_start();
+  const int C = p.product.width, all = p.product.batch * C, thread = static_cast<int>(threadIdx.x);
+  const BlockMemory<T> memory(p.product, p.ahead ? all : 0);
+  load_weight(p.product, memory.weight, blockIdx.x);
+  const auto earlier = [&](int b, int c) {
+    const T* window = static_cast<const T*>(p.window) + static_cast<int64_t>(b) * (p.taps - 1) * C + c;
+    float sum = p.conv_bias != nullptr ? p.conv_bias[c] : 0.0f;
+    for (int j = 0; j + 1 < p.taps; ++j) sum = fmaf(p.conv_weight[c * p.taps + j], to_f32(window[static_cast<int64_t>(j) * C]), sum);
+    return sum;
+  };
+  if (p.ahead)
+    for (int i = thread; i < all; i += kThreads) memory.ahead[i] = earlier(i / C, i % C);
+  wait_for_kernel_in_front();
+  for (int i = thread; i < all; i += kThreads) {
+    const int b = i / C, c = i % C;
+    const float now = to_f32(static_cast<const T*>(p.now)[b * p.now_stride + c]), sum = p.ahead ? memory.ahead[i] : earlier(b, c);
+    const T y = static_cast<T>(silu(fmaf(p.conv_weight[c * p.taps + p.taps - 1], now, sum)));
+    memory.x[b * shared_stride<T>(C) + c] = y;
+    if (static_cast<unsigned>(i / kThreads) % gridDim.x == blockIdx.x) static_cast<T*>(p.y)[i] = y;
+  }
+  multiply_all<T, T>(p.product, memory, blockIdx.x, gridDim.x, blocks, [](int) { return 1.0f; });
+}
+
+template <class T>
+__global__ void shift_window_kernel(WindowMove move) {
+  move_window<T>(move, blockIdx.x);
+}
+
+// --- launches -------------------------------------------------------------------------------------------------
+
+Product product_of(const Tensor& weight, const Tensor& out) {
+  int block_rows = kTile * kWarps;
+  while (block_rows > kTile && block_rows * weight.dim(1) * size_of(weight.dtype()) > kWeightBytes) block_rows /= 2;
+  return {weight.raw(), out.raw(), weight.dim(0), static_cast<int>(weight.dim(1)), static_cast<int>(out.dim(0)), block_rows};
+}
+
+WindowMove move_of(const Tensor& window, const Tensor& now) {
+  if (!window || window.numel() == 0) return {};
+  return {window.raw(),
+          now.raw(),
+          now.stride(0),
+          static_cast<int>(window.dim(0)),
+          static_cast<int>(window.dim(1)),
+          static_cast<int>(window.dim(2))};
+}
+unsigned blocks_of(const WindowMove& move) {
+  const int64_t count = int64_t{move.batch} * move.channels;
+  return move.window == nullptr ? 0 : static_cast<unsigned>((count + kThreads - 1) / kThreads);
+}
+
+/// Calls f(n) as a constant: how many rows are normalised at once.
+template <class F>
+void with_rows(int rows, const F& f) {
+  if (rows == 1) return f(std::integral_constant<int, 1>());
+  if (rows <= 4) return f(std::integral_constant<int, 4>());
+  f(std::integral_constant<int, kRows>());
+}
+
+/// Calls f with an element of the dtype's type.
+template <class F>
+void with_type(Dtype dtype, const F& f) {
+  dtype == Dtype::f32 ? f(0.0f) : f(__nv_bfloat16());
+}
+
+struct Grid {
+  int64_t blocks;     // of rows of weight
+  unsigned resident;  // no more than the GPU holds at a time
+};
+Grid grid_of(const Product& p, int64_t shared_bytes, const CudaContext& cuda) {
+  constexpr int64_t kOfTheSystem = 1024;  // of each block
+  const int64_t blocks = (p.out_rows + p.block_rows - 1) / p.block_rows;
+  const int64_t in_one = std::clamp<int64_t>(cuda.shared_memory_per_block / (shared_bytes + kOfTheSystem), 1, 4);
+  return {blocks, static_cast<unsigned>(std::min<int64_t>(blocks, cuda.sm_count * in_one))};
+}
+
+}  // namespace
+
+bool few_rows_fit_cuda(const Tensor& weight, int64_t rows, int64_t floats_ahead) {
+  Product product = product_of(weight, weight);
+  product.batch = static_cast<int>(rows);
+  const int64_t bytes = weight.dtype() == Dtype::f32 ? BlockMemory<float>::bytes(product, floats_ahead)
+                                                     : BlockMemory<__nv_bfloat16>::bytes(product, floats_ahead);
+  constexpr int64_t kStatic = 1024;  // of the kernels above
+  return bytes + kStatic <= weight.device().cuda_context().shared_memory_per_block;
+}
+
+void norm_projection_cuda(const NormProjection& p, const Tensor& sum) {
+  if (p.out.numel() == 0) return;
+  const CudaContext& cuda = p.weight.device().cuda_context();
+  const NormArgs args{product_of(p.weight, p.out),
+                      p.residual.data<float>(),
+                      p.norm.data<float>(),
+                      p.branch ? p.branch.raw() : nullptr,
+                      p.branch ? sum.data<float>() : nullptr,
+                      static_cast<float>(p.eps),
+                      move_of(p.window, p.now)};
+  with_type(p.weight.dtype(), [&](auto element) {
+    using T = decltype(element);
+    const auto start = [&](auto out) {
+      using Out = decltype(out);
+      with_rows(args.product.batch, [&](auto n) {
+        const int64_t shared = BlockMemory<T>::bytes(args.product, args.product.width);
+        const Grid grid = grid_of(args.product, shared, cuda);
+        launch_overlapping(&norm_projection_kernel<T, Out, n()>, "norm_projection_kernel", grid.resident + blocks_of(args.move), kThreads,
+                           static_cast<size_t>(shared), cuda, args, grid.blocks, grid.resident);
+      });
+    };
+    p.out.dtype() == Dtype::f32 ? start(0.0f) : start(element);
+  });
+}
+
+void gated_projection_cuda(const GatedProjection& p) {
+  if (p.out.numel() == 0) return;
+  const CudaContext& cuda = p.weight.device().cuda_context();
+  const GateArgs args{product_of(p.weight, p.out),
+                      p.y.raw(),
+                      p.z.raw(),
+                      p.y.stride(0),
+                      p.z.stride(0),
+                      p.norm ? p.norm.data<float>() : nullptr,
+                      p.norm ? static_cast<int>(p.norm.dim(0)) : 0,
+                      static_cast<float>(p.eps),
+                      static_cast<int>(p.norm ? p.groups : 1),
+                      p.norm_before_gate,
+                      move_of(p.window, p.now)};
+  with_type(p.weight.dtype(), [&](auto element) {
+    using T = decltype(element);
+    with_rows(args.product.batch * args.groups, [&](auto n) {
+      const int64_t shared = BlockMemory<T>::bytes(args.product, args.norm_width);
+      const Grid grid = grid_of(args.product, shared, cuda);
+      launch_overlapping(&gated_projection_kernel<T, n()>, "gated_projection_kernel", grid.resident + blocks_of(args.move), kThreads,
+                         static_cast<size_t>(shared), cuda, args, grid.blocks, grid.resident);
+    });
+  });
+}
+
+void convolved_projection_cuda(const ConvolvedProjection& p) {
+  if (p.out.numel() == 0) return;
+  const CudaContext& cuda = p.weight.device().cuda_context();
+  const int64_t floats_ahead = p.now.numel();
+  const ConvolvedArgs args{product_of(p.weight, p.out),
+                           p.now.raw(),
+                           p.window.raw(),
+                           p.now.stride(0),
+                           p.conv_weight.data<float>(),
+                           p.conv_bias ? p.conv_bias.data<float>() : nullptr,
+                           p.y.raw(),
+                           static_cast<int>(p.conv_weight.dim(2)),
+                           few_rows_fit_cuda(p.weight, p.now.dim(0), floats_ahead)};
+  with_type(p.weight.dtype(), [&](auto element) {
+    using T = decltype(element);
+    const int64_t shared = BlockMemory<T>::bytes(args.product, args.ahead ? floats_ahead : 0);
+    const Grid grid = grid_of(args.product, shared, cuda);
+    launch_overlapping(&convolved_projection_kernel<T>, "convolved_projection_kernel", grid.resident, kThreads, static_cast<size_t>(shared),
+                       cuda, args, grid.blocks);
+  });
+}
+
+void shift_window_cuda(const Tensor& window, const Tensor& now) {
+  const WindowMove move = move_of(window, now);
+  if (move.window == nullptr) return;
+  const dim3 grid(blocks_of(move));
+  with_type(window.dtype(), [&](auto element) {
+    shift_window_kernel<decltype(element)><<<grid, kThreads, 0, window.device().cuda_context().stream>>>(move);
+  });
+  launch_check("shift_window_kernel", grid, kThreads);
+}
+
+}  // namespace longhand
