@@ -53,11 +53,13 @@ struct PositionLossOptions {
 /// Mean loss at each position over sequences that start from the zero state.
 ///   loss(p) = mean over sequences of -log q(x[p] | x[0..p-1])        perplexity(p) = exp(loss(p))
 /// next     sequences; each counts min(its tokens - 1, context) positions
-/// returns  sums on the host, exact to 2^-63 nats a position before they are rounded to f64, whatever the order of the sequences
-/// memory   of the device: one chunk of batch rows and their state, whatever the context; of the host: the rows' tokens and two numbers a
-///          position
+/// returns  sums on the host of losses that are each rounded to 2^-62 nats, added exactly, whatever the order of the sequences, and then
+///          rounded to f64
+/// memory   of the device: one chunk of batch rows and their state, whatever the context; of the host: the rows' tokens, three numbers a
+///          position, and 24 bytes for each range that a sequence comes to the end of, until all are done (with several parts, 16 more for
+///          each range and sequence of all parts)
 /// holds    chunk, batch and the number of parts do not change the result, but for the rounding of the model: the same losses of tokens
-///          give the same bits, as long as those of a position come to less than 2^23 nats
+///          give the same bits, as long as those of a position come to less than 2^23 nats of at most 2^22 sequences
 /// errors   ValueError for a sequence of fewer than 2 tokens, spread_ends that do not rise from 1, or a token outside the vocabulary;
 /// NumericError naming sequence and position
 ///          for a loss that is no number

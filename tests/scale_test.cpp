@@ -338,6 +338,25 @@ TEST("scale: an evaluation by several processes is that of one; other commands d
     CHECK(described["tokens"] == expected["tokens"]);
     CHECK(described["processes"] == 3);
   }
+  // Ranges that end elsewhere, lines that count for one alone, another type, a switch: refused with what differs.
+  std::vector<std::string> first = {LONGHAND_BINARY, "eval",        "ppl",       "--model", "runs/model",
+                                    "--data",        "shard.jsonl", "--context", "60",      "--documents",
+                                    "all",           "--device",    "cpu",       "--out",   "differing.csv"};
+  const auto refused = [&](std::vector<std::string> before, const std::vector<std::string>& behind) {
+    auto words = Site::with_mpirun(1, first);
+    words.insert(words.end(), {":", "-n", "1"});
+    words.insert(words.end(), before.begin(), before.end());
+    words.insert(words.end(), first.begin(), first.end());
+    words.insert(words.end(), behind.begin(), behind.end());
+    const ProcessResult result = run_process(words, site.here());
+    CHECK(result.code != 0);
+    return result.err;
+  };
+  CHECK(refused({}, {"--train-length", "33"}).find("training length: 33") != std::string::npos);
+  CHECK(refused({}, {"--skip-bad-lines"}).find("skip bad lines: true") != std::string::npos);
+  CHECK(refused({}, {"--dtype", "f64"}).find("dtype: f64") != std::string::npos);
+  CHECK(refused({"/usr/bin/env", "LONGHAND_CHECK=1"}, {}).find("environment: LONGHAND_CHECK=1") != std::string::npos);
+  CHECK_FALSE(fs::exists(site.file("differing.csv")));
   const ProcessResult other = site.run(2, {LONGHAND_BINARY, "inspect", "switches"});
   CHECK(other.code != 0);
   CHECK(other.err.find("a command for one process was started as several") != std::string::npos);
@@ -433,6 +452,31 @@ TEST("scale: processes that would not train the same thing are refused with what
   const std::string data = refused(train_words("a", kData), elsewhere);
   CHECK(data.find("data: shard.jsonl") != std::string::npos);
   CHECK_FALSE(fs::exists(site.file("runs/a")));
+}
+
+TEST("scale: a checkpoint that one process cannot read leaves the metrics behind it as they are") {
+  if (std::string(MPIRUN).empty()) SKIP("this build has no MPI");
+  const Site site;
+  output_of(site.run(2, train_words("kept", with_data({}))));
+  const std::string run = site.file("runs/kept");
+  const auto before = metrics_of(run);
+  fs::remove_all(run + "/checkpoints/step-12");
+  fs::remove(run + "/checkpoints/latest");
+  fs::create_directory_symlink("step-10", run + "/checkpoints/latest");
+  // The machine of the second process sees the same folder, with a file that ends early.
+  fs::create_directories(site.file("other"));
+  for (const char* name : {"runs", "mamba2.toml", "shard.jsonl"})
+    fs::copy(site.file(name), site.file(std::string("other/") + name), fs::copy_options::recursive | fs::copy_options::copy_symlinks);
+  fs::resize_file(site.file("other/runs/kept/checkpoints/step-10/optimizer.safetensors"), 100);
+  const std::vector<std::string> resume{LONGHAND_BINARY, "train", "--device", "cpu", "--resume", "kept"};
+  auto words = Site::with_mpirun(1, resume);
+  words.insert(words.end(), {":", "-n", "1", "/usr/bin/env", "-C", site.file("other")});
+  words.insert(words.end(), resume.begin(), resume.end());
+  const ProcessResult refused = run_process(words, site.here());
+  CHECK(refused.code != 0);
+  CHECK(refused.err.find("another one could not do its part") != std::string::npos);
+  CHECK(refused.err.find("optimizer.safetensors") != std::string::npos);
+  CHECK(metrics_of(run) == before);
 }
 
 TEST("scale: more processes than rows, and a device by number, are errors that say what to do") {

@@ -169,7 +169,8 @@ class Bench {
     return ms;
   }
 
-  // All exchanges of a step, with nothing beside them and called one by one.
+  // All exchanges of a step, with nothing beside them. All gradients leave as one here, as they do without overlap; in a step most buckets
+  // leave by themselves, when backward has come to them.
   void exchanges(LanguageModel& model) {
     model.parameters().allocate_grads();
     GradientExchange exchange(model.parameters(), processes_);

@@ -50,17 +50,21 @@ void sum_over(Communicator& processes, std::vector<double>& numbers) {
   numbers = all.to_vector<double>();
 }
 
-// What decides the sums.
-std::string description_of(const EvalOptions& options) {
-  return fmt::format("model: {}\ncontext: {}\nsequences: {}\ndocuments: {}\ntokenizer: {}\ndtype: {}\n", options.model, options.context,
-                     options.sequences, options.packed ? "packed" : options.documents, options.tokenizer, options.dtype);
+// What decides the sums, and over which ranges they are taken.
+std::string description_of(const EvalOptions& options, const EvalSession& session) {
+  const LanguageModel& model = session.model();
+  return description_of_build() + description_of_environment() + description_of_files(options.data) + description_of_weights(model) +
+         fmt::format(
+             "model: {}\ncontext: {}\nsequences: {}\ndocuments: {}\ntokenizer: {}\ndtype: {}\ndevice: {}\ntraining length: {}\n"
+             "skip bad lines: {}\n",
+             options.model, options.context, options.sequences, options.packed ? "packed" : options.documents, options.tokenizer,
+             name_of(model.compute_dtype()), model.device().is_cuda() ? model.device().description() : "cpu", session.train_length(),
+             options.skip_bad_lines);
 }
 
 int measure(const PplOptions& options, Communicator& processes) {
   EvalSession session(options.eval, "ppl", &processes);
-  if (!processes.alone())
-    require_same_everywhere(processes, description_of_build() + description_of_files(options.eval.data) +
-                                           description_of_weights(session.model()) + description_of(options.eval));
+  if (!processes.alone()) require_same_everywhere(processes, description_of(options.eval, session));
   SequenceParts parts{.part = processes.rank(), .parts = processes.size()};
   if (!processes.alone()) parts.sum_over_parts = [&](std::vector<double>& numbers) { sum_over(processes, numbers); };
   const PositionLoss loss = position_loss(session.model(), session.next(),
@@ -92,7 +96,8 @@ int run(const PplOptions& options) {
 }  // namespace
 
 void add_eval_ppl(CLI::App& eval, std::function<int()>& action) {
-  auto* command = eval.add_subcommand("ppl", "Loss and perplexity by position, streamed at constant memory");
+  auto* command =
+      eval.add_subcommand("ppl", "Loss and perplexity by position, streamed: memory of the device does not grow with the context");
   auto options = std::make_shared<PplOptions>();
   add_eval_options(*command, options->eval, true);
   command

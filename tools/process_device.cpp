@@ -90,4 +90,11 @@ std::string description_of_build() {
   return fmt::format("build: {:08x}, {} bytes\n", crc32(program.bytes().data(), program.size()), program.size());
 }
 
+std::string description_of_environment() {
+  std::string text;
+  for (char** entry = environ; *entry != nullptr; ++entry)
+    if (const std::string variable = *entry; variable.starts_with("LONGHAND_")) text += "environment: " + variable + "\n";
+  return text;
+}
+
 }  // namespace longhand

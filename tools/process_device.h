@@ -30,4 +30,7 @@ std::string description_of_files(const std::vector<std::string>& files);
 /// "build: 1a2b3c4d, 12345 bytes": of this program.
 std::string description_of_build();
 
+/// "environment: NAME=value" for each variable of longhand's: switches, some of which decide how work is queued.
+std::string description_of_environment();
+
 }  // namespace longhand

@@ -4,7 +4,6 @@
 #include <fmt/format.h>
 
 #include <fcntl.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <charconv>
@@ -232,9 +231,7 @@ std::string description_of(const TrainCommand& command) {
        {std::pair("resume", command.resume), {"init-from", command.init_from}, {"name", command.name}, {"batch", command.batch}})
     text += fmt::format("{}: {}\n", name, value);
   for (const std::string& setting : command.overrides) text += "setting: " + setting + "\n";
-  for (char** entry = environ; *entry != nullptr; ++entry)  // switches: some decide how a step is queued
-    if (const std::string variable = *entry; variable.starts_with("LONGHAND_")) text += "environment: " + variable + "\n";
-  return text + fmt::format("verify-determinism: {}\n", command.verify_determinism);
+  return text + description_of_environment() + fmt::format("verify-determinism: {}\n", command.verify_determinism);
 }
 
 // Then what they found.

@@ -72,16 +72,17 @@ GradientExchange::GradientExchange(ParameterSet& parameters, Communicator& proce
   if (own_.empty()) own_.push_back({0, 0});  // fewer units than processes
 }
 
-void GradientExchange::begin() {
+void GradientExchange::begin(bool overlap) {
   missing_.clear();
   for (const Bucket& bucket : buckets_) missing_.push_back(bucket.parameters);
   next_ = 0;
-  if (options_.overlap) processes_.begin_overlap();
+  overlap_ = options_.overlap && overlap;
+  if (overlap_) processes_.begin_overlap();
 }
 
 void GradientExchange::arrived(const std::string& parameter) {
   for (const std::size_t bucket : of_.at(parameter)) --missing_[bucket];
-  if (options_.overlap) exchange_ready();
+  if (overlap_) exchange_ready();
 }
 
 // In the order of buckets_, which is the same everywhere: a bucket waits for those before it.

@@ -30,9 +30,12 @@ class GradientExchange {
   /// The parts of the flat buffers that this process updates, ascending; empty: all of them.
   const std::vector<Part>& own() const { return own_; }
 
-  // The calls of a step, in this order. Every process makes the same exchanges in the same order, whatever its rows hold.
+  // The calls of a step, in this order. Every process makes the same exchanges in the same order and groups, whatever its rows hold.
 
-  void begin();                                // before the last backward of the step
+  /// Before the last backward of the step.
+  /// overlap  the same on every process: false where one of them has no such backward, nothing of which arrives before complete(). NCCL
+  ///          may sum a group of calls in another way than the calls of several groups, and processes that group differently can hang
+  void begin(bool overlap = true);
   void arrived(const std::string& parameter);  // its gradient is that of all of this process's rows: see GradientArrived
   void complete();                             // flat_grad() is whole: exchanges whatever was not yet
   void end();                                  // what is queued now finds the sums in the own parts
@@ -68,6 +71,7 @@ class GradientExchange {
   std::vector<Tensor> shared_weights_, shared_masters_;  // whole buckets
   std::vector<int64_t> missing_;                         // parameters of each bucket that have not arrived
   std::size_t next_ = 0;                                 // bucket to exchange
+  bool overlap_ = false;                                 // in this step
 };
 
 }  // namespace longhand

@@ -8,14 +8,16 @@
 #include <utility>
 
 #include "tests/support/check.h"
+#include "tests/support/tiny_training.h"
+#include "train/trainer.h"
 
 namespace longhand {
 namespace {
 
-// Process 0 of two, the other of which never answers: writes down what it is asked for.
+// One of two processes, the other of which never answers: writes down what it is asked for.
 class Recorder final : public Communicator {
  public:
-  Recorder() : Communicator(2, 0) {}
+  explicit Recorder(int64_t rank = 0) : Communicator(2, rank) {}
   std::vector<std::string> calls;
   std::string describe() const override { return "recorder"; }
   void begin_overlap() override { calls.push_back("begin"); }
@@ -92,6 +94,35 @@ TEST(
   CHECK(arrives("last").size() == 3);
   exchange.complete();  // what backward did not come to is exchanged all the same
   CHECK(told().size() == 2 + 7 + 1);
+}
+
+TEST("gradient exchange: where one process has nothing to learn from last, all send the same groups as it") {
+  for (const char* sharded : {"true", "false"})
+    for (const int64_t accumulation : {1, 2}) {
+      CAPTURE(sharded);
+      CAPTURE(accumulation);
+      const Recipe recipe = test::tiny_recipe(
+          {"train.grad_accumulation=" + std::to_string(accumulation), std::string("train.shard_optimizer=") + sharded, "model.d_model=32"});
+      // The calls of a process, and the groups among them, in a step on a batch whose rows count but for [first, last).
+      const auto calls_of = [&](int64_t rank, int64_t first, int64_t last) {
+        Recorder processes(rank);
+        const auto model = test::tiny_model(recipe);
+        Trainer trainer(recipe, *model, &processes);
+        Batch batch = test::made_up_batch(recipe, 1);
+        std::fill(batch.mask.begin() + first * batch.length, batch.mask.begin() + last * batch.length, uint8_t{0});
+        trainer.step(batch);
+        return std::pair(processes.calls, std::count(processes.calls.begin(), processes.calls.end(), "{"));
+      };
+      const int64_t rows = recipe.train.batch_size, idle = rows - rows / accumulation / 2;  // the rows that process 1 has last
+      const auto [learning, few] = calls_of(0, idle, rows);
+      CHECK(learning == calls_of(1, idle, rows).first);
+      const auto [whole, many] = calls_of(0, 0, 0);
+      CHECK(whole == calls_of(1, 0, 0).first);
+      CHECK(many > few);
+      if (accumulation == 1) continue;
+      CHECK(calls_of(0, 1, 2).first == whole);  // nothing in the first micro-batch, which is not exchanged
+      CHECK(calls_of(1, 1, 2).first == whole);
+    }
 }
 
 TEST("gradient exchange: without overlap everything leaves at the end, and unsharded it is summed everywhere") {

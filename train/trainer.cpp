@@ -159,6 +159,12 @@ void Trainer::form_of_all(const Batch& batch, int64_t m, int64_t positions) {
   }
 }
 
+// Whether every process has a position that counts in the last micro-batch, and so a backward to exchange gradients beside.
+bool Trainer::all_learn_last() const {
+  const auto last = form_.end() - static_cast<std::ptrdiff_t>(processes_->size());
+  return std::none_of(last, form_.end(), [](const auto& share_and_mask) { return share_and_mask.first == 0; });
+}
+
 // Whether a recording failed here, or on another process: then there is none.
 bool Trainer::failed_anywhere(bool failed) {
   return processes_ != nullptr ? processes_->all_reduce_max(failed ? 1 : 0) != 0 : failed;
@@ -209,7 +215,7 @@ void Trainer::run_step() {
 void Trainer::learn(const MicroBatch& micro, bool last, Tensor& loss) {
   const RecurrentState h0 = initial_state_->begin(micro.info);
   if (!model_.device().is_cuda()) begun_.push_back(h0);
-  if (last && exchange_) exchange_->begin();
+  if (last && exchange_) exchange_->begin(all_learn_last());
   RecurrentState h_T;
   if (micro.counted == 0) {  // all padding: nothing to learn, but its state goes on
     const NoGrad no_grad;

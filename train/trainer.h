@@ -92,6 +92,7 @@ class Trainer {
   void learn(const MicroBatch& micro, bool last, Tensor& loss);
   void queue_step();  // run_step() or its graph
   void form_of_all(const Batch& batch, int64_t m, int64_t positions);
+  bool all_learn_last() const;
   bool failed_anywhere(bool failed);
 
   Recipe recipe_;

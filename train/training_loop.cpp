@@ -125,8 +125,8 @@ class Loop {
     } catch (const nlohmann::json::exception& error) {
       throw FileError("train: training.json cannot be read", {{"file", file}, {"reason", error.what()}});
     }
-    trainer_.load(folder, *step);
-    if (processes_.leads()) job_.folder.truncate_metrics(*step);  // only now that the run can go on from there
+    together(processes_, [&] { trainer_.load(folder, *step); });
+    if (processes_.leads()) job_.folder.truncate_metrics(*step);  // only now that all can go on from there
     return progress;
   }
 
