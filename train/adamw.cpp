@@ -129,12 +129,13 @@ void AdamW::load(const std::map<std::string, Tensor>& stored) {
   };
   for (const Parameter& p : parameters_.all()) {
     for (const auto& [kind, moments] : {std::pair("first_moment.", &first_), std::pair("second_moment.", &second_)}) {
-      const Tensor from = stored_tensor(kind + p.name, moments->dtype(), p.shape);
+      const std::string name = kind + p.name;
+      const Tensor from = stored_tensor(name, moments->dtype(), p.shape);
       for_each_own(*moments, p, [&](int64_t begin, const Tensor& to) {  // the rest of the file is not even read
         const Tensor values = from.slice(0, begin, begin + to.numel());
         if (const int64_t index = first_non_finite(values); index >= 0)
           throw FileError("adamw: a number of the checkpoint is not finite",
-                          {{"tensor", kind + p.name}, {"index", std::to_string(begin + index)}});
+                          {{"tensor", name}, {"index", std::to_string(begin + index)}});
         copy(to, values);
       });
     }
