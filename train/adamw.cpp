@@ -134,8 +134,7 @@ void AdamW::load(const std::map<std::string, Tensor>& stored) {
       for_each_own(*moments, p, [&](int64_t begin, const Tensor& to) {  // the rest of the file is not even read
         const Tensor values = from.slice(0, begin, begin + to.numel());
         if (const int64_t index = first_non_finite(values); index >= 0)
-          throw FileError("adamw: a number of the checkpoint is not finite",
-                          {{"tensor", name}, {"index", std::to_string(begin + index)}});
+          throw FileError("adamw: a number of the checkpoint is not finite", {{"tensor", name}, {"index", std::to_string(begin + index)}});
         copy(to, values);
       });
     }

@@ -119,7 +119,8 @@ inline void expect_reference(const ReferenceCase& c) {
 
 /// On a GPU: the logits of a bf16 model are near those of the f32 model, and not rounded themselves.
 /// The reference cases are tiny and random, and some are ill-conditioned: storing the weights in bf16 moves the logits of ss-mamba2-g2 by
-/// up to 9e-2 in f64 arithmetic. Storing activations in bf16 rounds about as often once more, so twice what the weights alone do is allowed.
+/// up to 9e-2 in f64 arithmetic. Storing activations in bf16 rounds about as often once more, so twice what the weights alone do is
+/// allowed.
 inline void expect_bf16_near_f32(const ReferenceCase& c) {
   const Device gpu = Device::cuda();
   const auto wide = load_model(c.folder(), gpu, Dtype::f32), narrow = load_model(c.folder(), gpu, Dtype::bf16);
