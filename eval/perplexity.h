@@ -61,8 +61,7 @@ struct PositionLossOptions {
 /// holds    chunk, batch and the number of parts do not change the result, but for the rounding of the model: the same losses of tokens
 ///          give the same bits, as long as those of a position come to less than 2^23 nats of at most 2^22 sequences
 /// errors   ValueError for a sequence of fewer than 2 tokens, spread_ends that do not rise from 1, or a token outside the vocabulary;
-/// NumericError naming sequence and position
-///          for a loss that is no number
+///          NumericError naming sequence and position for a loss that is no number
 /// source   Buitrago Ruiz & Gu 2025, arXiv:2507.02782
 PositionLoss position_loss(const LanguageModel& model, const NextSequence& next, const PositionLossOptions& options);
 
