@@ -15,7 +15,6 @@ namespace longhand {
 namespace {
 thread_local std::string layer_path;
 thread_local const char* running_op = nullptr;
-OpTimes* times = nullptr;
 OpLedger* ledger = nullptr;
 }  // namespace
 
@@ -38,10 +37,6 @@ LayerPath::~LayerPath() {
 OpScope::OpScope(const char* op, std::initializer_list<const Tensor*> inputs) : outer_(running_op) {
   running_op = op;
   if (ledger != nullptr) ledger->begin(op);
-  if (times != nullptr && outer_ == nullptr) {
-    times->device_.synchronize();
-    begin_ = std::chrono::steady_clock::now();
-  }
   if (switches().trace < 2) return;
   for (const Tensor* tensor : inputs) {
     if (!tensor->defined()) continue;
@@ -55,11 +50,6 @@ OpScope::OpScope(const char* op, std::initializer_list<const Tensor*> inputs) : 
 OpScope::~OpScope() {
   try {
     if (ledger != nullptr) ledger->end();
-    if (times != nullptr && outer_ == nullptr) {
-      times->device_.synchronize();
-      const std::chrono::duration<double, std::milli> elapsed = std::chrono::steady_clock::now() - begin_;
-      times->milliseconds_[running_op] += elapsed.count();
-    }
     if (switches().trace == 1) fmt::print(stderr, "trace {}\n", current_op_path());
     if (switches().trace == 2) {
       if (first_ != nullptr) first_->device().synchronize();
@@ -69,16 +59,6 @@ OpScope::~OpScope() {
   } catch (...) {  // a failed device is reported by its next call; a stderr that takes no text has no reader
   }
   running_op = outer_;
-}
-
-OpTimes::OpTimes(const Device& device) : device_(device) {
-  times = this;
-}
-OpTimes::~OpTimes() {
-  times = nullptr;
-}
-bool OpTimes::running() {
-  return times != nullptr;
 }
 
 OpLedger::OpLedger(const Device& device) : device_(device), marks_(make_time_marks(device)) {

@@ -2,14 +2,12 @@
 #pragma once
 #include <chrono>
 #include <initializer_list>
-#include <map>
 #include <string>
 #include <string_view>
 
 namespace longhand {
 
 class Tensor;
-class Device;
 
 /// Names a part of the model for as long as it lives: LayerScope scope("layers", 3);
 class LayerScope {
@@ -36,24 +34,6 @@ class OpScope {
   std::string inputs_;
   const Tensor* first_ = nullptr;
   std::chrono::steady_clock::time_point begin_;
-};
-
-/// Sums milliseconds by op while it lives. The device is waited for around every op, so the whole takes longer than otherwise, and nothing
-/// is replayed from a graph. One at a time.
-class OpTimes {
- public:
-  explicit OpTimes(const Device& device);
-  ~OpTimes();
-  OpTimes(const OpTimes&) = delete;
-  OpTimes& operator=(const OpTimes&) = delete;
-
-  const std::map<std::string, double>& milliseconds() const { return milliseconds_; }
-  static bool running();
-
- private:
-  friend class OpScope;
-  const Device& device_;
-  std::map<std::string, double> milliseconds_;
 };
 
 /// "layers.3/ssd": the layer path and the op that runs now; empty parts are left out.
