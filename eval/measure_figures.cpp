@@ -21,7 +21,7 @@ namespace longhand {
 namespace {
 
 constexpr int64_t kFarBeyond = 16;      // training lengths
-constexpr double kFewPercent = 0.05;    // of a state's elements; octaves at the ends of a histogram that hold less are not shown
+constexpr double kFewPercent = 0.5;     // of a state's elements; octaves at the ends of a histogram that hold less are not shown
 constexpr std::size_t kFewPoints = 16;  // a longer curve has only the powers of two in its table
 
 namespace fs = std::filesystem;
@@ -213,6 +213,130 @@ void read_measurements(RunData& run) {
 
 // --- figures ---------------------------------------------------------------------------------------------------
 
+namespace {
+
+// The member of the group that holds the base of `m`, if the page has it and it was measured once there; null otherwise.
+const Member<PositionCurve>* base_in(const Runs& runs, const std::vector<Member<PositionCurve>>& members, const Member<PositionCurve>& m) {
+  const Member<PositionCurve>* found = nullptr;
+  for (const auto& other : members) {
+    if (runs[m.run].base < 0 || other.run != static_cast<std::size_t>(runs[m.run].base)) continue;
+    if (found != nullptr) return nullptr;
+    found = &other;
+  }
+  return found;
+}
+
+const PositionSpread* range_to(const PositionCurve& curve, int64_t last) {
+  for (const PositionSpread& s : curve.spreads)
+    if (s.last == last) return &s;
+  return nullptr;
+}
+
+// Mean loss of positions 1 .. last; NaN if the ranges do not add up to them.
+double loss_up_to(const PositionCurve& curve, int64_t last) {
+  double sum = 0;
+  int64_t covered = 0;
+  for (const PositionSpread& s : curve.spreads)
+    if (s.last <= last && s.first == covered + 1) sum += s.loss * static_cast<double>(s.last - s.first + 1), covered = s.last;
+  return covered == last ? sum / static_cast<double>(last) : std::numeric_limits<double>::quiet_NaN();
+}
+
+}  // namespace
+
+void add_generalisation_tables(const Runs& runs, std::vector<Figure>& figures) {
+  for (const auto& members : groups_of(runs, &RunData::curves)) {
+    const std::set<int64_t> lengths = training_lengths(runs, members);
+    // One text says little about positions: it may be hard here and easy there.
+    if (lengths.size() != 1 || std::any_of(members.begin(), members.end(), [](const auto& m) { return m.what->sequences == 1; })) continue;
+    const int64_t T = *lengths.begin();
+    std::set<int64_t> ends;  // of the ranges that all have
+    for (const int64_t times : {1, 8, 32, 64, 256, 1024, 4096})
+      if (std::all_of(members.begin(), members.end(), [&](const auto& m) { return range_to(*m.what, times * T) != nullptr; }))
+        ends.insert(times * T);
+    if (ends.size() < 2 || *ends.begin() != T) continue;
+    const bool bases = std::any_of(members.begin(), members.end(), [&](const auto& m) { return base_in(runs, members, m) != nullptr; });
+    const int64_t far = *ends.rbegin();
+    Table table{{"Run", "1\u00a0–\u2060\u00a0" + format_count(T)}, {}};
+    for (const int64_t end : ends) {
+      const PositionSpread& range = *range_to(*members.front().what, end);
+      table.header.push_back(range_text(range.first, range.last) + (end > T ? fmt::format(" ({} T)", format_count(end / T)) : " (T)"));
+    }
+    table.header.push_back(fmt::format("{} T / T", format_count(far / T)));
+    if (bases) table.header.insert(table.header.end(), {"Beside its base, 1\u00a0–\u2060\u00a0" + format_count(T), "Beside its base, T"});
+    for (const auto& m : members) {
+      const double inside = loss_up_to(*m.what, T), at_T = range_to(*m.what, T)->loss;
+      std::vector<std::string> row{m.name, format_aligned(std::exp(inside))};
+      for (const int64_t end : ends) row.push_back(format_aligned(std::exp(range_to(*m.what, end)->loss)));
+      row.push_back(fmt::format("{:.3f}", std::exp(range_to(*m.what, far)->loss - at_T)));
+      if (const auto* base = base_in(runs, members, m)) {
+        row.push_back(fmt::format("{:.3f}", std::exp(inside - loss_up_to(*base->what, T))));
+        row.push_back(fmt::format("{:.3f}", std::exp(at_T - range_to(*base->what, T)->loss)));
+      } else if (bases) {
+        row.insert(row.end(), {"–", "–"});
+      }
+      table.rows.push_back(std::move(row));
+    }
+    figures.push_back(
+        {fmt::format("Inside and beyond the training length: {}", members.front().what->data),
+         data_text(*members.front().what) +
+             fmt::format(" Perplexities. Training rows have T = {} tokens. {} T / T is 1 or less for a model that generalises",
+                         format_count(T), format_count(far / T)) +
+             (bases ? "; beside its base, less than 1 is better than the run it was started from." : "."),
+         "", "", table});
+  }
+}
+
+namespace {
+
+// Runs beside the base that they were started from: what the text does to both cancels.
+void add_perplexity_beside_base(const Runs& runs, const std::vector<Member<PositionCurve>>& members, const std::set<int64_t>& lengths,
+                                int64_t first_drawn, int64_t furthest, int64_t first, std::vector<Figure>& figures) {
+  LinePlot plot{
+      .id = fmt::format("beside-base-{}", figures.size()),
+      .title = "Perplexity beside that of the base: " + members.front().what->data,
+      .x = {"position: tokens of context (log scale)", Scale::log2, static_cast<double>(first_drawn), static_cast<double>(furthest)},
+      .y = {"beside the base"},
+      .series = {},
+      .markers = {},
+      .height = 300};
+  add_markers(plot, lengths);
+  ColumnTable table("Positions", members.size());
+  std::size_t column = 0;
+  const auto each_ratio = [](const std::vector<PositionBin>& bins, const std::vector<PositionBin>& base_bins, const auto& take) {
+    std::map<std::pair<int64_t, int64_t>, double> base;
+    for (const PositionBin& bin : base_bins) base[{bin.first, bin.last}] = bin.perplexity();
+    for (const PositionBin& bin : bins)
+      if (const auto found = base.find({bin.first, bin.last}); found != base.end()) take(bin, bin.perplexity() / found->second);
+  };
+  for (const auto& m : members) {
+    const auto* base = base_in(runs, members, m);
+    if (base == nullptr) continue;
+    Series series{.name = m.name, .points = {}, .color = m.color, .dashed = m.dashed};
+    each_ratio(m.what->bins, base->what->bins, [&](const PositionBin& bin, double ratio) {
+      if (bin.first >= first_drawn) series.points.emplace_back(bin.centre(), ratio);
+    });
+    const auto octaves = [&](const PositionCurve& curve) { return octave_bins(curve.bins, 1, {lengths.begin(), lengths.end()}, first); };
+    table.name(m.name);
+    each_ratio(octaves(*m.what), octaves(*base->what), [&](const PositionBin& bin, double ratio) {
+      table.set({bin.last, bin.first}, range_text(bin.first, bin.last), column, fmt::format("{:.3f}", ratio));
+    });
+    ++column;
+    if (!series.points.empty()) plot.series.push_back(std::move(series));
+  }
+  if (plot.series.empty()) return;
+  choose_scale(plot, 8);
+  Table finished = table.finish();
+  for (auto& row : finished.rows) row.resize(column + 1);
+  figures.push_back(
+      {plot.title,
+       data_text(*members.front().what) +
+           " The perplexity of each run divided by that of the run it was started from, on the same tokens: below 1 it is better "
+           "there. What makes the curves of the figure above uneven is the text, and is the same for both.",
+       legend_html(plot.series), line_plot_svg(plot), std::move(finished)});
+}
+
+}  // namespace
+
 void add_perplexity_figures(const Runs& runs, std::vector<Figure>& figures) {
   for (const auto& members : groups_of(runs, &RunData::curves)) {
     const std::string& data = members.front().what->data;
@@ -257,6 +381,7 @@ void add_perplexity_figures(const Runs& runs, std::vector<Figure>& figures) {
              (members.front().what->spreads.empty() || members.front().what->sequences == 1 ? ""
                                                                                             : " ±: standard error over the sequences."),
          legend_html(plot.series), line_plot_svg(plot), table.finish()});
+    add_perplexity_beside_base(runs, members, lengths, first_drawn, furthest, first, figures);
   }
 }
 
@@ -310,7 +435,7 @@ void add_magnitude_figures(const std::vector<Member<StateMeasurement>>& members,
   for (const int64_t position : positions) {
     LinePlot plot{.id = fmt::format("magnitudes-{}", figures.size()),
                   .title = fmt::format("Magnitudes of the state after {} tokens", format_count(position)),
-                  .x = {"|h|, from this value to its double (log scale)", Scale::log2},
+                  .x = {"|h|, from this value to its double (log scale)", Scale::log10},
                   .y = {"percent of the elements"},
                   .series = {},
                   .markers = {},
@@ -353,6 +478,20 @@ void add_magnitude_figures(const std::vector<Member<StateMeasurement>>& members,
 
 }  // namespace
 
+namespace {
+
+// The colours of all maps mean the same, so that one can be compared with the next.
+void share_scale(std::vector<HeatMap>& maps) {
+  double low = std::numeric_limits<double>::infinity(), high = -low;
+  for (const HeatMap& map : maps)
+    for (const auto& row : map.values)
+      for (const double value : row)
+        if (std::isfinite(value)) low = std::min(low, value), high = std::max(high, value);
+  for (HeatMap& map : maps) map.min = low, map.max = high;
+}
+
+}  // namespace
+
 void add_state_figures(const Runs& runs, std::vector<Figure>& figures) {
   for (const auto& members : groups_of(runs, &RunData::states)) {
     const StateMeasurement& any = *members.front().what;
@@ -390,6 +529,8 @@ void add_state_figures(const Runs& runs, std::vector<Figure>& figures) {
          legend_html(plot.series), line_plot_svg(plot), table.finish()});
     add_magnitude_figures(members, figures);
 
+    const std::size_t first_growth = figures.size();
+    std::vector<HeatMap> growth_maps;
     // Layer by position, each layer relative to what it has at the training length (at the first position where that is unknown).
     for (const auto& m : members) {
       const int64_t reference = runs[m.run].train_length.value_or(0);
@@ -428,8 +569,11 @@ void add_state_figures(const Runs& runs, std::vector<Figure>& figures) {
           {"Growth of the state by layer: " + m.name,
            fmt::format("{} Standard deviation of each layer's state as a multiple of what it is at the training length, {} tokens.",
                        data_text(*m.what), format_count(reference)),
-           "", heat_map_svg(map), growth});
+           "", "", growth});
+      growth_maps.push_back(std::move(map));
     }
+    share_scale(growth_maps);
+    for (std::size_t k = 0; k < growth_maps.size(); ++k) figures[first_growth + k].svg = heat_map_svg(growth_maps[k]);
   }
 }
 
@@ -438,16 +582,16 @@ void add_forgetting_figures(const Runs& runs, std::vector<Figure>& figures) {
     const ForgettingMeasurement& any = *members.front().what;
     LinePlot plot{.id = fmt::format("half-life-{}", figures.size()),
                   .title = "Half-life by layer, " + any.data,
-                  .x = {"layer"},
+                  .x = {.label = "layer", .whole = true},
                   .y = {"half-life in tokens (log scale)", Scale::log2},
                   .series = {},
                   .markers = {},
                   .height = 300};
-    ColumnTable table("Layer", 3 * members.size());
+    ColumnTable table("Layer", members.size());
     bool any_finite = false;
     for (std::size_t i = 0; i < members.size(); ++i) {
       Series series{.name = members[i].name, .points = {}, .color = members[i].color, .dashed = members[i].dashed, .dots = true};
-      for (const char* column : {"half left", "tenth left", "90% reach"}) table.name(members[i].name + ": " + column);
+      table.name(members[i].name);
       // The line of a layer is the mean of its heads, or its only head.
       std::map<int64_t, const ForgettingLine*> layers;
       for (const ForgettingLine& line : members[i].what->lines)
@@ -455,9 +599,7 @@ void add_forgetting_figures(const Runs& runs, std::vector<Figure>& figures) {
       for (const auto& [layer, line] : layers) {
         series.points.emplace_back(static_cast<double>(layer), line->half_life);
         any_finite = any_finite || std::isfinite(line->half_life);
-        std::size_t column = 3 * i;
-        for (const double lag : {line->half_life, line->tenth_life, line->reach_90})
-          table.set({layer, 0}, std::to_string(layer), column++, format_aligned(lag));
+        table.set({layer, 0}, std::to_string(layer), i, format_aligned(line->half_life) + " (" + format_aligned(line->reach_90) + ")");
       }
       plot.series.push_back(std::move(series));
     }
@@ -465,10 +607,12 @@ void add_forgetting_figures(const Runs& runs, std::vector<Figure>& figures) {
       figures.push_back(
           {"Half-life of the state: " + any.data,
            data_text(any) +
-               " After how many tokens half (a tenth) is left of an input, mean over the heads of a layer; ∞ and a gap where more "
-               "is left at the end of the context. 90% reach: the last tokens that hold 90% of the state's weight." +
+               " After how many tokens half is left of an input, mean over the heads of a layer; ∞ and a gap where more is left at "
+               "the end of the context. In the table, too: the last tokens that hold 90% of the state's weight (in parentheses)." +
                counts_text(members),
            legend_html(plot.series), line_plot_svg(plot), table.finish()});
+    const std::size_t first_heads = figures.size();
+    std::vector<HeatMap> head_maps;
     for (const auto& m : members) {
       std::map<int64_t, std::map<int64_t, double>> by_layer;
       std::set<int64_t> heads;
@@ -505,8 +649,11 @@ void add_forgetting_figures(const Runs& runs, std::vector<Figure>& figures) {
                          data_text(*m.what) +
                              " Tokens after which half of an input is left in the head's state; ∞: more than half is left at the "
                              "end of the context.",
-                         "", heat_map_svg(map), values});
+                         "", "", values});
+      head_maps.push_back(std::move(map));
     }
+    share_scale(head_maps);
+    for (std::size_t k = 0; k < head_maps.size(); ++k) figures[first_heads + k].svg = heat_map_svg(head_maps[k]);
   }
 }
 

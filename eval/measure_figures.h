@@ -7,6 +7,7 @@
 namespace longhand {
 
 // Each appends its figures, or nothing when no run has the measure.
+void add_generalisation_tables(const std::vector<RunData>& runs, std::vector<Figure>& figures);  // the page's result, in a few numbers
 void add_perplexity_figures(const std::vector<RunData>& runs, std::vector<Figure>& figures);
 void add_remembrance_figures(const std::vector<RunData>& runs, std::vector<Figure>& figures);
 void add_state_figures(const std::vector<RunData>& runs, std::vector<Figure>& figures);

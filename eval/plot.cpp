@@ -45,7 +45,7 @@ class AxisLayout {
       : scale_(axis.scale), low_(axis.min.value_or(lowest)), high_(axis.max.value_or(highest)), begin_(begin), end_(end) {
     if (!(low_ < high_)) widen_single_value();
     if (scale_ == Scale::linear) {
-      const double step = round_step(high_ - low_, most_ticks);
+      const double least = axis.whole ? 1 : 0, step = std::max(least, round_step(high_ - low_, most_ticks));
       if (!axis.min) low_ = std::floor(low_ / step + 1e-9) * step;
       if (!axis.max) high_ = std::ceil(high_ / step - 1e-9) * step;
       add_linear_ticks(step);
@@ -164,9 +164,10 @@ void add_series(std::string& svg, const LinePlot& plot, const Series& series, co
                      dash(series), path, escape_html(series.name), color_of(series), values, dots);
 }
 
-// Labels of neighbouring markers stand under each other; near the right edge they stand on the left of their line.
+// One label stands above the drawing, where no curve passes; several stand under each other. Near the right edge they are on the left of
+// their line.
 void add_markers(std::string& svg, const LinePlot& plot, const AxisLayout& x, double right, double bottom) {
-  double label_y = kTop + 13;
+  double label_y = plot.markers.size() == 1 ? kTop - 5 : kTop + 13;
   for (const Marker& marker : plot.markers) {
     if (!x.holds(marker.x)) continue;
     const double at = x.at(marker.x);
@@ -361,7 +362,8 @@ std::string format_aligned(double value) {
 
 std::string format_length(double value) {
   if (value >= 1024 * 1024) return fmt::format("{:.4g}M", value / (1024 * 1024));
-  return value >= 1024 ? fmt::format("{:.4g}k", value / 1024) : fmt::format("{:.4g}", value);
+  if (value < 1024) return fmt::format("{:.4g}", value);
+  return value / 1024 < 999.5 ? fmt::format("{:.3g}k", value / 1024) : fmt::format("{:.4g}k", value / 1024);
 }
 
 }  // namespace longhand

@@ -18,6 +18,7 @@ struct Axis {
   std::string label;
   Scale scale = Scale::linear;
   std::optional<double> min = {}, max = {};  // absent: from the data; a linear axis is widened to round ticks
+  bool whole = false;                        // of a linear axis: ticks at whole numbers alone, as for layers
 };
 
 struct Series {
@@ -29,7 +30,7 @@ struct Series {
 };
 inline constexpr int kPlotColors = 8;
 
-/// A vertical line with a few words, such as the training length.
+/// A vertical line with a few words, such as the training length. One label stands above the drawing, several inside it.
 struct Marker {
   double x = 0;
   std::string label;

@@ -72,8 +72,20 @@ TEST("markers stand at their place with their words, and outside the axis not at
   LinePlot plot = small_plot();
   plot.markers = {{3, "training <length>"}};
   CHECK(line_plot_svg(plot).find("training &lt;length&gt;") != std::string::npos);
+  CHECK(line_plot_svg(plot).find("y=\"13\" text-anchor=\"start\">training") != std::string::npos);  // above the drawing, which begins at 18
+  plot.markers.push_back({2, "another"});
+  CHECK(line_plot_svg(plot).find("y=\"31\" text-anchor=\"start\">training") != std::string::npos);
   plot.x.max = 2.5;
   CHECK(line_plot_svg(plot).find("training") == std::string::npos);
+}
+
+TEST("an axis of whole things has ticks at whole numbers alone") {
+  LinePlot plot = small_plot();
+  CHECK(line_plot_svg(plot).find(">1.5<") != std::string::npos);
+  plot.x.whole = true;
+  const std::string svg = line_plot_svg(plot);
+  CHECK(svg.find(">1.5<") == std::string::npos);
+  for (const char* label : {">1<", ">2<", ">3<", ">4<"}) CHECK(svg.find(label) != std::string::npos);
 }
 
 TEST("a plot of one point or of equal values can be drawn; one without any is refused") {
@@ -135,4 +147,6 @@ TEST("numbers for readers") {
   CHECK(format_length(512) == "512");
   CHECK(format_length(1536) == "1.5k");
   CHECK(format_length(262144) == "256k");
+  CHECK(format_length(1448) == "1.41k");
+  CHECK(format_length(1000 * 1024) == "1000k");
 }

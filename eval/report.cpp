@@ -83,36 +83,56 @@ bool drawable(const std::vector<Series>& series) {
 
 // --- figures ---------------------------------------------------------------------------------------------------
 
+// One run: training and validation in one figure. Several: a figure of the training losses, and one of the validation losses where they are
+// curves.
 void add_loss(const Runs& runs, std::vector<Figure>& figures) {
+  const bool one = runs.size() == 1;
   LinePlot plot{.id = "loss", .title = "Loss by training step", .x = {"step"}, .y = {"loss (nats per token)"}, .series = {}, .markers = {}};
+  LinePlot val_plot{.id = "val-loss",
+                    .title = "Validation loss by training step",
+                    .x = {"step"},
+                    .y = {"loss (nats per token)"},
+                    .series = {},
+                    .markers = {},
+                    .height = 300};
   Table table{kLoggedHeader, {}};
-  for (std::size_t r = 0; r < runs.size(); ++r) {
-    const auto color = static_cast<int>(r);
-    const std::string train = runs.size() == 1 ? "training" : runs[r].name + ", training",
-                      val = runs.size() == 1 ? "validation" : runs[r].name + ", validation";
-    if (Series s = logged_series(runs[r].metrics, "loss", train, color); !s.points.empty()) plot.series.push_back(std::move(s));
-    add_logged_row(table, runs[r].metrics, "loss", train);
-    if (Series s = logged_series(runs[r].metrics, "val_loss", val, runs.size() == 1 ? 1 : color); !s.points.empty()) {
-      s.dashed = true;
-      s.dots = s.points.size() <= 60;
-      plot.series.push_back(std::move(s));
-    }
-    add_logged_row(table, runs[r].metrics, "val_loss", val);
+  bool val_curves = false;
+  for (const RunData& run : runs) {
+    const std::string train = one ? "training" : run.name, val = one ? "validation" : run.name;
+    Series trained = logged_series(run.metrics, "loss", train, run.color),
+           validated = logged_series(run.metrics, "val_loss", val, run.color);
+    trained.dashed = run.dashed, validated.dashed = one || run.dashed;
+    if (one) validated.color = 1;
+    validated.dots = validated.points.size() <= 60;
+    val_curves = val_curves || validated.points.size() > 1;
+    if (!trained.points.empty()) plot.series.push_back(std::move(trained));
+    if (!validated.points.empty()) (one ? plot : val_plot).series.push_back(std::move(validated));
+    add_logged_row(table, run.metrics, "loss", one ? train : train + ", training");
+    add_logged_row(table, run.metrics, "val_loss", one ? val : val + ", validation");
   }
-  if (!drawable(plot.series)) return;
-  figures.push_back({"Loss",
-                     "Cross-entropy of the training batches (solid) and of the validation data (dashed)." + joined_note(runs, "loss"),
-                     legend_html(plot.series), line_plot_svg(plot), table});
+  if (drawable(plot.series))
+    figures.push_back({"Loss",
+                       std::string(one ? "Cross-entropy of the training batches (solid) and of the validation data (dashed)."
+                                       : "Cross-entropy of the training batches; the table has that of the validation data, too.") +
+                           joined_note(runs, "loss"),
+                       legend_html(plot.series), line_plot_svg(plot), table});
+  if (!one && val_curves)
+    figures.push_back({"Validation loss",
+                       "Cross-entropy of the validation data." + joined_note(runs, "val_loss"),
+                       legend_html(val_plot.series),
+                       line_plot_svg(val_plot),
+                       {}});
 }
 
 void add_logged_figure(const Runs& runs, std::vector<Figure>& figures, const std::string& value, const std::string& id,
                        const std::string& title, const std::string& label, const std::string& caption, double log_factor, bool from_zero) {
   LinePlot plot{.id = id, .title = title + " by training step", .x = {"step"}, .y = {label}, .series = {}, .markers = {}, .height = 300};
   Table table{kLoggedHeader, {}};
-  for (std::size_t r = 0; r < runs.size(); ++r) {
-    if (Series s = logged_series(runs[r].metrics, value, runs[r].name, static_cast<int>(r)); !s.points.empty())
-      plot.series.push_back(std::move(s));
-    add_logged_row(table, runs[r].metrics, value, runs[r].name);
+  for (const RunData& run : runs) {
+    Series series = logged_series(run.metrics, value, run.name, run.color);
+    series.dashed = run.dashed;
+    if (!series.points.empty()) plot.series.push_back(std::move(series));
+    add_logged_row(table, run.metrics, value, run.name);
   }
   if (!drawable(plot.series)) return;
   choose_scale(plot, log_factor);
@@ -138,14 +158,25 @@ void add_speed(const Runs& runs, std::vector<Figure>& figures) {
 }
 
 // In the order of the page.
-constexpr void (*kFigures[])(const Runs&, std::vector<Figure>&) = {
-    add_perplexity_figures, add_remembrance_figures, add_state_figures,  add_forgetting_figures, add_passkey_figures,
-    add_copy_figures,       add_babilong_figures,    add_lambada_tables, add_choices_tables,     add_loss,
-    add_learning_rate,      add_grad_norm,           add_speed};
+constexpr void (*kFigures[])(const Runs&, std::vector<Figure>&) = {add_generalisation_tables,
+                                                                   add_perplexity_figures,
+                                                                   add_remembrance_figures,
+                                                                   add_state_figures,
+                                                                   add_forgetting_figures,
+                                                                   add_passkey_figures,
+                                                                   add_copy_figures,
+                                                                   add_babilong_figures,
+                                                                   add_lambada_tables,
+                                                                   add_choices_tables,
+                                                                   add_loss,
+                                                                   add_learning_rate,
+                                                                   add_grad_norm,
+                                                                   add_speed};
 
 // --- the page --------------------------------------------------------------------------------------------------
 
 std::string table_html(const Table& table, const std::string& css_class = "") {
+  if (table.rows.empty()) return "";
   std::string html = css_class.empty() ? "<div class=\"scroll\"><table>\n<thead><tr>"
                                        : fmt::format("<div class=\"scroll\"><table class=\"{}\">\n<thead><tr>", css_class);
   for (const std::string& name : table.header) html += fmt::format("<th scope=\"col\">{}</th>", escape_html(name));
@@ -157,6 +188,12 @@ std::string table_html(const Table& table, const std::string& css_class = "") {
     html += "</tr>\n";
   }
   return html + "</tbody></table></div>\n";
+}
+
+// The table of a figure; a long one is folded.
+std::string figure_table_html(const Table& table) {
+  if (table.rows.size() <= kMostOpenRows) return table_html(table);
+  return fmt::format("<details><summary>Table of {} rows</summary>\n{}</details>\n", table.rows.size(), table_html(table));
 }
 
 std::string last_logged(const Metrics& metrics, const std::string& value) {
@@ -172,20 +209,46 @@ std::string duration(double seconds) {
 }
 
 std::string overview_html(const Runs& runs) {
-  Table table{{"Run", "Steps", "Tokens", "Training loss", "Validation loss", "Training length", "Tokens/s (median)", "Time"}, {}};
+  const auto any = [&](const auto& has) { return std::any_of(runs.begin(), runs.end(), has); };
+  const bool bases = any([](const RunData&run) { return run.base >= 0; }), dashes = any([](const RunData&run) { return run.dashed; });
+  Table table{{"Run"}, {}};
+  if (bases) table.header.push_back("Started from");
+  for (const char* name : {"Initial state", "Training length", "Steps", "Tokens", "Training loss", "Validation loss", "Tokens/s", "Time"})
+    table.header.push_back(name);
   for (const RunData& run : runs) {
     const auto& values = run.metrics.values;
     int64_t steps = 0;
     for (const auto& [name, logged] : values) steps = std::max(steps, logged.rbegin()->first);
     const auto speed = values.find("tokens_per_s"), elapsed = values.find("elapsed_s");
-    table.rows.push_back({run.name, steps > 0 ? format_count(steps) : "–", last_logged(run.metrics, "tokens"),
-                          last_logged(run.metrics, "loss"), last_logged(run.metrics, "val_loss"),
-                          run.train_length ? format_count(*run.train_length) : "–",
-                          speed == values.end() ? "–" : format_number(median(speed->second)),
-                          elapsed == values.end() ? "–" : duration(elapsed->second.rbegin()->second)});
+    std::vector<std::string> row{run.name};
+    if (bases) row.push_back(run.base < 0 ? "–" : runs[static_cast<std::size_t>(run.base)].name);
+    for (std::string cell : {run.config.get("initial_state").value_or("–"), run.train_length ? format_count(*run.train_length) : "–",
+                             steps > 0 ? format_count(steps) : "–", last_logged(run.metrics, "tokens"), last_logged(run.metrics, "loss"),
+                             last_logged(run.metrics, "val_loss"), speed == values.end() ? "–" : format_number(median(speed->second)),
+                             elapsed == values.end() ? "–" : duration(elapsed->second.rbegin()->second)})
+      row.push_back(std::move(cell));
+    table.rows.push_back(std::move(row));
   }
-  return "<section>\n<h2>Overview</h2>\n<p class=\"soft\">Losses are those logged last, in nats per token.</p>\n" + table_html(table) +
-         "</section>\n";
+  return std::string(
+             "<section>\n<h2>Overview</h2>\n<p class=\"soft\">Losses are those logged last, in nats per token; tokens/s is the median.") +
+         (dashes ? " Everywhere below, a dashed curve belongs to a run that was started from the one whose solid curve has its colour."
+                 : "") +
+         "</p>\n" + table_html(table, bases ? "names" : "") + "</section>\n";
+}
+
+// What the page compares, in a line.
+std::string heading_of(const Runs& runs) {
+  if (runs.size() == 1) return runs[0].name;
+  std::set<int> bases;
+  std::size_t started = 0;
+  for (const RunData& run : runs)
+    if (run.base >= 0) bases.insert(run.base), ++started;
+  if (bases.size() == 1 && started + 1 == runs.size())
+    return fmt::format("{} and {} started from it", runs[static_cast<std::size_t>(*bases.begin())].name,
+                       started == 1 ? "a run" : fmt::format("{} runs", started));
+  if (bases.size() > 1 && 2 * bases.size() == runs.size() && started == bases.size())
+    return fmt::format("{} runs, each with one that was started from it", bases.size());
+  return fmt::format("Comparison of {} runs", runs.size());
 }
 
 std::string notes_html(const Runs& runs) {
@@ -300,20 +363,17 @@ int base_of(const RunData& run, const Runs& runs) {
 }
 
 void choose_colors(Runs& runs) {
-  std::vector<int> bases;
   std::map<int, int> started;  // from a base
-  for (const RunData& run : runs) {
-    bases.push_back(base_of(run, runs));
-    if (bases.back() >= 0) ++started[bases.back()];
-  }
+  for (RunData& run : runs)
+    if (run.base = base_of(run, runs); run.base >= 0) ++started[run.base];
   const bool pairs =
       started.size() >= 2 && 2 * started.size() == runs.size() &&
-      std::none_of(started.begin(), started.end(), [&](const auto& s) { return bases[static_cast<std::size_t>(s.first)] >= 0; });
+      std::none_of(started.begin(), started.end(), [&](const auto& s) { return runs[static_cast<std::size_t>(s.first)].base >= 0; });
   int next = 0;
-  for (std::size_t r = 0; r < runs.size(); ++r)
-    if (!pairs || bases[r] < 0) runs[r].color = next++;
-  for (std::size_t r = 0; r < runs.size() && pairs; ++r)
-    if (bases[r] >= 0) runs[r].color = runs[static_cast<std::size_t>(bases[r])].color, runs[r].dashed = true;
+  for (RunData& run : runs)
+    if (!pairs || run.base < 0) run.color = next++;
+  for (RunData& run : runs)
+    if (pairs && run.base >= 0) run.color = runs[static_cast<std::size_t>(run.base)].color, run.dashed = true;
 }
 
 }  // namespace
@@ -332,7 +392,7 @@ std::vector<RunData> read_runs(const std::vector<std::string>& folders) {
 std::string report_html(const std::vector<RunData>& runs, const std::string& date) {
   std::string names;
   for (const RunData& run : runs) names += (names.empty() ? "" : ", ") + run.name;
-  const std::string heading = runs.size() == 1 ? names : fmt::format("Comparison of {} runs", runs.size());
+  const std::string heading = heading_of(runs);
   std::vector<Figure> figures;
   for (const auto add : kFigures) add(runs, figures);
 
@@ -348,7 +408,7 @@ std::string report_html(const std::vector<RunData>& runs, const std::string& dat
     const std::string drawn =
         figure.svg.empty() ? "" : fmt::format("<div class=\"scroll\"><div class=\"box\">{}</div></div>\n", figure.svg);
     html += fmt::format("<section>\n<figure>\n<figcaption><h2>{}</h2>\n<p>{}</p></figcaption>\n{}{}</figure>\n{}</section>\n",
-                        escape_html(figure.title), escape_html(figure.caption), figure.legend, drawn, table_html(figure.table));
+                        escape_html(figure.title), escape_html(figure.caption), figure.legend, drawn, figure_table_html(figure.table));
   }
   html += configuration_html(runs);
   return html + "</main>\n<script>" + kReportScript + "</script>\n</body>\n</html>\n";

@@ -37,7 +37,7 @@ struct PositionCurve : Measurement {
   std::vector<PositionBin> bins;        // kCurveBinsPerOctave an octave
   std::vector<PositionSpread> spreads;  // of ranges of positions, when the measurement has them
 };
-inline constexpr int kCurveBinsPerOctave = 8;
+inline constexpr int kCurveBinsPerOctave = 4;
 
 struct RemembranceCurve : Measurement {
   std::vector<RemembrancePoint> points;
@@ -76,7 +76,8 @@ struct RunData {
   std::string name;  // unique among the runs of a page
   std::string folder;
   int color = 0;        // of its curves
-  bool dashed = false;  // its curves, in figures of measures: the run goes on from another one on the page that has the same colour
+  bool dashed = false;  // its curves: the run goes on from another one on the page that has the same colour
+  int base = -1;        // index of the run on the page that it was started from; -1: none of them
   Metrics metrics;
   FlatConfig config;
   std::optional<int64_t> train_length;  // tokens in a training row
@@ -105,8 +106,9 @@ struct Figure {
   std::string title;
   std::string caption;      // a sentence or two; plain text
   std::string legend, svg;  // HTML; either may be empty
-  Table table;
+  Table table;              // one of more than kMostOpenRows rows is folded under its figure
 };
+inline constexpr std::size_t kMostOpenRows = 20;
 
 /// The first line of an error with the rows that say where, for `problems`.
 std::string error_sentence(const Error& error);

@@ -11,7 +11,7 @@ inline constexpr const char* kReportStyle = R"css(
 --s0:#62aef0;--s1:#ff9457;--s2:#5cc891;--s3:#cf93e6;--s4:#dcbb4a;--s5:#5bcbd8;--s6:#ff85ad;--s7:#b4bec9}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--bg);color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
-main{max-width:1000px;margin:0 auto;padding:28px 20px 60px}
+main{max-width:1100px;margin:0 auto;padding:28px 20px 60px}
 h1{font-size:1.7rem;line-height:1.25;margin:0 0 4px;overflow-wrap:anywhere}
 h2{font-size:1.2rem;margin:44px 0 6px}
 p{margin:6px 0}
@@ -45,10 +45,13 @@ table{border-collapse:collapse;min-width:min(100%,460px);margin:8px 0 0;font-siz
 th,td{padding:4px 10px;text-align:right;border-bottom:1px solid var(--rule)}
 th:first-child,td:first-child{text-align:left;padding-left:2px}
 thead th{border-bottom:2px solid var(--rule);font-weight:600;vertical-align:bottom}
-tbody th{font-weight:400;overflow-wrap:break-word}
-.text th,.text td{text-align:left;overflow-wrap:anywhere}
+thead th:not(:first-child){min-width:5.6em;text-wrap:balance}
+tbody th{font-weight:400;white-space:nowrap}
+.text th,.text td{text-align:left;overflow-wrap:break-word}
 td{white-space:nowrap}
-.text td{white-space:normal}
+.text td{white-space:normal;min-width:7em;overflow-wrap:anywhere}
+.names th:nth-child(-n+3),.names td:nth-child(-n+3){text-align:left}
+.names thead th{min-width:0}
 details{margin-top:8px}
 summary{cursor:pointer;color:var(--soft)}
 @media print{:root{--bg:#fff;--card:#fff;--ink:#000;--soft:#444;--rule:#bbb;--grid:#e4e4e4;

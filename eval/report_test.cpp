@@ -91,8 +91,13 @@ TEST("several runs share one plot with a legend, and settings that differ are sh
   }
   const std::string page = page_of({base, passing});
   CHECK(count(page, "<h2>Perplexity by position") == 1);
-  CHECK(count(page, "data-name=\"base\"") == 4);
-  CHECK(count(page, "data-name=\"state-passing\"") == 4);
+  CHECK(count(page, "data-name=\"base\"") == 5);  // perplexity, loss, learning rate, gradient norm, speed
+  CHECK(count(page, "data-name=\"state-passing\"") == 5);
+  CHECK(count(page, "<h2>Validation loss</h2>") == 0);  // one value each is no curve; the table has it
+  CHECK(page.find("<th scope=\"row\">base, validation</th>") != std::string::npos);
+  CHECK(page.find("<h1>Comparison of 2 runs</h1>") != std::string::npos);
+  for (const auto& run : {base, passing}) add_metrics(run, 60, 10);
+  CHECK(count(page_of({base, passing}), "<h2>Validation loss</h2>") == 1);
   CHECK(page.find("Settings in which the runs differ") != std::string::npos);
   CHECK(page.find("Sequences: 4 each.") != std::string::npos);
   CHECK(page.find("http") == std::string::npos);
@@ -141,7 +146,59 @@ TEST("a page of pairs has one colour for each, and dashes the run that was start
   CHECK(looks({a, a_sp}) == "0 1 ");
   CHECK(looks({a, a_sp, b}) == "0 1 2 ");
   CHECK(looks({a, a_sp, other, b, b_sp}) == "0 1 2 3 4 ");
-  CHECK(count(page_of({a, b, a_sp, b_sp}), "stroke-dasharray") > count(page_of({a, a_sp, b}), "stroke-dasharray"));
+  const std::string page = page_of({a, b, a_sp, b_sp});
+  CHECK(count(page, "stroke-dasharray") > count(page_of({a, a_sp, b}), "stroke-dasharray"));
+  CHECK(count(page, "data-name=\"b-sp\" data-color=\"1\"") == 6);  // of every figure: perplexity, beside the base, loss, rate, norm, speed
+  CHECK(page.find("<h1>2 runs, each with one that was started from it</h1>") != std::string::npos);
+  CHECK(page_of({a, a_sp, other}).find("<h1>a and 2 runs started from it</h1>") != std::string::npos);
+}
+
+TEST("a run stands beside the one it was started from: in a table of what lies inside and beyond the training length, and as a curve") {
+  const ScratchFolder scratch;
+  const std::string base = scratch.file("base"), cured = scratch.file("cured");
+  const std::string json = R"({"data_name": "val", "context": 4096, "documents": "packed", "sequences": 4, "step": 10})";
+  for (const auto& run : {base, cured}) {
+    add_metrics(run, 5);
+    write_file_atomically(run + "/config.toml",
+                          fmt::format("initial_state = \"{}\"\ninit_from = \"{}\"\n[train]\nlength = 64\n",
+                                      run == base ? "zero" : "state-passing", run == base ? "" : "runs/base/checkpoints/step-50"));
+    add_curve(run, "ppl-val", 4096, run == base ? 3 + std::log(2) : 3, json);
+    PositionLoss loss;
+    const double at_T = run == base ? std::log(20.0) : std::log(19.0), far = run == base ? std::log(50.0) : std::log(18.05);
+    loss.spreads = {{1, 32, 4, std::log(30.0), 1}, {33, 64, 4, at_T, 1}, {257, 512, 4, 4, 1}, {2049, 4096, 4, far, 1}};
+    write_file_atomically(run + "/eval/ppl-val.spread.csv", spread_csv(loss));
+  }
+  const std::string page = page_of({base, cured});
+  CHECK(page.find("<h1>base and a run started from it</h1>") != std::string::npos);
+  CHECK(page.find("<th scope=\"row\">cured</th><td>base</td><td>state-passing</td>") != std::string::npos);
+  REQUIRE(count(page, "<h2>Inside and beyond the training length: val</h2>") == 1);
+  // 1 to T, at T, at 8 T and 64 T; 64 T / T; beside its base: sqrt(19 / 20) and 19 / 20
+  CHECK(page.find("<th scope=\"row\">base</th><td>24.49</td><td>20.00</td><td>54.60</td><td>50.00</td><td>2.500</td><td>–</td>") !=
+        std::string::npos);
+  CHECK(page.find("<th scope=\"row\">cured</th><td>23.87</td><td>19.00</td><td>54.60</td><td>18.05</td><td>0.950</td><td>0.975</td>"
+                  "<td>0.950</td>") != std::string::npos);
+  CHECK(count(page, "<h2>Perplexity beside that of the base: val</h2>") == 1);
+  CHECK(count(page, "<td>0.500</td>") >= 7);  // of each octave
+  CHECK(count(page, "data-name=\"cured\"") == 6);
+  CHECK(count(page, "data-name=\"base\"") == 5);
+  CHECK(count(page_of({cured}), "beside that of the base") == 0);
+  const std::string one_text = R"({"data_name": "val", "context": 4096, "documents": "packed", "sequences": 1, "step": 10})";
+  for (const auto& run : {base, cured}) write_file_atomically(run + "/eval/ppl-val.json", one_text);
+  CHECK(count(page_of({base, cured}), "Inside and beyond") == 0);
+}
+
+TEST("a long table is folded under its figure") {
+  const ScratchFolder scratch;
+  const std::string run = scratch.file("base");
+  add_curve(run, "ppl-val", int64_t{1} << 11, 3);
+  CHECK(count(page_of({run}), "<details><summary>Table of") == 0);
+  fs::create_directories(run + "/eval");
+  StateCurve state;
+  for (int octave = -12; octave < 12; ++octave) state.histograms[{512, "ssm", kAllLayers}].add(std::exp2(octave + 0.5));
+  state.lines.push_back({512, "ssm", kAllLayers, kAllHeads, 4, 0, 1, 0, 1, 1});
+  write_file_atomically(run + "/eval/state-val.csv", state_csv(state));
+  write_file_atomically(run + "/eval/state-val.histogram.csv", state_histogram_csv(state));
+  CHECK(count(page_of({run}), "<details><summary>Table of 24 rows</summary>") == 1);
 }
 
 TEST("a perplexity that goes far beyond training is drawn without its first tokens; the table has them") {
@@ -336,13 +393,18 @@ TEST("the measures of several runs stand side by side, each with its table; laye
   CHECK(page.find("<th scope=\"row\">0.25</th><td>50.00</td><td>50.00</td>") != std::string::npos);
   for (const char* title : {"<h2>Growth of the state by layer: base", "<h2>Half-life by layer and head: state-passing"})
     CHECK_MESSAGE(count(page, title) == 1, title);
-  CHECK(count(page, "data-name=\"base\"") == 3 + 2 + 3);  // the measures, magnitudes at two positions; learning rate, gradient norm, speed
-  CHECK(count(page, "training length 512") == 2);         // in remembrance and state
+  CHECK(count(page, "data-name=\"base\"") ==
+        3 + 2 + 4);                                // the measures, magnitudes at two positions; loss, learning rate, gradient norm, speed
+  CHECK(count(page, "training length 512") == 2);  // in remembrance and state
   CHECK(page.find("data-points=\"1,0.29996 2048,0.225 4096,0.15 8192,0\"") != std::string::npos);
   CHECK(page.find("total variation between") != std::string::npos);
   CHECK(page.find("<th scope=\"row\">6,144 (2,048)</th><td>0.225 ± 0.075</td>") != std::string::npos);
   CHECK(page.find("data-points=\"256,320 512,452.55 2048,905.1 8192,1810.2\"") != std::string::npos);
-  CHECK(page.find("<title>1, 8k: 64</title>") != std::string::npos);  // layer 1: (8192 / 512)^1.5
+  CHECK(page.find("<title>1, 8k: 64</title>") != std::string::npos);           // layer 1: (8192 / 512)^1.5
+  CHECK(page.find("text-anchor=\"middle\">0.2</text>") == std::string::npos);  // there are layers 0 and 1, and none between them
+  CHECK(page.find("<th scope=\"row\">0</th><td>1,266 (") !=
+        std::string::npos);                          // between (1, 0.9) and (8192, 0.02); in parentheses the reach
+  CHECK(count(page, ">789.1</text>") == 3 + 2 + 1);  // three cells, the lower end of the scale that both maps share, the axis of the curves
   CHECK(page.find("<title>1, 1: ∞</title>") != std::string::npos);
   CHECK(page.find("<td>∞</td>") != std::string::npos);
   CHECK(page.find("nan") == std::string::npos);
