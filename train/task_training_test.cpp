@@ -16,8 +16,8 @@ using namespace test;
 
 // run() of tiny_training.h with the model and the tokenizer of a task.
 RunResult run_task(const ScratchFolder& scratch, const std::string& name, const std::vector<std::string>& settings, bool resume,
-                   int64_t interrupt_at = 0, double* last_grad_norm = nullptr) {
-  Recipe recipe = parse_recipe(tiny_text("mamba2"), "tiny.toml", settings);
+                   int64_t interrupt_at = 0, double* last_grad_norm = nullptr, const std::string& text = tiny_text("mamba2")) {
+  Recipe recipe = parse_recipe(text, "tiny.toml", settings);
   const std::shared_ptr<const Tokenizer> tokenizer = open_tokenizer(recipe.data.tokenizer);
   resolve_model(recipe, tokenizer->vocab_size());
   const auto model = tiny_model(recipe);
@@ -133,6 +133,38 @@ TEST("task training: every task goes on from a trained base with every initial s
         most = std::max(most, std::abs(static_cast<double>(tuned.weights[i]) - static_cast<double>(base.weights[i])));
       CHECK(most > 0);
       CHECK(most < 1e-3);
+    }
+  }
+}
+
+// The published folders have models of 96 ids, too few for bytes: they learn to copy.
+TEST("post-training: starts from the published checkpoints of every library, with every initial state") {
+  const auto golden = folder_from("LONGHAND_GOLDEN");
+  if (!golden) SKIP("LONGHAND_GOLDEN is not set");
+  const ScratchFolder scratch;
+  for (const std::string name : {"ss-mamba1", "ss-mamba2-g2", "ss-mamba2-fp16", "hf-mamba1", "hf-mamba2-g1", "hf-mamba2-g2", "fla-gla"}) {
+    CAPTURE(name);
+    const std::string from = *golden + "/" + name;
+    const std::vector<float> published = load_model(from, Device::cpu(), Dtype::f32)->parameters().flat_master().to_vector<float>();
+    for (const InitialStateStrategy& strategy : initial_state_strategies()) {
+      CAPTURE(strategy.name);
+      const auto settings = with_strategy(
+          {"init_from=" + from, "data.task=copy", "data.tokenizer=letters:26", "task.min_length=3", "task.max_length=6", "train.steps=2",
+           "train.batch_size=2", "train.length=48", "train.dtype=f32", "train.log_every=1", "optimizer.lr=1e-5"},
+          strategy);
+      const std::string run = name + "-" + strategy.name;
+      const RunResult tuned = run_task(scratch, run, settings, false, 0, nullptr, "name = \"post\"\n");
+      CHECK(tuned.outcome.step == 2);
+      CHECK(tuned.losses.size() == 2);
+      for (const double loss : tuned.losses) CHECK(std::isfinite(loss));
+      REQUIRE(tuned.weights.size() == published.size());
+      double most = 0;  // two small steps away, and the checkpoint has what was trained
+      for (std::size_t i = 0; i < published.size(); ++i)
+        most = std::max(most, std::abs(static_cast<double>(tuned.weights[i]) - static_cast<double>(published[i])));
+      CHECK(most > 0);
+      CHECK(most < 1e-4);
+      const auto saved = load_model(scratch.file(run + "/checkpoints/step-2"), Device::cpu(), Dtype::f32);
+      CHECK(saved->parameters().flat_master().to_vector<float>() == tuned.weights);
     }
   }
 }
