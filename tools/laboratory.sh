@@ -8,7 +8,7 @@
 #   LONGHAND   the program                              (build/cuda/longhand, else build/cpu/longhand)
 #   DEVICES    where to work                            (every GPU, cuda:0 cuda:1 .., else cpu)
 #   SEEDS      seeds of the bases; S > 1 is run NAME-seedS                                         (1)
-#   STATES     initial states to post-train from        (zero random-noise fitted-noise state-passing tbtt)
+#   STATES     initial states to post-train from, ' ' for none  (zero random-noise fitted-noise state-passing tbtt)
 #   SEQUENCES  how many are read for the perplexity at 64 training lengths                         (48)
 #   PAGE       name of the page and table of all                                                   (laboratory)
 #   BASE, POST more settings of the bases' recipes and of lab-post.toml: KEY=VALUE ...
@@ -92,7 +92,7 @@ task() {
 export -f say base_run length_of logged measure train task
 
 # in_parallel: tasks from stdin, two on each device, one of which measures while the other trains; waits for all, and fails if one has.
-in_parallel() { xargs -L 1 -P $((2 * $(wc -w <<<"$DEVICES"))) --process-slot-var=SLOT bash -c 'set -euo pipefail; task "$@"' laboratory; }
+in_parallel() { xargs -r -L 1 -P $((2 * $(wc -w <<<"$DEVICES"))) --process-slot-var=SLOT bash -c 'set -euo pipefail; task "$@"' laboratory; }
 
 # row RUN BASE: a line of the table. Perplexities of the ranges that end at T, 32 T and 64 T, and of all of 1..T; effective remembrance with T tokens left; deviation of the state.
 row() {
