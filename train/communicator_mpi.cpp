@@ -2,18 +2,26 @@
 #include <mpi.h>
 
 #include <fmt/format.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include <climits>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
+#include <optional>
 
 #include "core/error.h"
 #include "train/communicator.h"
+#include "train/neighbour_watch.h"
 
 namespace longhand {
 namespace {
 
 // Elements of one call: MPI counts in int.
 constexpr int64_t kMost = int64_t{1} << 30;
+// A launcher that sees a process die has ended the others after a second.
+constexpr int kLaunchersTime_ms = 3000;
 
 void check(int status, const char* call) {
   if (status == MPI_SUCCESS) return;
@@ -45,11 +53,27 @@ int64_t row_bytes(const Tensor& t) {
 
 class MpiProcesses final : public Communicator {
  public:
-  MpiProcesses(int64_t size, int64_t rank) : Communicator(size, rank) {}
+  MpiProcesses(int64_t size, int64_t rank, const std::vector<Neighbour>& neighbours) : Communicator(size, rank) {
+    if (neighbours.empty()) return;
+    watch_.emplace(
+        neighbours,
+        [size, rank](const Neighbour& gone) {
+          fmt::print(
+              stderr,
+              "error: processes: another one of this machine has ended, and the launcher did not end the job\n  process {}, id {}\n"
+              "  try     look for what ended it; longhand train --resume goes on from the last checkpoint\nprocess {} of {} ends the run\n",
+              gone.rank, gone.id, rank, size);
+          std::_Exit(1);  // this process waits for the other one wherever it is, and cannot be made to go on
+        },
+        kLaunchersTime_ms);
+  }
   ~MpiProcesses() override {
     int done = 0;
+    watch_.reset();
     // While an error is on its way out the others may wait in a call: MPI_Finalize would wait for them.
-    if (std::uncaught_exceptions() == 0 && MPI_Finalized(&done) == MPI_SUCCESS && done == 0) MPI_Finalize();
+    if (std::uncaught_exceptions() != 0 || MPI_Finalized(&done) != MPI_SUCCESS || done != 0) return;
+    MPI_Barrier(MPI_COMM_WORLD);  // nobody ends while another one still watches
+    MPI_Finalize();
   }
   std::string describe() const override { return fmt::format("{} process{}, MPI", size(), size() == 1 ? "" : "es"); }
 
@@ -154,7 +178,23 @@ class MpiProcesses final : public Communicator {
   }
 
   Tensor scratch_;
+  std::optional<NeighbourWatch> watch_;
 };
+
+// The other processes of a machine, as far as this one can see them by their ids.
+std::vector<Neighbour> neighbours_on(MPI_Comm machine, int rank) {
+  struct stat names {};
+  int size = 1;
+  check(MPI_Comm_size(machine, &size), "MPI_Comm_size");
+  const bool known = ::stat("/proc/self/ns/pid", &names) == 0;
+  const int64_t own[] = {rank, ::getpid(), known ? static_cast<int64_t>(names.st_ino) : -1 - rank};  // a container has ids of its own
+  std::vector<int64_t> all(3 * static_cast<std::size_t>(size));
+  check(MPI_Allgather(own, 3, MPI_INT64_T, all.data(), 3, MPI_INT64_T, machine), "MPI_Allgather");
+  std::vector<Neighbour> neighbours;
+  for (std::size_t at = 0; at < all.size(); at += 3)
+    if (all[at] != rank && all[at + 2] == own[2]) neighbours.push_back({all[at], static_cast<pid_t>(all[at + 1])});
+  return neighbours;
+}
 
 }  // namespace
 
@@ -169,9 +209,10 @@ std::unique_ptr<Communicator> mpi_processes(LocalPlace& place) {
   check(MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, rank, MPI_INFO_NULL, &machine), "MPI_Comm_split_type");
   MPI_Comm_size(machine, &local_size);
   MPI_Comm_rank(machine, &local_rank);
+  const std::vector<Neighbour> neighbours = neighbours_on(machine, rank);
   MPI_Comm_free(&machine);
   place = {local_rank, local_size};
-  return std::make_unique<MpiProcesses>(size, rank);
+  return std::make_unique<MpiProcesses>(size, rank, neighbours);
 }
 
 }  // namespace longhand

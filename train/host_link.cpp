@@ -1,8 +1,10 @@
 // The link to the CPU, where there is nothing to overlap; see host_link.h.
 #include "train/host_link.h"
 
+#include <chrono>
 #include <cstring>
 #include <deque>
+#include <thread>
 
 #include "core/error.h"
 
@@ -21,6 +23,7 @@ class CpuHostLink final : public HostLink {
     open_.pop_front();
     return values;
   }
+  void wait() override {}
 
  protected:
   void copy_up(const Tensor& to, const void* values, std::size_t bytes) override { std::memcpy(to.raw(), values, bytes); }
@@ -40,6 +43,17 @@ void HostLink::upload_bytes(Tensor& to, Dtype dtype, const Shape& shape, const v
   if (!(to.shape() == shape) || to.dtype() != dtype || !to.is_contiguous() || !(to.device() == device_))
     throw ShapeError("host link: values that do not fit where they go", {{"values", shape.str()}, {"to", to.describe()}});
   if (to.numel() > 0) copy_up(to, values, static_cast<std::size_t>(to.numel() * size_of(dtype)));
+}
+
+void HostLink::watch(const std::function<bool()>& done) const {
+  constexpr auto kEvery = std::chrono::milliseconds(100);
+  constexpr auto kNap = std::chrono::microseconds(100);  // a step is queued already: nothing waits for what is waited for here
+  if (!while_waiting_) return;
+  for (auto next = std::chrono::steady_clock::now() + kEvery; !done(); std::this_thread::sleep_for(kNap)) {
+    if (std::chrono::steady_clock::now() < next) continue;
+    while_waiting_();
+    next += kEvery;
+  }
 }
 
 std::unique_ptr<HostLink> make_host_link(const Device& device) {

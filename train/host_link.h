@@ -25,7 +25,10 @@ class HostLink {
   /// The values of the oldest open request; waits until the device has come to it.
   virtual std::vector<double> receive() = 0;
 
-  /// Called every tenth of a second while receive() waits.
+  /// Waits until the device has done all that was queued; reports what failed in it.
+  virtual void wait() = 0;
+
+  /// Called every tenth of a second while any of these waits for the device: uploads do for one of the eight before them.
   void while_waiting(std::function<void()> f) { while_waiting_ = std::move(f); }
 
   /// Peak of dense bf16 products of the device, for MFU; 0 when unknown.
@@ -37,7 +40,8 @@ class HostLink {
   explicit HostLink(const Device& device) : device_(device) {}
   virtual void copy_up(const Tensor& to, const void* values, std::size_t bytes) = 0;
   const Device& device() const { return device_; }
-  const std::function<void()>& while_waiting() const { return while_waiting_; }
+  /// Returns when done() does not say false any more, or at once where nothing was to be called meanwhile.
+  void watch(const std::function<bool()>& done) const;
 
  private:
   void upload_bytes(Tensor& to, Dtype dtype, const Shape& shape, const void* values);

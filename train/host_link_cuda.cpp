@@ -1,8 +1,6 @@
 // The link to a GPU: page-locked buffers, each guarded by an event that says when the copy engine is done with it. See host_link.h.
 #include <array>
-#include <chrono>
 #include <cstring>
-#include <thread>
 
 #include "core/cuda_context.h"
 #include "core/error.h"
@@ -54,6 +52,7 @@ class CudaHostLink final : public HostLink {
     cuda_check(cudaSetDevice(cuda_.index), "cudaSetDevice");
     for (auto& slot : up_) slot = std::make_unique<Slot>();
     for (auto& slot : down_) slot = std::make_unique<Slot>();
+    all_ = std::make_unique<Slot>();
   }
 
   void request(const Tensor& values) override {
@@ -62,7 +61,7 @@ class CudaHostLink final : public HostLink {
                        {{"open", std::to_string(requested_ - received_)}, {"values", values.describe()}});
     count_ = static_cast<size_t>(values.numel());
     Slot& slot = *down_[requested_++ % down_.size()];
-    void* memory = slot.reserve(count_ * sizeof(double));
+    void* memory = free_memory_of(slot, count_ * sizeof(double));
     cuda_check(cudaMemcpyAsync(memory, values.raw(), count_ * sizeof(double), cudaMemcpyDeviceToHost, cuda_.stream), "cudaMemcpyAsync");
     slot.mark(cuda_.stream);
   }
@@ -70,10 +69,16 @@ class CudaHostLink final : public HostLink {
   std::vector<double> receive() override {
     if (received_ == requested_) throw ValueError("host link: nothing was requested");
     Slot& slot = *down_[received_++ % down_.size()];
-    if (while_waiting()) watch(slot);
+    watch([&] { return slot.done(); });
     slot.wait();
     const auto* begin = static_cast<const double*>(slot.memory());
     return {begin, begin + count_};
+  }
+
+  void wait() override {
+    all_->mark(cuda_.stream);
+    watch([&] { return all_->done(); });
+    device().synchronize();
   }
 
   double bf16_peak_flops() const override { return cuda_.bf16_peak_flops; }
@@ -86,26 +91,23 @@ class CudaHostLink final : public HostLink {
  protected:
   void copy_up(const Tensor& to, const void* values, std::size_t bytes) override {
     Slot& slot = *up_[uploads_++ % up_.size()];
-    void* memory = slot.reserve(bytes);
+    void* memory = free_memory_of(slot, bytes);
     std::memcpy(memory, values, bytes);
     cuda_check(cudaMemcpyAsync(to.raw(), memory, bytes, cudaMemcpyHostToDevice, cuda_.stream), "cudaMemcpyAsync");
     slot.mark(cuda_.stream);
   }
 
  private:
-  void watch(const Slot& slot) const {
-    constexpr auto kEvery = std::chrono::milliseconds(100);
-    constexpr auto kNap = std::chrono::microseconds(100);  // the next step is queued already: nothing waits for this one's numbers
-    for (auto next = std::chrono::steady_clock::now() + kEvery; !slot.done(); std::this_thread::sleep_for(kNap)) {
-      if (std::chrono::steady_clock::now() < next) continue;
-      while_waiting()();
-      next += kEvery;
-    }
+  // What reserve() would wait for is watched before.
+  void* free_memory_of(Slot& slot, size_t bytes) const {
+    watch([&] { return slot.done(); });
+    return slot.reserve(bytes);
   }
 
   const CudaContext& cuda_;
   std::array<std::unique_ptr<Slot>, 8> up_;
   std::array<std::unique_ptr<Slot>, 2> down_;
+  std::unique_ptr<Slot> all_;  // no copy: the end of all work that was queued
   size_t uploads_ = 0, requested_ = 0, received_ = 0, count_ = 0;
 };
 

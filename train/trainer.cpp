@@ -245,6 +245,7 @@ void Trainer::save(const std::string& own_folder, std::optional<int64_t> end_of_
   std::string folder = own_folder;
   if (exchange_) {
     exchange_->share_masters();
+    link_->wait();
     const auto moments = optimizer_.save_own(leads);
     if (leads) make_safetensors(folder + kOptimizerFile, moments, kind);
     folder = processes_->all_texts(own_folder)[0];

@@ -49,6 +49,9 @@ class Trainer {
   void request_report() { link_->request(optimizer_.control()); }
   StepReport receive_report() { return AdamW::report_of(link_->receive()); }
 
+  /// Waits until the device has done all steps that were queued.
+  void wait() { link_->wait(); }
+
   /// Where a step that was left out went wrong: computes it again, with the present weights, and looks at everything on the way.
   /// batch    of that step; only the last one starts from the states that it had, and only on a CPU: others start from zeros
   /// returns  what was the first not to be finite: a weight by its name, else op, output or gradient, layer and index; "" when all was

@@ -209,7 +209,7 @@ class Loop {
 
   // Waits for the step in hand, then validates and writes a checkpoint where one is due.
   void pause(bool last, bool interrupted) {
-    model_.device().synchronize();
+    trainer_.wait();
     const int64_t step = done_.step + open_reports_;
     std::optional<double> val_loss;
     std::exception_ptr failed;  // the steps are kept even if the validation cannot be done

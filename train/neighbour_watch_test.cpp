@@ -1,0 +1,68 @@
+// Real processes that are killed; tests/scale_test.cpp has one of a job killed behind the launcher's back.
+#include "train/neighbour_watch.h"
+
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <chrono>
+
+#include "tests/support/check.h"
+
+namespace longhand {
+namespace {
+
+// A process that does nothing until it is killed.
+class Idler {
+ public:
+  Idler() : id_(::fork()) {
+    REQUIRE(id_ >= 0);
+    if (id_ == 0)
+      for (;;) ::pause();
+  }
+  ~Idler() {
+    ::kill(id_, SIGKILL);
+    ::waitpid(id_, nullptr, 0);
+  }
+  Idler(const Idler&) = delete;
+  Idler& operator=(const Idler&) = delete;
+  pid_t id() const { return id_; }
+
+ private:
+  pid_t id_;
+};
+
+bool comes_to(const std::atomic<int64_t>& value, int64_t wanted) {
+  for (int tries = 0; tries < 5000 && value != wanted; ++tries) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  return value == wanted;
+}
+
+TEST("neighbour watch: the process that ends is named, once its time is over and not before") {
+  const Idler first, second, third;
+  std::atomic<int64_t> gone = -1;
+  const std::vector<Neighbour> all{{4, first.id()}, {5, second.id()}, {7, third.id()}};
+  const auto note = [&](const Neighbour& neighbour) { gone = neighbour.rank; };
+  {
+    const NeighbourWatch patient(all, note, 60'000);
+    const NeighbourWatch watch(all, note, 1);
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    CHECK(gone == -1);
+    ::kill(second.id(), SIGKILL);
+    CHECK(comes_to(gone, 5));
+    gone = -1;
+  }
+  CHECK(gone == -1);  // the patient one was still waiting when it ended
+}
+
+TEST("neighbour watch: one that is not there is passed over") {
+  std::atomic<int64_t> gone = -1;
+  const Idler other;
+  const NeighbourWatch watch(
+      {{0, -1}, {1, other.id()}}, [&](const Neighbour& neighbour) { gone = neighbour.rank; }, 1);
+  ::kill(other.id(), SIGKILL);
+  CHECK(comes_to(gone, 1));
+}
+
+}  // namespace
+}  // namespace longhand
