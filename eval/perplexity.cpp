@@ -32,12 +32,6 @@ double PositionLoss::mean_loss() const {
   return std::accumulate(loss_sum.begin(), loss_sum.end(), 0.0) / static_cast<double>(total_tokens());
 }
 
-void PositionSpread::add(double sequence_loss) {
-  const double before = sequence_loss - loss;
-  loss += before / static_cast<double>(++sequences);
-  squares += before * (sequence_loss - loss);
-}
-
 double PositionSpread::standard_error() const {
   if (sequences < 2) return std::numeric_limits<double>::quiet_NaN();
   const auto n = static_cast<double>(sequences);
@@ -59,18 +53,33 @@ struct ExactSum {
     coarse += whole;
     fine += std::nearbyint((x - whole) * 0x1p62) * 0x1p-62;
   }
+  double value() const { return coarse + fine; }
 };
 
-// Everything that is added up. The end of a sequence's range is kept until the sequences can be taken in their order.
+// Of the sequences that come to the end of a range: their mean losses there. What a square loses to rounding is added too, so that the
+// difference of these sums is as exact as they are.
+struct RangeSums {
+  ExactSum means, squares;
+  double sequences = 0;  // a whole number
+  void add(double mean) {
+    const double square = mean * mean;
+    means.add(mean);
+    squares.add(square), squares.add(std::fma(mean, mean, -square));
+    ++sequences;
+  }
+  // Sum of (mean - their mean)^2: squares - means^2 / sequences, of which most cancels. Means that are all the same leave 2^-62 a sequence.
+  double squared_deviations() const {
+    const double whole = means.coarse * means.coarse, rest = std::fma(means.coarse, means.coarse, -whole);
+    const double small = sequences * squares.fine - 2 * means.coarse * means.fine - means.fine * means.fine - rest;
+    return std::max(0.0, (std::fma(sequences, squares.coarse, -whole) + small) / sequences);
+  }
+};
+
+// Everything that is added up.
 struct Sums {
-  struct RangeEnd {
-    std::size_t range;
-    int64_t sequence;
-    double loss;  // mean over the range
-  };
   std::vector<ExactSum> loss;  // by position
   std::vector<double> tokens;  // likewise; whole numbers
-  std::vector<RangeEnd> ends;
+  std::vector<RangeSums> ranges;
   double sequences = 0;
 };
 
@@ -110,12 +119,12 @@ std::vector<PositionSpread> empty_spreads(const std::vector<int64_t>& ends) {
   return spreads;
 }
 
-void add_to_ranges(Row& row, int64_t position, double loss, const std::vector<PositionSpread>& ranges, std::vector<Sums::RangeEnd>& ends) {
+void add_to_ranges(Row& row, int64_t position, double loss, const std::vector<PositionSpread>& ranges, std::vector<RangeSums>& sums) {
   if (row.range == ranges.size()) return;
   const PositionSpread& range = ranges[row.range];
   row.range_sum += loss;
   if (position < range.last) return;
-  ends.push_back({row.range, row.sequence, row.range_sum / static_cast<double>(range.last - range.first + 1)});
+  sums[row.range].add(row.range_sum / static_cast<double>(range.last - range.first + 1));
   ++row.range, row.range_sum = 0;
 }
 
@@ -128,41 +137,32 @@ std::size_t largest_of(std::size_t own, const SequenceParts& parts) {
 }
 
 // Afterwards every part has the sums of all.
-void merge(Sums& sums, std::size_t ranges, const SequenceParts& parts) {
+void merge(Sums& sums, const SequenceParts& parts) {
   sums.loss.resize(largest_of(sums.loss.size(), parts)), sums.tokens.resize(sums.loss.size());
-  std::vector<double> numbers{sums.sequences};
-  for (const ExactSum& sum : sums.loss) numbers.insert(numbers.end(), {sum.coarse, sum.fine});
+  std::vector<double*> places{&sums.sequences};
+  for (ExactSum& sum : sums.loss) places.insert(places.end(), {&sum.coarse, &sum.fine});
+  for (RangeSums& range : sums.ranges)
+    places.insert(places.end(), {&range.means.coarse, &range.means.fine, &range.squares.coarse, &range.squares.fine, &range.sequences});
+  std::vector<double> numbers;
+  for (const double* place : places) numbers.push_back(*place);
   parts.sum_over_parts(numbers);
   parts.sum_over_parts(sums.tokens);
-  sums.sequences = numbers[0];
-  for (std::size_t i = 0; i < sums.loss.size(); ++i) sums.loss[i] = {numbers[2 * i + 1], numbers[2 * i + 2]};
-
-  // Of every range and sequence, whether it came to the end and with which mean: zeros but for the part that had it.
-  int64_t last = 0;
-  for (const Sums::RangeEnd& end : sums.ends) last = std::max(last, end.sequence);
-  const std::size_t most = largest_of(static_cast<std::size_t>(last), parts);
-  std::vector<double> there(ranges * most), means(ranges * most);
-  for (const Sums::RangeEnd& end : sums.ends) {
-    const std::size_t place = end.range * most + static_cast<std::size_t>(end.sequence - 1);
-    there[place] = 1, means[place] = end.loss;
-  }
-  parts.sum_over_parts(there);
-  parts.sum_over_parts(means);
-  sums.ends.clear();
-  for (std::size_t place = 0; place < there.size(); ++place)
-    if (there[place] > 0) sums.ends.push_back({place / most, static_cast<int64_t>(place % most) + 1, means[place]});
+  for (std::size_t i = 0; i < places.size(); ++i) *places[i] = numbers[i];
 }
 
-PositionLoss result_of(Sums sums, std::vector<PositionSpread> ranges) {
+PositionLoss result_of(const Sums& sums, std::vector<PositionSpread> ranges) {
   PositionLoss result;
-  for (const ExactSum& sum : sums.loss) result.loss_sum.push_back(sum.coarse + sum.fine);
+  for (const ExactSum& sum : sums.loss) result.loss_sum.push_back(sum.value());
   result.tokens.assign(sums.tokens.begin(), sums.tokens.end());
   result.sequences = static_cast<int64_t>(sums.sequences);
+  for (std::size_t i = 0; i < ranges.size(); ++i) {
+    const RangeSums& of = sums.ranges[i];
+    if (of.sequences == 0) continue;
+    ranges[i].sequences = static_cast<int64_t>(of.sequences);
+    ranges[i].loss = of.means.value() / of.sequences;
+    ranges[i].squares = of.squared_deviations();
+  }
   result.spreads = std::move(ranges);
-  std::sort(sums.ends.begin(), sums.ends.end(), [](const Sums::RangeEnd& a, const Sums::RangeEnd& b) {
-    return a.range != b.range ? a.range < b.range : a.sequence < b.sequence;
-  });
-  for (const Sums::RangeEnd& end : sums.ends) result.spreads[end.range].add(end.loss);
   return result;
 }
 
@@ -199,6 +199,7 @@ PositionLoss position_loss(const LanguageModel& model, const NextSequence& next,
 
   Sums sums;
   std::vector<PositionSpread> ranges = empty_spreads(options.spread_ends);
+  sums.ranges.resize(ranges.size());
   EvalProgress progress;
   int64_t taken = 0;
   std::vector<Row> rows;
@@ -229,7 +230,7 @@ PositionLoss position_loss(const LanguageModel& model, const NextSequence& next,
                                                                        {"try", "LONGHAND_CHECK=1 to see which layer it comes from"}});
         sums.loss[static_cast<std::size_t>(row.at + t)].add(loss);
         ++sums.tokens[static_cast<std::size_t>(row.at + t)];
-        add_to_ranges(row, row.at + t + 1, loss, ranges, sums.ends);
+        add_to_ranges(row, row.at + t + 1, loss, ranges, sums.ranges);
       }
       row.at += count;
       progress.tokens += count;
@@ -260,8 +261,8 @@ PositionLoss position_loss(const LanguageModel& model, const NextSequence& next,
     progress.sequences_running = static_cast<int64_t>(rows.size());
     if (options.progress) options.progress(progress);
   }
-  if (options.parts.sum_over_parts) merge(sums, ranges.size(), options.parts);
-  return result_of(std::move(sums), std::move(ranges));
+  if (options.parts.sum_over_parts) merge(sums, options.parts);
+  return result_of(sums, std::move(ranges));
 }
 
 double ValidationLoss::bits_per_byte(int64_t bytes) const {

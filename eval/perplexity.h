@@ -16,7 +16,6 @@ struct PositionSpread {
   double loss = 0;     // mean over the sequences
   double squares = 0;  // sum of their squared deviations from it
 
-  void add(double sequence_loss);
   double standard_error() const;             // of loss, sqrt(squares / (n - 1) / n); NaN for fewer than two sequences
   double perplexity_standard_error() const;  // exp(loss) * standard_error(), to first order
 };
@@ -56,10 +55,10 @@ struct PositionLossOptions {
 /// returns  sums on the host of losses that are each rounded to 2^-62 nats, added exactly, whatever the order of the sequences, and then
 ///          rounded to f64
 /// memory   of the device: one chunk of batch rows and their state, whatever the context; of the host: the rows' tokens, three numbers a
-///          position, and 24 bytes for each range that a sequence comes to the end of, until all are done (with several parts, 16 more for
-///          each range and sequence of all parts)
+///          position and five a range, however many sequences there are
 /// holds    chunk, batch and the number of parts do not change the result, but for the rounding of the model: the same losses of tokens
-///          give the same bits, as long as those of a position come to less than 2^23 nats of at most 2^22 sequences
+///          give the same bits, as long as those of a position, and the squares of the sequences' means over a range, come to less than
+///          2^23 of at most 2^22 sequences
 /// errors   ValueError for a sequence of fewer than 2 tokens, spread_ends that do not rise from 1, or a token outside the vocabulary;
 ///          NumericError naming sequence and position for a loss that is no number
 /// source   Buitrago Ruiz & Gu 2025, arXiv:2507.02782

@@ -83,14 +83,17 @@ TEST("the order of sequences changes no bit of the sums by position") {
 }
 
 TEST("the spread of sequences: a case by hand, and ranges of positions in any chunks") {
-  PositionSpread by_hand;
-  for (const double loss : {1.0, 2.0, 6.0}) by_hand.add(loss);
-  CHECK(by_hand.loss == 3);
-  CHECK(by_hand.squares == 14);
+  const PositionSpread by_hand{.first = 1, .last = 1, .sequences = 3, .loss = 3, .squares = 14};  // 1, 2, 6
   CHECK(by_hand.standard_error() == doctest::Approx(std::sqrt(14.0 / 2 / 3)));
   CHECK(by_hand.perplexity_standard_error() == doctest::Approx(std::exp(3.0) * std::sqrt(14.0 / 2 / 3)));
   CHECK(std::isnan(PositionSpread{}.standard_error()));
 
+  const auto spread_of = [](const std::vector<double>& means) {
+    PositionSpread spread{.first = 0, .last = 0, .sequences = std::ssize(means)};
+    for (const double mean : means) spread.loss += mean / static_cast<double>(means.size());
+    for (const double mean : means) spread.squares += (mean - spread.loss) * (mean - spread.loss);
+    return spread;
+  };
   const auto model = small_model(Dtype::f64);
   const Sequences sequences = random_sequences({41, 9, 41, 30, 41});
   const std::vector<int64_t> ends{1, 8, 20, 40};
@@ -101,14 +104,15 @@ TEST("the spread of sequences: a case by hand, and ranges of positions in any ch
       REQUIRE(loss.spreads.size() == 4);
       int64_t first = 1;
       for (std::size_t i = 0; i < ends.size(); ++i) {
-        PositionSpread expected;
+        std::vector<double> means;
         for (const auto& sequence : sequences) {
           if (std::ssize(sequence) - 1 < ends[i]) continue;
           const std::vector<double> losses = whole(*model, sequence);
           double sum = 0;
           for (int64_t p = first; p <= ends[i]; ++p) sum += losses[static_cast<std::size_t>(p - 1)];
-          expected.add(sum / static_cast<double>(ends[i] - first + 1));
+          means.push_back(sum / static_cast<double>(ends[i] - first + 1));
         }
+        const PositionSpread expected = spread_of(means);
         CHECK(loss.spreads[i].first == first);
         CHECK(loss.spreads[i].last == ends[i]);
         CHECK(loss.spreads[i].sequences == expected.sequences);
@@ -117,6 +121,12 @@ TEST("the spread of sequences: a case by hand, and ranges of positions in any ch
         first = ends[i] + 1;
       }
     }
+  // Where nothing differs, nearly all of what is subtracted cancels.
+  const Sequences same(5, sequences[0]);
+  for (const PositionSpread& spread : position_loss(*model, each_of(same), {.context = 40, .spread_ends = ends}).spreads) {
+    CHECK(spread.sequences == 5);
+    CHECK(spread.standard_error() < 3e-10);
+  }
   CHECK_THROWS_AS(position_loss(*model, each_of(sequences), {.context = 8, .spread_ends = {4, 4}}), ValueError);
 }
 
