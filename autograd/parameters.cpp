@@ -5,13 +5,11 @@
 #include <set>
 
 #include "autograd/node.h"
+#include "autograd/parameter_alignment.h"
 #include "core/error.h"
 #include "core/philox.h"
 
 namespace longhand {
-namespace {
-constexpr int64_t kAlignment = 64;  // elements
-}  // namespace
 
 Initializer init_constant(double value) {
   return [value](uint64_t, uint64_t) { return value; };
@@ -61,7 +59,6 @@ void ParameterSet::allocate(const Device& device, Dtype master_dtype, Dtype comp
   if (compute_dtype != master_dtype && !(compute_dtype == Dtype::bf16 && device.is_cuda()))
     throw DtypeError("parameters: this compute type is not available here",
                      {{"asked", name_of(compute_dtype)}, {"device", device.name()}, {"try", "f32 on the CPU, f32 or bf16 on a GPU"}});
-  auto rounded = [](int64_t n) { return (n + kAlignment - 1) / kAlignment * kAlignment; };
   std::vector<Parameter*> order;
   for (Parameter& p : parameters_) order.push_back(&p);
   const auto place_of = [](const Parameter* p) {  // the decayed before the others, and those of full precision on either side of the border
@@ -71,7 +68,7 @@ void ParameterSet::allocate(const Device& device, Dtype master_dtype, Dtype comp
   std::stable_sort(order.begin(), order.end(), [&](const Parameter* a, const Parameter* b) { return place_of(a) < place_of(b); });
   int64_t total = 0;
   for (const Parameter* p : order) {
-    total += rounded(p->shape.numel());
+    total += aligned_elements(p->shape.numel());
     if (p->options.decay) decayed_ = total;
   }
   compute_dtype_ = compute_dtype;
@@ -89,7 +86,7 @@ void ParameterSet::allocate(const Device& device, Dtype master_dtype, Dtype comp
       return grad->flat.slice(0, begin, begin + shape.numel()).reshape(shape);
     };
     p->variable = Variable::parameter(copied ? place(compute_) : p->master, sink, p->name);
-    at += rounded(p->shape.numel());
+    at += aligned_elements(p->shape.numel());
   }
   for (JoinedParameters& joined : joined_) {
     const int64_t begin = joined.parts[0]->master.offset();

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "autograd/parameter_alignment.h"
 #include "core/error.h"
 
 namespace longhand {
@@ -11,10 +12,9 @@ namespace {
 // A bucket is large enough to fill a link (32 MiB of f32) and a sixteenth of the model at most, so that the last one, which nothing hides,
 // is small; models of nothing but small tensors still get a few.
 constexpr int64_t kLargestBucket = int64_t{8} << 20, kSmallestBucket = 4096, kBucketsAtLeast = 16;
-constexpr int64_t kUnit = 64;  // elements to which a process's part is aligned, as parameters are
 
 int64_t bucket_size(int64_t n, int64_t processes) {
-  const int64_t wanted = std::clamp(n / kBucketsAtLeast, kSmallestBucket, kLargestBucket), step = kUnit * processes;
+  const int64_t wanted = std::clamp(n / kBucketsAtLeast, kSmallestBucket, kLargestBucket), step = kParameterAlignment * processes;
   return (wanted + step - 1) / step * step;
 }
 
@@ -25,7 +25,7 @@ Part full_precision_of(const ParameterSet& parameters) {
   for (const Parameter& p : parameters.all()) {
     if (!p.options.full_precision) continue;
     range.begin = std::min(range.begin, p.master.offset());
-    range.end = std::max(range.end, (p.master.offset() + p.shape.numel() + kUnit - 1) / kUnit * kUnit);
+    range.end = std::max(range.end, aligned_elements(p.master.offset() + p.shape.numel()));
   }
   return range.end > 0 ? range : Part{0, 0};
 }
@@ -61,7 +61,7 @@ GradientExchange::GradientExchange(ParameterSet& parameters, Communicator& proce
   for (const Parameter& p : parameters.all()) for_each_bucket(p, [&](std::size_t b) { of_[p.name].push_back(b); });
   if (!options_.sharded) return;
   for (const Bucket& bucket : buckets_) {
-    const Part own = processes.own(bucket.range.size(), kUnit);
+    const Part own = processes.own(bucket.range.size(), kParameterAlignment);
     if (own.size() > 0) own_.push_back({bucket.range.begin + own.begin, bucket.range.begin + own.end});
     const auto within = [&](const Tensor& flat) { return flat.slice(0, bucket.range.begin, bucket.range.end); };
     if (parameters.flat_compute()) shared_weights_.push_back(within(parameters.flat_compute()));
@@ -92,7 +92,7 @@ void GradientExchange::exchange_ready() {
     for (; next_ < buckets_.size() && missing_[next_] <= 0; ++next_) {
       const Part& range = buckets_[next_].range;
       const Tensor gradients = parameters_.flat_grad().slice(0, range.begin, range.end);
-      options_.sharded ? processes_.reduce_scatter_sum(gradients, kUnit) : processes_.all_reduce_sum(gradients);
+      options_.sharded ? processes_.reduce_scatter_sum(gradients, kParameterAlignment) : processes_.all_reduce_sum(gradients);
     }
   };
   processes_.as_one(ready);
@@ -124,7 +124,7 @@ void GradientExchange::share_masters() {
 void GradientExchange::gather(const std::vector<Tensor>& wholes) {
   if (wholes.empty()) return;
   processes_.as_one([&] {
-    for (const Tensor& whole : wholes) processes_.all_gather(whole, processes_.cuts(whole.numel(), kUnit));
+    for (const Tensor& whole : wholes) processes_.all_gather(whole, processes_.cuts(whole.numel(), kParameterAlignment));
   });
 }
 
