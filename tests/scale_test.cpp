@@ -163,6 +163,22 @@ TEST("scale: parts of different sizes, and rows that end in padding, make no dif
   check_same_losses(output_of(site.run(4, words)), output_of(site.run_alone(words)), kFew);
 }
 
+// Four steps in which all learn, then four in which the process with the last rows has nothing to learn from last, and so on.
+TEST("scale: a process without positions in its last micro-batch makes no difference, on two GPUs neither") {
+  if (std::string(MPIRUN).empty()) SKIP("this build has no MPI");
+  const Site site;
+  constexpr int kFew = 18;
+  const auto words = losses_words("cpu-idle", kFew, recipes(site, "idle", "batch_size = 8\ngrad_accumulation = 2"));
+  const std::string alone = output_of(site.run_alone(words));
+  for (const int processes : {2, 4}) check_same_losses(output_of(site.run(processes, words)), alone, kFew);
+  if (cuda_device_count() < 2) SKIP("fewer than two CUDA devices");
+  const auto on_gpus =
+      losses_words("cuda-idle", kFew, recipes(site, "idle-gpus", "batch_size = 8\ngrad_accumulation = 2\ndtype = \"f32\""));
+  const std::string two = output_of(site.run(2, on_gpus));
+  check_same_losses(two, output_of(site.run_alone(on_gpus)), kFew);
+  CHECK(output_of(site.run(2, on_gpus)) == two);
+}
+
 TEST("scale: on a GPU, NCCL in a captured step and outside one changes no bit of what one process does") {
   if (cuda_device_count() == 0) SKIP("no CUDA device");
   const Site site;
@@ -416,6 +432,25 @@ TEST("scale: a job whose process is killed ends and names it; resumed, one that 
     CHECK(alone.finish().code == 128 + SIGTERM);
   }
   check_same_run(run, whole, rows.size());
+}
+
+TEST("scale: where the launcher does not notice that a process is gone, the others name it and end") {
+  if (std::string(MPIRUN).empty()) SKIP("this build has no MPI");
+  const Site site;
+  ProcessOptions options = site.here();
+  options.patience = std::chrono::seconds(60);
+  Process job(Site::with_mpirun(2, train_words("left", with_data({"train.steps=1000000", "train.checkpoint_every=5"}))), options);
+  REQUIRE(job.wait_until([&] { return fs::exists(site.file("runs/left/checkpoints/latest")); }));
+  const pid_t victim = process_of(site, "1");
+  REQUIRE(victim > 0);
+  job.send(SIGSTOP);
+  ::kill(victim, SIGKILL);
+  CHECK(job.wait_until([&] { return process_of(site, "0") == 0; }));  // it waits for the other one inside MPI
+  job.send(SIGCONT);
+  const ProcessResult ended = job.finish();
+  CHECK(ended.code != 0);
+  CHECK(ended.err.find("process 1, id " + std::to_string(victim)) != std::string::npos);
+  CHECK(ended.err.find("process 0 of 2 ends the run") != std::string::npos);
 }
 
 TEST("scale: processes that would not train the same thing are refused with what differs") {

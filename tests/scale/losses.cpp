@@ -1,10 +1,12 @@
 // losses: trains the model of each recipe with every initial-state strategy, alone or as one of several processes, and has process 0 print
 // the loss of every step, exactly. Usage: losses DEVICE STEPS RECIPE.toml..., started by mpirun or by itself.
-//   DEVICE   cpu; cuda: a GPU each; nccl: a GPU joined by NCCL although it is alone; shared: one GPU for all, through the host
+//   DEVICE   cpu; cuda: a GPU each; nccl: a GPU joined by NCCL although it is alone; shared: one GPU for all, through the host.
+//            With -idle behind it: four steps of every eight lack the positions of the second half of the last micro-batch's rows
 //   prints   mamba2 state-passing 17 0x1.52ab3ap+2     family, strategy, step, loss
 //            mamba2 state-passing weights 5f3a9c01     check sum of the weights that products read, at the end
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <string>
 
@@ -57,8 +59,20 @@ class ThroughHost final : public Communicator {
   std::unique_ptr<Communicator> host_;
 };
 
-void train(const std::string& file, const std::string& strategy, const Device& device, int64_t steps, Communicator& processes,
-           bool together) {
+// The last of several processes then has nothing to learn from last: no gradient arrives at it before the end of the step.
+void leave_out_last_rows(Batch& batch, int64_t grad_accumulation) {
+  const int64_t left_out = batch.rows / grad_accumulation / 2 * batch.length;
+  std::fill(batch.mask.end() - left_out, batch.mask.end(), uint8_t{0});
+}
+
+struct Company {
+  Communicator& processes;
+  bool together = false;  // they share the training, though it may be only one
+  bool idle = false;
+};
+
+void train(const std::string& file, const std::string& strategy, const Device& device, int64_t steps, const Company& company) {
+  Communicator& processes = company.processes;
   std::vector<std::string> settings{"initial_state=" + strategy, fmt::format("train.steps={}", steps)};
   if (strategy == "tbtt") settings.push_back("data.arrangement=streams");
   Recipe recipe = read_recipe(file, settings);
@@ -68,12 +82,13 @@ void train(const std::string& file, const std::string& strategy, const Device& d
   if (recipe.train.dtype == "auto") recipe.train.dtype = device.is_cuda() ? "bf16" : "f32";
   LanguageModel model(recipe.model, device, parse_dtype(recipe.train.dtype));
   model.initialize(static_cast<uint64_t>(recipe.seed));
-  Trainer trainer(recipe, model, together ? &processes : nullptr);
+  Trainer trainer(recipe, model, company.together ? &processes : nullptr);
   BatchStream batches = training_batches(recipe, tokenizer);
   Batch batch;
   std::string text;
   for (int64_t step = 1; step <= steps; ++step) {
     if (!batches.next(batch)) throw ValueError("losses: the data ended", {{"step", std::to_string(step)}});
+    if (company.idle && (step - 1) / 4 % 2 == 1) leave_out_last_rows(batch, recipe.train.grad_accumulation);
     trainer.step(batch);
     trainer.request_report();
     text += fmt::format("{} {} {} {:a}\n", recipe.model.family, strategy, step, trainer.receive_report().loss);
@@ -93,7 +108,9 @@ void train(const std::string& file, const std::string& strategy, const Device& d
 int run(int argc, char** argv) {
   LocalPlace place;
   std::unique_ptr<Communicator> processes = join_processes(place);
-  const std::string kind = argv[1];
+  std::string kind = argv[1];
+  const bool idle = kind.ends_with("-idle");
+  kind = kind.substr(0, kind.find('-'));
   const bool shared = kind == "shared", together = !processes->alone() || kind == "nccl";
   const Device device = kind == "cpu" ? Device::cpu() : Device::cuda(shared ? 0 : static_cast<int>(place.rank));
   if (shared) processes = std::make_unique<ThroughHost>(std::move(processes));
@@ -101,7 +118,7 @@ int run(int argc, char** argv) {
   try {
     for (int i = 3; i < argc; ++i)
       for (const InitialStateStrategy& strategy : initial_state_strategies())
-        train(argv[i], strategy.name, device, std::stoll(argv[2]), *processes, together);
+        train(argv[i], strategy.name, device, std::stoll(argv[2]), {*processes, together, idle});
   } catch (const std::exception& error) {
     fmt::print(stderr, "process {}: {}\n", processes->rank(), error.what());
     processes->abort(1);
@@ -114,7 +131,7 @@ int run(int argc, char** argv) {
 
 int main(int argc, char** argv) {
   if (argc < 4) {
-    fmt::print(stderr, "usage: losses cpu|cuda|nccl|shared STEPS RECIPE.toml...\n");
+    fmt::print(stderr, "usage: losses cpu|cuda|nccl|shared[-idle] STEPS RECIPE.toml...\n");
     return 2;
   }
   try {
