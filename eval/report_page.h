@@ -56,7 +56,8 @@ details{margin-top:8px}
 summary{cursor:pointer;color:var(--soft)}
 @media print{:root{--bg:#fff;--card:#fff;--ink:#000;--soft:#444;--rule:#bbb;--grid:#e4e4e4;
 --s0:#0b5fa5;--s1:#c8480c;--s2:#12784a;--s3:#84379c;--s4:#8a6a00;--s5:#0c7d8a;--s6:#b3174f;--s7:#4c5561}
-main{max-width:none;padding:0}figure,table{break-inside:avoid}.tip,.cursor{display:none}.box{min-width:0}}
+main{max-width:none;padding:0}h2{break-after:avoid}figure,table{break-inside:avoid}.scroll{overflow:visible}table{font-size:9.5px;min-width:0}
+th,td,tbody th{padding:2px 4px;white-space:normal}thead th:not(:first-child),.text td{min-width:0}.tip,.cursor{display:none}.box{min-width:0}}
 )css";
 
 // For each line plot: a cursor at the pointer's x and a box with the value of every series at its nearest point.
