@@ -39,11 +39,14 @@ constexpr unsigned kPanelColumns = 64, kPanelRow = 128;  // elements, bytes
 constexpr int kPanelBytes = kChunk * 128;                // of 64 rows
 constexpr int kPanelAlignment = 1024;                    // of a panel's address
 
-/// The place of element (row, column) in panels of 64 rows. Unsigned, so that divisions are shifts.
-__device__ __forceinline__ Bf16* panel_element(void* panels, unsigned row, unsigned column) {
+/// The place of element (row, column) in panels of 64 rows, in bytes. Unsigned, so that divisions are shifts. 8 rows on is 8 * kPanelRow
+/// more.
+__device__ __forceinline__ unsigned panel_place(unsigned row, unsigned column) {
   const unsigned unit = (column / 8 ^ row) % 8;
-  return reinterpret_cast<Bf16*>(static_cast<unsigned char*>(panels) + column / kPanelColumns * kPanelBytes + row * kPanelRow + unit * 16 +
-                                 column % 8 * 2);
+  return column / kPanelColumns * kPanelBytes + row * kPanelRow + unit * 16 + column % 8 * 2;
+}
+__device__ __forceinline__ Bf16* panel_element(void* panels, unsigned row, unsigned column) {
+  return reinterpret_cast<Bf16*>(static_cast<unsigned char*>(panels) + panel_place(row, column));
 }
 __device__ __forceinline__ const Bf16* panel_element(const void* panels, unsigned row, unsigned column) {
   return panel_element(const_cast<void*>(panels), row, column);
@@ -128,11 +131,15 @@ enum class Summed { along_rows, across_rows };
 /// The operand whose 16 values of the summed index are number k16. along_rows: of the 64 rows' columns 16 * k16 ..; across_rows: rows
 /// 16 * k16 .., all columns.
 template <Summed summed>
-__device__ __forceinline__ uint64_t operand(const void* panels, int k16) {
+__device__ __forceinline__ uint64_t operand(unsigned panels, int k16) {  // by their address in shared memory
   const int offset = summed == Summed::along_rows ? k16 / 4 * kPanelBytes + k16 % 4 * 32 : k16 * 16 * kPanelRow;
-  const uint64_t address = (shared_address(panels) + static_cast<unsigned>(offset)) >> 4 & 0x3fff;
+  const uint64_t address = (panels + static_cast<unsigned>(offset)) >> 4 & 0x3fff;
   constexpr uint64_t next_panel = kPanelBytes >> 4, next_eight_rows = 8 * kPanelRow >> 4, swizzle_128 = 1;
   return address | next_panel << 16 | next_eight_rows << 32 | swizzle_128 << 62;
+}
+template <Summed summed>
+__device__ __forceinline__ uint64_t operand(const void* panels, int k16) {
+  return operand<summed>(shared_address(panels), k16);
 }
 
 #define LONGHAND_ACC_TILES(j)                                                                                                        \

@@ -219,12 +219,7 @@ __global__ void __launch_bounds__(2 * kGlaPart, sizeof(T) == 2 && D == 128 ? (ba
   using Layout = WalkLayout<T, D>;
   constexpr int side_stride = tile_stride<T>(D), scores_stride = tile_stride<T>(kChunk);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, quad = lane % 4;
-  const int part = static_cast<int>(blockIdx.x % a.parts), first_column = kGlaPart * part,
-            columns = a.Dv - first_column < kGlaPart ? a.Dv - first_column : kGlaPart;
-  const int64_t segment = blockIdx.x / a.parts % a.segments, row_head = blockIdx.x / a.parts / a.segments, h = row_head % a.H,
-                b = row_head / a.H;
-  const int64_t k_begin = segment * a.chunks_per_segment, k_limit = k_begin + a.chunks_per_segment,
-                k_end = k_limit < a.chunks ? k_limit : a.chunks;
+  const auto [part, first_column, columns, segment, row_head, h, b, k_begin, k_end] = GlaWalkBlock(a);
   if (a.end_per_segment && segment == a.segments - 1) return;  // nobody starts from its end
 
   float* product = reinterpret_cast<float*>(shared_memory());  // [D] decay over the segment so far

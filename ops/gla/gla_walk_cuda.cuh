@@ -22,6 +22,24 @@ struct GlaWalkArgs {
   int Dk, Dv, parts, stages;
 };
 
+/// What a block of a walk does: chunks [k_begin, k_end) in the walk's order, of one row and head, for a part of the columns of Dv.
+struct GlaWalkBlock {
+  int part, first_column, columns;
+  int64_t segment, row_head, h, b, k_begin, k_end;
+
+  template <class T>
+  __device__ explicit GlaWalkBlock(const GlaWalkArgs<T>& a)
+      : part(static_cast<int>(blockIdx.x % a.parts)),
+        first_column(kGlaPart * part),
+        columns(a.Dv - first_column < kGlaPart ? a.Dv - first_column : kGlaPart),
+        segment(blockIdx.x / a.parts % a.segments),
+        row_head(blockIdx.x / a.parts / a.segments),
+        h(row_head % a.H),
+        b(row_head / a.H),
+        k_begin(segment * a.chunks_per_segment),
+        k_end(k_begin + a.chunks_per_segment < a.chunks ? k_begin + a.chunks_per_segment : a.chunks) {}
+};
+
 /// Walks with the products of warpgroups (gla_walk_warpgroups_cuda.cu), where this GPU, this build and these shapes allow it.
 constexpr int kGlaWalkBlocksAtOnce = 4;  // of an SM
 bool gla_walk_has_warpgroups(const GlaWalkArgs<Bf16>& args, bool outputs, const CudaContext& context);

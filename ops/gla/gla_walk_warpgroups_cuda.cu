@@ -18,85 +18,153 @@
 namespace longhand {
 namespace {
 
-/// Shared memory in bytes: side, readout (or, without outputs, border rows), rows, scores, the chunk's decay, the segment's.
+/// Shared memory in bytes: side, readout (or, without outputs, border rows), rows, scores, the chunk's decay.
 template <int D, bool outputs>
 struct Layout {
   static constexpr int side_bytes = D / kPanelColumns * kPanelBytes;
   static constexpr int readout_place = side_bytes, rows_place = 2 * side_bytes, scores_place = rows_place + kPanelBytes;
-  static constexpr int decay_place = scores_place + (outputs ? kPanelBytes : 0), total_bytes = kPanelAlignment + decay_place + 2 * D * 4;
+  static constexpr int decay_place = scores_place + (outputs ? kPanelBytes : 0), total_bytes = kPanelAlignment + decay_place + D * 4;
 };
+
+// Shared memory by its own addresses: a thread's places in a tile are then one register and constants. From pointers the compiler forms
+// each place for itself, 300 instructions a chunk more, and keeps so many of them that it stores others in local memory.
+
+__device__ __forceinline__ void copy_16_async(unsigned to, const Bf16* from, bool read) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(read ? 16 : 0) : "memory");
+}
+__device__ __forceinline__ void copy_16_async(unsigned to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ __forceinline__ float load_one(unsigned from) {
+  float v;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(from) : "memory");
+  return v;
+}
+__device__ __forceinline__ float2 load_two(unsigned from) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(from) : "memory");
+  return v;
+}
+__device__ __forceinline__ uint4 load_16(unsigned from) {
+  uint4 v;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from) : "memory");
+  return v;
+}
+/// The reverse of load_matrices (matrix_instructions.cuh).
+__device__ __forceinline__ void store_matrices(unsigned row, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+}
+__device__ __forceinline__ void store_matrices_transposed(unsigned row, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(r[0]), "r"(r[1]), "r"(r[2]),
+               "r"(r[3])
+               : "memory");
+}
+
+/// The place 16 * n columns behind one in the first 16 columns.
+__device__ __forceinline__ unsigned columns_behind(unsigned place, int n) {
+  return (place ^ static_cast<unsigned>(n % 4 * 32)) + static_cast<unsigned>(n / 4 * kPanelBytes);
+}
+
+/// 64 rows of `columns` elements, one behind the other in global memory, into panels; the copies of thread `thread`.
+template <int columns>
+__device__ __forceinline__ void load_whole_panels(unsigned panels, const Bf16* from, unsigned thread) {
+  constexpr unsigned units = columns / 8, rows_at_once = kWarpgroup / units;
+  const unsigned to = panels + panel_place(thread / units, thread % units * 8);
+  from += thread * 8;
+#pragma unroll
+  for (unsigned pass = 0; pass < kChunk / rows_at_once; ++pass)
+    copy_16_async(to + pass * rows_at_once * kPanelRow, from + pass * kWarpgroup * 8);
+}
+
+/// What Left::from gives, by other instructions: the same ones would be carried out once, and their results kept in registers that a
+/// thread does not have.
+__device__ __forceinline__ Left<Bf16> rounded_again(const float (&first)[4], const float (&second)[4]) {
+  const auto two = [](float a, float b) { return __byte_perm(pack(b, a), 0, 0x1032); };
+  return {{two(first[0], first[1]), two(first[2], first[3]), two(second[0], second[1]), two(second[2], second[3])}};
+}
 
 template <int D, bool outputs, bool backwards>
 __global__ void __launch_bounds__(kWarpgroup, kGlaWalkBlocksAtOnce) gla_walk_warpgroup_kernel(const __grid_constant__ GlaWalkArgs<Bf16> a) {
 #if LONGHAND_WARPGROUP_INSTRUCTIONS
   using L = Layout<D, outputs>;
-  const int thread = static_cast<int>(threadIdx.x), warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, quad = lane % 4;
-  const int low = 16 * warp + g;  // rows low and low + 8
-  const int part = static_cast<int>(blockIdx.x % a.parts), first_column = kGlaPart * part,
-            columns = a.Dv - first_column < kGlaPart ? a.Dv - first_column : kGlaPart;
-  const int64_t segment = blockIdx.x / a.parts % a.segments, row_head = blockIdx.x / a.parts / a.segments, h = row_head % a.H,
-                b = row_head / a.H;
-  const int64_t k_begin = segment * a.chunks_per_segment, k_limit = k_begin + a.chunks_per_segment,
-                k_end = k_limit < a.chunks ? k_limit : a.chunks;
+  const unsigned thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  const auto [part, first_column, columns, segment, row_head, h, b, k_begin, k_end] = GlaWalkBlock(a);
   // With outputs, ends are those of the whole walk and borders are kept on the way back only.
   const bool keeps_borders = outputs ? backwards : a.borders != nullptr, ends_segments = !outputs && a.end_per_segment;
   if (ends_segments && segment == a.segments - 1) return;  // nobody starts from its end
 
-  unsigned char* const memory = shared_memory() + (0u - shared_address(shared_memory())) % kPanelAlignment;
-  float* const decay = reinterpret_cast<float*>(memory + L::decay_place);
-  float* const product = decay + D;  // decay over the segment so far
+  const unsigned side = (shared_address(shared_memory()) + kPanelAlignment - 1) / kPanelAlignment * kPanelAlignment,
+                 readout = side + L::readout_place, rows = side + L::rows_place, scores = side + L::scores_place,
+                 decay = side + L::decay_place;
 
-  // The turned state: rows p = low and low + 8 of this part, columns 8j + 2 * quad and the next.
+  // The turned state: rows p = 16 * warp + lane / 4 and + 8 of this part, columns 8j + 2 * (lane % 4) and the next.
   float state[D / 8][4];
   clear(state);
-  const auto each_state_entry = [&](auto&& visit) {  // visit(offset in [Dk, Dv], value)
-    const int first_m = not_hoisted(2 * quad);
+  const auto each_state_entry = [&](auto* entries, auto&& visit) {  // visit(entry of [Dk, Dv], value)
+    const int first_p = static_cast<int>(16 * warp + lane / 4), first_m = static_cast<int>(2 * (lane % 4));
+    const bool one = first_p < columns, other = first_p + 8 < columns;
+    auto* at = entries + first_m * a.Dv + first_column + first_p;
 #pragma unroll
-    for (int j = 0; j < D / 8; ++j)
+    for (int j = 0; j < D / 8; ++j, at += 8 * a.Dv)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int p = low + e / 2 * 8, m = 8 * j + first_m + e % 2;
-        if (p < columns && m < a.Dk) visit(static_cast<int64_t>(m) * a.Dv + first_column + p, state[j][e]);
-      }
+      for (int odd = 0; odd < 2; ++odd)
+        if (8 * j + first_m + odd < a.Dk) {
+          if (one) visit(at[odd * a.Dv], state[j][odd]);
+          if (other) visit(at[odd * a.Dv + 8], state[j][2 + odd]);
+        }
   };
   const int64_t state_size = static_cast<int64_t>(a.Dk) * a.Dv;
-  if (a.start != nullptr) {
-    const float* const from = a.start + (row_head * a.segments + segment) * state_size;
-    each_state_entry([&](int64_t at, float& value) { value = from[at]; });
-  }
-  if (ends_segments && thread < D) product[thread] = 1.0f;  // read by this thread only
+  if (a.start != nullptr)
+    each_state_entry(a.start + (row_head * a.segments + segment) * state_size, [](const float& entry, float& value) { value = entry; });
+
+  // This thread's 16 bytes of a panel's rows 0 to 15, and of the tokens that rows and y have there; 16 rows on come the next ones.
+  const int row = static_cast<int>(thread / 8), column = static_cast<int>(thread % 8 * 8);
+  const unsigned place = panel_place(row, column);
+  const int64_t first_token = (backwards ? a.chunks - 1 - k_begin : k_begin) * kChunk + row, next_chunk = backwards ? -kChunk : kChunk;
+  const Bf16* rows_from = a.rows.data + b * a.rows.batch + first_token * a.rows.token + h * a.Dv + first_column + column;
+  Bf16* y_to = outputs ? a.y.data + b * a.y.batch + first_token * a.y.token + h * a.Dv + first_column + column : nullptr;
+  float product = 1.0f;  // the decay of column `thread` over the segment so far
 
   for (int64_t k = k_begin; k < k_end; ++k) {
     const int64_t chunk = backwards ? a.chunks - 1 - k : k, unit = (b * a.chunks + chunk) * a.H + h,
                   left_tokens = a.tokens - chunk * kChunk;
-    const int valid = static_cast<int>(left_tokens < kChunk ? left_tokens : kChunk);
-    unsigned char* const side = memory + not_hoisted(0);
-    unsigned char *const readout = side + L::readout_place, *const rows = side + L::rows_place, *const scores = side + L::scores_place;
+    const int valid = static_cast<int>(left_tokens < kChunk ? left_tokens : kChunk), rows_here = (column < columns ? valid : 0) - row;
     __syncthreads();  // the tiles of the chunk before have been read
-    if (thread < D / 4) copy_16_async(decay + 4 * thread, a.decay + unit * D + 4 * thread);
-    if constexpr (outputs) load_panels<D, kWarpgroup>(readout, a.readout + unit * kChunk * D, D, kChunk, D, thread);
-    load_panels<kGlaPart, kWarpgroup>(rows, a.rows.data + b * a.rows.batch + chunk * kChunk * a.rows.token + h * a.Dv + first_column,
-                                      a.rows.token, valid, columns, thread);
-    if constexpr (outputs) load_panels<kChunk, kWarpgroup>(scores, a.scores + unit * kChunk * kChunk, kChunk, kChunk, kChunk, thread);
-    load_panels<D, kWarpgroup>(side, a.side + unit * kChunk * D, D, kChunk, D, thread);
+    if (thread < D / 4) copy_16_async(decay + 16 * thread, a.decay + unit * D + 4 * thread);
+    if constexpr (outputs) load_whole_panels<D>(readout, a.readout + unit * kChunk * D, thread);
+    const Bf16* from = rows_from;
+#pragma unroll
+    for (int pass = 0; pass < 4; ++pass, from += 16 * a.rows.token)
+      copy_16_async(rows + place + pass * 16 * kPanelRow, from, 16 * pass < rows_here);
+    rows_from += next_chunk * a.rows.token;
+    if constexpr (outputs) load_whole_panels<kChunk>(scores, a.scores + unit * kChunk * kChunk, thread);
+    load_whole_panels<D>(side, a.side + unit * kChunk * D, thread);
     copies_arrived();
     publish_to_tensor_cores();
     __syncthreads();
-    if (ends_segments && thread < D) product[thread] *= decay[thread];
+    if (ends_segments && thread < D) product *= load_one(decay + 4 * thread);
 
+    const auto keep_border = [&](int n, const Left<Bf16>& left) {  // columns 16 * n .. of this warp's 16 rows
+      store_matrices(columns_behind(readout + panel_place(16 * warp + lane % 16, lane / 16 * 8), n), left.r);
+    };
     float y[8][4];  // y' : rows p, columns tokens
     if constexpr (outputs) {
       clear(y);
 #pragma unroll
-      for (int n = 0; n < D / 16; n += 2) {  // two operands in registers at a time
-        const Left<Bf16> first = Left<Bf16>::from(state[2 * n], state[2 * n + 1]),
-                         second = Left<Bf16>::from(state[2 * n + 2], state[2 * n + 3]);
+      for (int n = 0; n < D / 16; ++n) {
+        const Left<Bf16> left = Left<Bf16>::from(state[2 * n], state[2 * n + 1]);
         products_begin();
-        multiply_panels<Summed::along_rows>(y, first, operand<Summed::along_rows>(readout, n));
-        multiply_panels<Summed::along_rows>(y, second, operand<Summed::along_rows>(readout, n + 1));
+        multiply_panels<Summed::along_rows>(y, left, operand<Summed::along_rows>(readout, n));
         products_close();
+        products_done_but<1>();  // two operands in registers at a time
+      }
+      if constexpr (backwards) {
         products_done_but<0>();
         touch(y);
+        __syncthreads();  // readout has been read: the border takes its place
+#pragma unroll
+        for (int n = 0; n < D / 16; ++n) keep_border(n, rounded_again(state[2 * n], state[2 * n + 1]));
       }
       constexpr Summed of_scores = backwards ? Summed::across_rows : Summed::along_rows;  // o_i takes v_j, grad v_j takes grad o_i
       products_begin();
@@ -104,29 +172,13 @@ __global__ void __launch_bounds__(kWarpgroup, kGlaWalkBlocksAtOnce) gla_walk_war
       for (int k16 = 0; k16 < kChunk / 16; ++k16)
         multiply_panels<Summed::across_rows, of_scores>(y, operand<Summed::across_rows>(rows, k16), operand<of_scores>(scores, k16), true);
       products_close();
-      products_done_but<0>();
-      touch(y);
-      __syncthreads();  // readout and scores have been read: a border takes the place of one, y of the other
-    }
-    if (keeps_borders) {  // this warp's 16 rows, through shared memory so that whole lines are written
-      const int own_row = not_hoisted(low);
+    } else if (keeps_borders) {
 #pragma unroll
-      for (int j = 0; j < D / 8; ++j)
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-          store_two(panel_element(readout, own_row + 8 * half, 8 * j + 2 * quad), state[j][2 * half], state[j][2 * half + 1], true, true);
-      __syncwarp();
-      constexpr int units = D / 8, rows_at_once = 32 / units;
-      Bf16* const to = a.borders + (unit * a.Dv + first_column) * D + lane % units * 8;
-#pragma unroll 2
-      for (int pass = 0; pass < 16 / rows_at_once; ++pass)
-        if (const int row = 16 * warp + lane / units + pass * rows_at_once; row < columns)
-          *reinterpret_cast<uint4*>(to + row * D) = *reinterpret_cast<const uint4*>(panel_element(readout, row, lane % units * 8));
-      __syncwarp();
+      for (int n = 0; n < D / 16; ++n) keep_border(n, Left<Bf16>::from(state[2 * n], state[2 * n + 1]));
     }
 #pragma unroll
     for (int j = 0; j < D / 8; ++j) {
-      const float2 factor = load_two(decay + 8 * j + 2 * quad);
+      const float2 factor = load_two(decay + 8 * (lane % 4) + 32 * j);
       state[j][0] *= factor.x;
       state[j][1] *= factor.y;
       state[j][2] *= factor.x;
@@ -138,31 +190,39 @@ __global__ void __launch_bounds__(kWarpgroup, kGlaWalkBlocksAtOnce) gla_walk_war
       multiply_panels<Summed::across_rows, Summed::across_rows>(state, operand<Summed::across_rows>(rows, k16),
                                                                 operand<Summed::across_rows>(side, k16), true);
     products_close();
-    if constexpr (outputs) {  // columns 16 * warp .. are this warp's alone
-#pragma unroll
-      for (int i8 = 0; i8 < kChunk / 8; ++i8)
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-          *reinterpret_cast<uint32_t*>(panel_element(scores, 8 * i8 + g, 16 * warp + 8 * half + 2 * quad)) =
-              transpose_matrix(pack(y[i8][2 * half], y[i8][2 * half + 1]));
+    if (keeps_borders) {  // out of shared memory, so that whole lines are written
       __syncwarp();
-      Bf16* const to = a.y.data + b * a.y.batch + chunk * kChunk * a.y.token + h * a.Dv + first_column;
-      const int p = 16 * warp + lane % 2 * 8;
+      constexpr int units = D / 8, rows_at_once = 32 / units;
+      const int p = static_cast<int>(16 * warp + lane / units), m = static_cast<int>(lane % units * 8);
+      Bf16* const to = a.borders + (unit * a.Dv + first_column + p) * D + m;
+#pragma unroll 2
+      for (int pass = 0; pass < 16; pass += rows_at_once)
+        if (p + pass < columns) *reinterpret_cast<uint4*>(to + pass * D) = load_16(readout + panel_place(p + pass, m));
+    }
+    if constexpr (outputs) {
+      products_done_but<1>();
+      touch(y);
+      __syncthreads();  // scores have been read: y takes their place
+      const unsigned own = scores + panel_place(lane / 16 * 8 + lane % 8, 16 * warp + lane / 8 % 2 * 8);
 #pragma unroll
-      for (int pass = 0; pass < 4; ++pass) {
-        const int i = 16 * pass + lane / 2;
-        if (i < valid && p < columns)
-          *reinterpret_cast<uint4*>(to + i * a.y.token + p) = *reinterpret_cast<const uint4*>(panel_element(scores, i, p));
-      }
+      for (int i8 = 0; i8 < kChunk / 8; i8 += 2)
+        store_matrices_transposed(own + i8 * 8 * kPanelRow, {pack(y[i8][0], y[i8][1]), pack(y[i8][2], y[i8][3]),
+                                                             pack(y[i8 + 1][0], y[i8 + 1][1]), pack(y[i8 + 1][2], y[i8 + 1][3])});
+      __syncthreads();
+      Bf16* to = y_to;
+#pragma unroll
+      for (int pass = 0; pass < 4; ++pass, to += 16 * a.y.token)
+        if (16 * pass < rows_here) *reinterpret_cast<uint4*>(to) = load_16(scores + place + pass * 16 * kPanelRow);
+      y_to += next_chunk * a.y.token;
     }
     products_done_but<0>();
     touch(state);
   }
-  if (a.end != nullptr && (ends_segments || segment == a.segments - 1)) {
-    float* const to = a.end + (ends_segments ? row_head * a.segments + segment : row_head) * state_size;
-    each_state_entry([&](int64_t at, float& value) { to[at] = value; });
-  }
-  if (ends_segments && part == 0 && thread < a.Dk) a.segment_decay[(row_head * a.segments + segment) * a.Dk + thread] = product[thread];
+  if (a.end != nullptr && (ends_segments || segment == a.segments - 1))
+    each_state_entry(a.end + (ends_segments ? row_head * a.segments + segment : row_head) * state_size,
+                     [](float& entry, float value) { entry = value; });
+  if (ends_segments && part == 0 && thread < static_cast<unsigned>(a.Dk))
+    a.segment_decay[(row_head * a.segments + segment) * a.Dk + thread] = product;
 #endif
 }
 
