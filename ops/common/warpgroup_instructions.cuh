@@ -39,17 +39,18 @@ constexpr unsigned kPanelColumns = 64, kPanelRow = 128;  // elements, bytes
 constexpr int kPanelBytes = kChunk * 128;                // of 64 rows
 constexpr int kPanelAlignment = 1024;                    // of a panel's address
 
-/// The place of element (row, column) in panels of 64 rows, in bytes. Unsigned, so that divisions are shifts. 8 rows on is 8 * kPanelRow
-/// more.
-__device__ __forceinline__ unsigned panel_place(unsigned row, unsigned column) {
-  const unsigned unit = (column / 8 ^ row) % 8;
-  return column / kPanelColumns * kPanelBytes + row * kPanelRow + unit * 16 + column % 8 * 2;
-}
+/// The place of element (row, column) in panels of 64 rows. Unsigned, so that divisions are shifts.
 __device__ __forceinline__ Bf16* panel_element(void* panels, unsigned row, unsigned column) {
-  return reinterpret_cast<Bf16*>(static_cast<unsigned char*>(panels) + panel_place(row, column));
+  const unsigned unit = (column / 8 ^ row) % 8;
+  return reinterpret_cast<Bf16*>(static_cast<unsigned char*>(panels) + column / kPanelColumns * kPanelBytes + row * kPanelRow + unit * 16 +
+                                 column % 8 * 2);
 }
 __device__ __forceinline__ const Bf16* panel_element(const void* panels, unsigned row, unsigned column) {
   return panel_element(const_cast<void*>(panels), row, column);
+}
+/// Likewise in bytes from the beginning, for panels known by their address in shared memory.
+__device__ __forceinline__ unsigned panel_place(unsigned row, unsigned column) {
+  return column / kPanelColumns * kPanelBytes + row * kPanelRow + (column / 8 ^ row) % 8 * 16 + column % 8 * 2;
 }
 
 // --- barriers in shared memory that count arrivals --------------------------------------------------------------

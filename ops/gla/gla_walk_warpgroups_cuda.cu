@@ -7,7 +7,8 @@
 // flops   per chunk and head the scores' product with v (64 * 64 * Dv), state and update (2 * 64 Dk Dv each)
 // floor   B 32, T 2048, H 4, Dk 128, Dv 256, bf16: 440 MB / 4.0 TB/s = 0.11 ms on an H200
 // split   one block of one warpgroup per (row, head, 64 columns of Dv, segment); the turned state, 64 rows by Dk columns, stays in f32
-//         registers and feeds its product from there, a quarter at a time. Four blocks of an SM hide one another's waiting
+//         registers and feeds its product from there, 16 columns at a time. Four blocks of an SM hide one another's waiting: 128 registers
+//         a thread, of which state, y and two operands take 104
 // needs   bf16, Dk <= 128, 16-byte copies of v and o; sm_90a
 // agrees  with the CPU reference to kGlaToleranceBf16 (gla_kernels.h); bf16 rounds o, and the state in its product
 // order   fixed, no atomics. How many segments there are depends on the GPU's size

@@ -1,6 +1,6 @@
 // What compute-sanitizer says of kernels that are sound, and of others that are not: how far its reports about this code's kernels can be
 // believed. docs/trust.md has the answers.
-//   nvcc -arch=sm_90a -O3 -lineinfo -o probe tests/sanitizers/probe.cu
+//   nvcc -gencode arch=compute_90a,code=sm_90a -O3 -lineinfo -o probe tests/sanitizers/probe.cu
 //   compute-sanitizer --tool racecheck ./probe handed          NAME is one of those below
 #include <cstdint>
 #include <cstdio>
@@ -77,23 +77,74 @@ __global__ void read(const float* from, float* out) {
   out[threadIdx.x] = from[threadIdx.x] + 1;
 }
 
+// Sound: three left operands of products of a warpgroup (wgmma) in registers, used six times each, every product waited for before the
+// next. With 62 registers a thread the compiler lays two of them below R24 (cuobjdump -sass: HGMMA .. R24, R8, ..), with 128 none.
+constexpr int kWarpgroup = 128, kOperands = 3, kTimes = 6, kSums = 32;  // a thread's of 64 x 64
+template <int registers>
+__global__ void __maxnreg__(registers) multiply(const uint32_t* left, float* out) {
+  __shared__ __align__(1024) uint16_t right[16 * 64];  // ones, in whatever order
+  const int thread = static_cast<int>(threadIdx.x);
+  for (int i = thread; i < 16 * 64; i += kWarpgroup) right[i] = 0x3f80;
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  __syncthreads();
+  const uint64_t b = (shared_address(right) >> 4 & 0x3fff) | uint64_t{128 >> 4} << 16 | uint64_t{256 >> 4} << 32;
+  float acc[kSums] = {};
+  uint32_t a[kOperands][4];
+#pragma unroll
+  for (int n = 0; n < kOperands; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[n][i] = left[(n * 4 + i) * kWarpgroup + thread];
+#pragma unroll
+  for (int t = 0; t < kTimes; ++t)
+#pragma unroll
+    for (int n = 0; n < kOperands; ++n) {
+#define FOUR(i) "+f"(acc[i]), "+f"(acc[i + 1]), "+f"(acc[i + 2]), "+f"(acc[i + 3])
+      asm volatile(
+          "wgmma.fence.sync.aligned;\n"
+          "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+          "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, 1, 1, 1, 0;\n"
+          "wgmma.commit_group.sync.aligned;\n"
+          "wgmma.wait_group.sync.aligned 0;"
+          : FOUR(0), FOUR(4), FOUR(8), FOUR(12), FOUR(16), FOUR(20), FOUR(24), FOUR(28)
+          : "r"(a[n][0]), "r"(a[n][1]), "r"(a[n][2]), "r"(a[n][3]), "l"(b)
+          : "memory");
+#undef FOUR
+    }
+#pragma unroll
+  for (int i = 0; i < kSums; ++i) out[i * kWarpgroup + thread] = acc[i];
+}
 }  // namespace
 
 int main(int count, char** words) {
   const auto is = [&](const char* name) { return count == 2 && std::strcmp(words[1], name) == 0; };
-  float *x = nullptr, *y = nullptr, result[kFloats] = {};
+  constexpr int kMost = kSums * kWarpgroup;
+  static float result[kMost];
+  float *x = nullptr, *y = nullptr;
   cudaMalloc(&x, sizeof result);
   cudaMalloc(&y, sizeof result);
-  if (is("branches")) branches_meet<<<1, 3 * kWarp>>>(y);
+  uint32_t ones[kOperands * 4 * kWarpgroup], *left = nullptr;  // all operands are ones: every sum is 16 of each product
+  for (uint32_t& two : ones) two = 0x3f803f80;
+  cudaMalloc(&left, sizeof ones);
+  cudaMemcpy(left, ones, sizeof ones, cudaMemcpyHostToDevice);
+  const bool multiplies = is("operands-low") || is("operands-high");
+  if (is("operands-low")) multiply<62><<<1, kWarpgroup>>>(left, y);
+  else if (is("operands-high")) multiply<128><<<1, kWarpgroup>>>(left, y);
+  else if (is("branches")) branches_meet<<<1, 3 * kWarp>>>(y);
   else if (is("handed")) hand_over<true, false><<<1, 2 * kWarp>>>(y);
   else if (is("handed-by-all")) hand_over<true, true><<<1, 2 * kWarp>>>(y);
   else if (is("handed-unsound")) hand_over<false, false><<<1, 2 * kWarp>>>(y);
   else if (is("bulk")) write_in_bulk<<<1, kFloats>>>(x);
   else if (is("plain")) write_one_by_one<<<1, kFloats>>>(x);
   else if (!is("unwritten"))
-    return std::fprintf(stderr, "usage: probe branches|handed|handed-by-all|handed-unsound|bulk|plain|unwritten\n"), 2;
+    return std::fprintf(stderr,
+                        "usage: probe branches|handed|handed-by-all|handed-unsound|bulk|plain|unwritten|operands-low|operands-high\n"),
+           2;
   if (is("bulk") || is("plain") || is("unwritten")) read<<<1, kFloats>>>(x, y);
-  const cudaError_t status = cudaMemcpy(result, y, sizeof result, cudaMemcpyDeviceToHost);
+  const std::size_t count_out = multiplies ? kMost : kFloats;
+  const cudaError_t status = cudaMemcpy(result, y, count_out * sizeof(float), cudaMemcpyDeviceToHost);
   std::printf("%s: %s, %g %g\n", words[1], cudaGetErrorString(status), result[0], result[kWarp - 1]);
-  return status == cudaSuccess ? 0 : 1;
+  int wrong = 0;
+  for (float sum : result) wrong += sum != 16.0f * kOperands * kTimes;
+  if (multiplies) std::printf("%d of %d sums wrong\n", wrong, kMost);
+  return status == cudaSuccess && !(multiplies && wrong > 0) ? 0 : 1;
 }
