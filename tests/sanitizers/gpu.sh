@@ -10,7 +10,8 @@ set -u
 build=$(realpath "$1") OUT=$2; shift 2
 tools=${*:-memcheck synccheck racecheck initcheck}
 export build OUT LIMIT=${LIMIT:-120} LONGHAND_EXACT=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-gpus=$(nvidia-smi -L | grep -c '^GPU'); jobs=${JOBS:-$(nproc)}
+ids=${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $(($(nvidia-smi -L | grep -c '^GPU') - 1)))}
+gpus=$(tr , '\n' <<<"$ids" | grep -c .); jobs=${JOBS:-$(nproc)}; export ids END=$(($(date +%s) + ${TOTAL:-3600}))
 mkdir -p "$OUT"; OUT=$(realpath "$OUT"); : > "$OUT/summary"
 
 # Models of one layer of width 256: three steps of 2 rows of 160 tokens with a strategy that carries states or adds noise, and a checkpoint.
@@ -28,7 +29,8 @@ done
 
 # A process: TOOL PROGRAM CASE
 one() {
-  local tool=$1 program=$2 name=$3 file begin=$SECONDS rc verdict all known words options=()
+  local tool=$1 program=$2 name=$3 file begin=$SECONDS left=$((END - $(date +%s))) rc verdict all known words options=()
+  [ "$left" -gt 1 ] || return 0
   file=$OUT/$tool-$program-$(tr -c 'a-zA-Z0-9\n' _ <<<"$name" | cut -c1-60).txt
   case $tool in
     memcheck) options=(--leak-check no);;
@@ -46,7 +48,7 @@ one() {
   esac
   read -ra words <<<"$words"
   [ -x "$build/$program" ] && words+=("-tc=${name//,/?}")
-  timeout -k 3 "$LIMIT" compute-sanitizer --tool "$tool" "${options[@]}" --print-limit 200 --error-exitcode 99 "${words[@]}" > "$file" 2>&1
+  timeout -k 3 $((left < LIMIT ? left : LIMIT)) compute-sanitizer --tool "$tool" "${options[@]}" --print-limit 200 --error-exitcode 99 "${words[@]}" > "$file" 2>&1
   rc=$?
   all=$(grep -cE '^========= (Error|Warning|Invalid|Uninitialized|Barrier|Race|Program)' "$file")
   # (c) a race in a kernel of cuBLAS, or the hand-over of sums in SSD's backward
@@ -87,9 +89,9 @@ list() {
 }
 list | grep -E "${ONLY:-.}" | awk -F'|' '{long = ($1 == "racecheck") * 2 + /gives the same bits|gated_rmsnorm|Mamba|joined|replayed|every level/; print long "|" $0}' |
   sort -t'|' -k1,1nr -s | cut -d'|' -f2- > "$OUT/list"
-awk -v gpus="$gpus" '{print (NR % gpus) "|" $0}' "$OUT/list" |
-  timeout -k 2 "${TOTAL:-3600}" xargs -P "$jobs" -d '\n' -I{} bash -c 'IFS="|" read -r gpu tool program name <<<"$1"
-    ids=${CUDA_VISIBLE_DEVICES:-}; IFS=, read -ra ids <<<"$ids"; export CUDA_VISIBLE_DEVICES=${ids[$gpu]:-$gpu}; one "$tool" "$program" "$name"' _ {}
+awk -v gpus="$gpus" '{print (NR % gpus + 1) "|" $0}' "$OUT/list" |
+  xargs -P "$jobs" -d '\n' -I{} bash -c 'IFS="|" read -r gpu tool program name <<<"$1"
+    CUDA_VISIBLE_DEVICES=$(cut -d, -f"$gpu" <<<"$ids") one "$tool" "$program" "$name"' _ {}
 
 sort "$OUT/summary"
 echo "$(wc -l < "$OUT/summary") of $(wc -l < "$OUT/list") cases ended"
