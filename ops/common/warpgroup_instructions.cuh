@@ -154,6 +154,13 @@ __device__ __forceinline__ uint64_t operand(const void* panels, int k16) {
   "%28, %29, %30, %31, "                                                                                                                \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, "  \
   "%58, %59, %60, %61, %62, %63}"
+#define LONGHAND_ACC_256                                                                                                            \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, "  \
+  "%27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, "   \
+  "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, "   \
+  "%77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, " \
+  "%102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, "  \
+  "%123, %124, %125, %126, %127}"
 
 /// acc [64, 64] (+)= a [64, 16] * b [16, 64]; accumulate false: acc is overwritten.
 template <Summed summed_a, Summed summed_b>
@@ -174,6 +181,18 @@ __device__ __forceinline__ void multiply_panels(float (&acc)[16][4], uint64_t a,
                : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(summed_a == Summed::across_rows),
                  "n"(summed_b == Summed::across_rows));
 }
+/// acc [64, 256] likewise; b is of 256 rows (along_rows: four panels of 64 rows, one behind the other).
+template <Summed summed_a, Summed summed_b>
+__device__ __forceinline__ void multiply_panels(float (&acc)[32][4], uint64_t a, uint64_t b, bool accumulate) {
+  asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %130, 0;\n wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 " LONGHAND_ACC_256
+               ", %128, %129, p, 1, 1, %131, %132;\n}"
+               : LONGHAND_ACC_TILES(0), LONGHAND_ACC_TILES(2), LONGHAND_ACC_TILES(4), LONGHAND_ACC_TILES(6), LONGHAND_ACC_TILES(8),
+                 LONGHAND_ACC_TILES(10), LONGHAND_ACC_TILES(12), LONGHAND_ACC_TILES(14), LONGHAND_ACC_TILES(16), LONGHAND_ACC_TILES(18),
+                 LONGHAND_ACC_TILES(20), LONGHAND_ACC_TILES(22), LONGHAND_ACC_TILES(24), LONGHAND_ACC_TILES(26), LONGHAND_ACC_TILES(28),
+                 LONGHAND_ACC_TILES(30)
+               : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(summed_a == Summed::across_rows),
+                 "n"(summed_b == Summed::across_rows));
+}
 /// The same with the left operand in registers, 16 rows of each warp.
 template <Summed summed_b>
 __device__ __forceinline__ void multiply_panels(float (&acc)[8][4], const Left<Bf16>& a, uint64_t b) {
@@ -191,11 +210,21 @@ __device__ __forceinline__ void multiply_panels(float (&acc)[16][4], const Left<
                : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "l"(b), "r"(1), "n"(summed_b == Summed::across_rows));
 }
 
+#undef LONGHAND_ACC_256
 #undef LONGHAND_ACC_128
 #undef LONGHAND_ACC_64
 #undef LONGHAND_ACC_TILES
 
 #endif  // LONGHAND_WARPGROUP_INSTRUCTIONS
+
+/// What load_matrices reads, written: the elements of four 8 x 8 matrices that a lane has, and the address of the row it names.
+__device__ __forceinline__ void store_matrices(void* row, const uint32_t (&r)[4]) {
+#if LONGHAND_WARPGROUP_INSTRUCTIONS
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)), "r"(r[0]), "r"(r[1]),
+               "r"(r[2]), "r"(r[3])
+               : "memory");
+#endif
+}
 
 /// The left operand [16 rows from `row`, 16 columns from `column`] out of panels, summed along the rows.
 __device__ __forceinline__ Left<Bf16> left_from_panels(const void* panels, int row, int column) {

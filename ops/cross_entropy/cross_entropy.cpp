@@ -16,7 +16,8 @@ namespace {
 
 // How much memory the logits of a chunk may take. Large chunks spare passes over grad_weight, which every chunk adds to.
 constexpr int64_t kLogitsBytesCpu = int64_t{64} << 20;
-constexpr int64_t kLogitsBytesGpu = int64_t{416} << 20;  // 4096 rows of 50304 in bf16
+constexpr int64_t kLogitsBytesGpu = int64_t{544} << 20;  // 5632 rows of 50304 in bf16: with 768 features, 132 tiles of 128 x 256 for grad_x
+constexpr int64_t kRowsInCache = 8192;                   // whose x a GPU's cache holds; where no memory for logits sets a limit
 constexpr int64_t kRowMultiple = 128;                    // the tile of the matrix products
 constexpr int64_t kRowAlignment = 128;                   // bytes: one memory transaction
 constexpr int64_t kPackBytes = 16;                       // of a GPU; cuBLASLt takes four times as long for columns that do not fill packs
@@ -111,34 +112,52 @@ CrossEntropyOutput linear_cross_entropy(const Variable& x, const Variable& weigh
     fill(count > 0 ? memory.slice(0, std::min(all, columns), all) : grad_weight, 0);
   }
 
+  // Two ways through a chunk of rows: exponentials straight out of the product, or logits and a pass over them.
+  const auto forms_exponentials =
+      on_device<bool(const Tensor&, const Tensor&)>(device, nullptr, LONGHAND_CUDA_IMPL(forms_exponentials_cuda));
+  const bool exponentials = forms_exponentials != nullptr && forms_exponentials(rows, head);
   const Dtype logits_dtype = gradient ? dtype : wide;
   const int64_t stride = round_up(vocab, kRowAlignment / size_of(logits_dtype));
-  const int64_t chunk_rows = std::min(
-      count, options.chunk_rows > 0 ? options.chunk_rows : choose_chunk_rows(count, stride * size_of(logits_dtype), device.is_cuda()));
-  const Tensor chunk_memory = Tensor::empty(device, logits_dtype, {chunk_rows, stride});
+  const int64_t chosen_rows =
+      exponentials && !gradient ? kRowsInCache : choose_chunk_rows(count, stride * size_of(logits_dtype), device.is_cuda());
+  const int64_t chunk_rows = std::min(count, options.chunk_rows > 0 ? options.chunk_rows : chosen_rows);
+  const auto empty_f32 = [&](bool wanted, Shape shape) { return wanted ? Tensor::empty(device, Dtype::f32, shape) : Tensor(); };
+  const Tensor target_logits = empty_f32(exponentials, {count}), row_factors = empty_f32(exponentials && gradient, {count});
+  const Tensor scaled_x = row_factors.defined() ? Tensor::empty(device, dtype, {chunk_rows, rows.dim(1)}) : Tensor();
+  const Tensor chunk_memory = exponentials && !gradient ? Tensor() : Tensor::empty(device, logits_dtype, {chunk_rows, stride});
+  if (exponentials)
+    on_device<decltype(target_logits_cuda)>(device, nullptr, LONGHAND_CUDA_IMPL(target_logits_cuda))(rows, head, ids, vocab, target_logits);
   for (int64_t begin = 0; begin < count; begin += chunk_rows) {
     const int64_t end = std::min(begin + chunk_rows, count);
-    const Tensor chunk_x = rows.slice(0, begin, end);  // [chunk, d]
-    const Tensor all_logits = chunk_memory.slice(0, 0, end - begin).slice(1, 0, columns), logits = all_logits.slice(1, 0, vocab);
-    gemm(false, chunk_x, true, head, all_logits);
-    on_device(device, &loss_chunk_cpu, LONGHAND_CUDA_IMPL(loss_chunk_cuda))({logits, chunk_x, head, ids.slice(0, begin, end),
-                                                                             weights.defined() ? weights.slice(0, begin, end) : weights,
-                                                                             factor, losses.slice(0, begin, end), begin, gradient});
+    const auto rows_of = [&](const Tensor& t) { return t.defined() ? t.slice(0, begin, end) : t; };
+    const Tensor chunk_x = rows_of(rows);  // [chunk, d]
+    const Tensor all_logits = chunk_memory.defined() ? chunk_memory.slice(0, 0, end - begin).slice(1, 0, columns) : Tensor();
+    Tensor weighted_x = chunk_x;  // what grad_logits, but for factors of its rows, multiply to give grad_weight
+    if (exponentials) {
+      if (gradient) weighted_x = scaled_x.slice(0, 0, end - begin);
+      on_device<decltype(exponentials_chunk_cuda)>(device, nullptr, LONGHAND_CUDA_IMPL(exponentials_chunk_cuda))(
+          {all_logits, chunk_x, head, vocab, rows_of(ids), rows_of(weights), factor, rows_of(losses), rows_of(target_logits),
+           rows_of(row_factors), gradient ? weighted_x : Tensor(), begin});
+    } else {
+      gemm(false, chunk_x, true, head, all_logits);
+      on_device(device, &loss_chunk_cpu, LONGHAND_CUDA_IMPL(loss_chunk_cuda))(
+          {all_logits.slice(1, 0, vocab), chunk_x, head, rows_of(ids), rows_of(weights), factor, rows_of(losses), begin, gradient});
+    }
     if (wants_x) gemm(false, all_logits, false, head, grad_x.slice(0, begin, end));
-    if (wants_weight) gemm(true, all_logits, false, chunk_x, grad_head, 1.0, begin == 0 ? 0.0 : 1.0);
+    if (wants_weight) gemm(true, all_logits, false, weighted_x, grad_head, 1.0, begin == 0 ? 0.0 : 1.0);
   }
   on_device(device, &mean_loss_cpu, LONGHAND_CUDA_IMPL(mean_loss_cuda))(losses, weights, factor, loss);
 
   const Shape x_shape = x.shape();
-  Variable result = record("cross_entropy", loss, {x, weight}, [grad_x, grad_weight, x_shape](BackwardCall& call) {
+  Variable result = record("cross_entropy", loss, {x, weight}, [grad_x, grad_weight, row_factors, x_shape](BackwardCall& call) {
     const auto scale = on_device(call.grad(0).device(), &scale_gradient_cpu, LONGHAND_CUDA_IMPL(scale_gradient_cuda));
     if (call.needs(0)) {
-      scale(grad_x, call.grad(0), grad_x, 0.0);
+      scale(grad_x, call.grad(0), row_factors, grad_x, 0.0);
       call.set(0, grad_x.reshape(x_shape));
     }
     if (call.needs(1)) {
       const auto [destination, beta] = call.accumulate(1);
-      scale(grad_weight, call.grad(0), destination, beta);
+      scale(grad_weight, call.grad(0), Tensor(), destination, beta);
     }
   });
   return {result, token_loss};

@@ -26,15 +26,14 @@ struct CrossEntropyOutput {
 /// returns  loss and token_loss in f32 (f64 when x is f64)
 /// holds    the result does not depend on chunk_rows, but for rounding of sums (bf16: see below)
 /// saves    the gradients for an incoming gradient of 1, formed chunk by chunk in the forward: grad_x in x's dtype, grad_weight in f32
-/// (f64);
-///          backward multiplies them by the incoming gradient, read on the device
-/// bf16     without a gradient to compute, logits are f32 sums. With one they are kept in bf16 (half the memory traffic), except the
-/// target's
-///          logit, which is summed in f32 and used for the loss and for the target's gradient: softmax - 1 is never read back from bf16.
-///          token_loss is then within 2^-8 of the largest |logit| of its row; the rounding errors of the rows are independent.
+///          (f64); backward multiplies them by the incoming gradient, read on the device
+/// bf16     where the GPU has products of warpgroups, x and weight are laid out for them and d is a multiple of 8, logits are f32 sums that
+///          are never stored: exp(logit - target's logit) is, rounded to bf16, and token_loss comes from f32 sums of it.
+///          Elsewhere: without a gradient to compute, logits are f32 sums. With one they are kept in bf16, except the target's logit, which
+///          is summed in f32 and used for the loss and for the target's gradient: softmax - 1 is never read back from bf16. token_loss is
+///          then within 2^-8 of the largest |logit| of its row; the rounding errors of the rows are independent.
 /// errors   ShapeError, DtypeError, ValueError; a counted target outside [0, valid_vocab): ValueError naming position and value, always on
-/// the
-///          CPU, on a GPU with LONGHAND_CHECK=1; without it the kernel prints them, and the loss and that row's gradients are NaN
+///          the CPU, on a GPU with LONGHAND_CHECK=1; without it the kernel prints them, and the loss and that row's gradients are NaN
 CrossEntropyOutput linear_cross_entropy(const Variable& x, const Variable& weight, const Tensor& targets, const Tensor& mask,
                                         const CrossEntropyOptions& options = {});
 

@@ -75,7 +75,14 @@ void loss_rows(const LossChunk& chunk) {
 }
 
 template <class T>
-void scale_values(const Tensor& gradient, const Tensor& upstream, const Tensor& destination, T beta) {
+void scale_values(const Tensor& gradient, const Tensor& upstream, const Tensor& row_factors, const Tensor& destination, T beta) {
+  if (row_factors.defined()) {
+    for (int64_t r = 0; r < row_factors.dim(0); ++r) {
+      const Tensor scale = Tensor::full(gradient.device(), gradient.dtype(), {}, upstream.item() * row_factors.slice(0, r, r + 1).item());
+      scale_values<T>(gradient.slice(0, r, r + 1), scale, Tensor(), destination.slice(0, r, r + 1), beta);
+    }
+    return;
+  }
   const T scale = *upstream.data<T>();
   const T* from = gradient.data<T>();
   T* to = destination.data<T>();
@@ -107,9 +114,9 @@ void mean_loss_cpu(const Tensor& token_loss, const Tensor& mask, const Tensor& f
   fill(loss, factor.item() * sum);
 }
 
-void scale_gradient_cpu(const Tensor& gradient, const Tensor& upstream, const Tensor& destination, double beta) {
-  if (gradient.dtype() == Dtype::f64) scale_values<double>(gradient, upstream, destination, beta);
-  else scale_values<float>(gradient, upstream, destination, static_cast<float>(beta));
+void scale_gradient_cpu(const Tensor& gradient, const Tensor& upstream, const Tensor& row_factors, const Tensor& destination, double beta) {
+  if (gradient.dtype() == Dtype::f64) scale_values<double>(gradient, upstream, row_factors, destination, beta);
+  else scale_values<float>(gradient, upstream, row_factors, destination, static_cast<float>(beta));
 }
 
 }  // namespace longhand

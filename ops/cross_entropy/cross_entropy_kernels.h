@@ -24,6 +24,22 @@ struct LossChunk {
 void loss_chunk_cpu(const LossChunk&);
 void loss_chunk_cuda(const LossChunk&);
 
+/// A chunk without a pass over its logits, where forms_exponentials_cuda() says so (bf16 on sm_90a): cross_entropy_exponentials_cuda.cu.
+///   e[r,v] = exp(logits[r,v] - target_logits[r])        grad_logits[r,v] = row_factors[r] * (e[r,v], in the target's place -sum of others)
+struct ExponentialsChunk {
+  Tensor exponentials;  // [R, V] out: what row_factors multiply; padded as logits are, with zeros. Undefined: no gradient is wanted
+  Tensor x, weight;     // [R, d], [at least vocab, d]
+  int64_t vocab;
+  Tensor targets, mask, factor, token_loss;  // as in LossChunk
+  Tensor target_logits;                      // [R] of target_logits_cuda
+  Tensor row_factors, scaled_x;              // [R], [R, d] out: scaled_x = row_factors * x; with `exponentials` only
+  int64_t first_row;
+};
+bool forms_exponentials_cuda(const Tensor& x, const Tensor& weight);
+/// target_logits [R] f32: log2(e) * <x[r], weight[targets[r]]>; for a target that does not exist, of class 0
+void target_logits_cuda(const Tensor& x, const Tensor& weight, const Tensor& targets, int64_t vocab, const Tensor& target_logits);
+void exponentials_chunk_cuda(const ExponentialsChunk&);
+
 /// factor = scale / sum(mask), or 0 when the sum is 0
 void loss_factor_cpu(const Tensor& mask, double scale, const Tensor& factor);
 void loss_factor_cuda(const Tensor& mask, double scale, const Tensor& factor);
@@ -32,8 +48,9 @@ void loss_factor_cuda(const Tensor& mask, double scale, const Tensor& factor);
 void mean_loss_cpu(const Tensor& token_loss, const Tensor& mask, const Tensor& factor, const Tensor& loss);
 void mean_loss_cuda(const Tensor& token_loss, const Tensor& mask, const Tensor& factor, const Tensor& loss);
 
-/// destination = beta * destination + upstream * gradient; upstream is one number on the device; contiguous, one dtype; may be in place
-void scale_gradient_cpu(const Tensor& gradient, const Tensor& upstream, const Tensor& destination, double beta);
-void scale_gradient_cuda(const Tensor& gradient, const Tensor& upstream, const Tensor& destination, double beta);
+/// destination = beta * destination + upstream * row_factors * gradient; upstream is one number on the device; row_factors [rows] f32 or
+/// undefined: 1; contiguous, one dtype; may be in place
+void scale_gradient_cpu(const Tensor& gradient, const Tensor& upstream, const Tensor& row_factors, const Tensor& destination, double beta);
+void scale_gradient_cuda(const Tensor& gradient, const Tensor& upstream, const Tensor& row_factors, const Tensor& destination, double beta);
 
 }  // namespace longhand

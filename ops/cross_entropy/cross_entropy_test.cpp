@@ -169,6 +169,18 @@ TEST("cross_entropy: no positions at all") {
   CHECK(w.grad().to_vector<double>() == std::vector<double>(20, 0.0));
 }
 
+TEST("cross_entropy: gradients kept without the factors of their rows get them on the way out") {
+  const Tensor gradient = Tensor::from<float>(Device::cpu(), {2, 3}, {1, 2, 3, 4, 5, 6}),
+               upstream = Tensor::full(Device::cpu(), Dtype::f32, {}, 2), factors = Tensor::from<float>(Device::cpu(), {2}, {0.5f, -3});
+  for (int gpu = 0; gpu <= std::min(1, cuda_device_count()); ++gpu) {
+    const Device device = gpu > 0 ? Device::cuda() : Device::cpu();
+    const Tensor destination = Tensor::full(device, Dtype::f32, {2, 3}, 10);
+    const auto scale = on_device(device, &scale_gradient_cpu, LONGHAND_CUDA_IMPL(scale_gradient_cuda));
+    scale(gradient.to(device), upstream.to(device), factors.to(device), destination, 0.5);
+    CHECK(destination.to_vector<float>() == std::vector<float>{6, 7, 8, -19, -25, -31});
+  }
+}
+
 TEST("cross_entropy: a head tied to the embedding gets both gradients, as a leaf and as a parameter") {
   const SwitchScope poison(set_poison);
   const Tensor tokens = random_targets({2, 3}, 7, 1), targets = random_targets({2, 3}, 7, 2);
@@ -258,7 +270,10 @@ TEST("cross_entropy: CUDA agrees with float64, odd sizes, masks, chunks, rows be
                               {5, 97, 90, 33, 2},
                               {6, 4100, 4097, 16, 4},
                               {3, 50280, 50277, 24, 0},
-                              {2, 130001, 0, 8, 0}})
+                              {2, 130001, 0, 8, 0},
+                              {300, 517, 0, 72, 0},
+                              {257, 1111, 1000, 200, 150},
+                              {129, 256, 0, 64, 128}})
       expect_cuda_parity(c, dtype);
 }
 
@@ -268,6 +283,7 @@ TEST("cross_entropy: CUDA agrees with float64 at random sizes") {
   Draws draws(71);
   for (int round = 0; round < 24; ++round) {
     CudaCase c{draws.up_to(40), draws.up_to(9000), 0, draws.up_to(100), 0};
+    if (draws.once_in(2)) c.width = (c.width + 7) / 8 * 8;
     if (draws.once_in(2)) c.valid = draws.between(1, c.vocab);
     if (draws.once_in(2)) c.chunk = draws.between(1, c.rows);
     expect_cuda_parity(c, round % 2 == 0 ? Dtype::bf16 : Dtype::f32);
@@ -293,11 +309,41 @@ TEST("cross_entropy: CUDA keeps the digits of the target's gradient, and a bad c
   }
 }
 
+TEST("cross_entropy: CUDA, rows whose target is hopelessly unlikely, among others that are not") {
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  const SwitchScope poison(set_poison);
+  const Device cpu = Device::cpu(), gpu = Device::cuda();
+  const int64_t rows = 140, vocab = 700, width = 16;
+  Tensor x = random_tensor(cpu, Dtype::bf16, {rows, width}, 1), w = random_tensor(cpu, Dtype::bf16, {vocab, width}, 2, 0.5);
+  for (const int64_t r : {0, 7, 63, 130, 139}) multiply(x.slice(0, r, r + 1), 64.0);  // logits of some hundreds
+  const Tensor targets = random_targets({rows}, vocab, 3);
+  std::vector<float> weights(rows, 1.0f);
+  weights[7] = 0;
+  const Tensor mask = Tensor::from(cpu, {rows}, weights);
+  const ByHand expected = by_hand(x, w, targets, mask, vocab);
+  CHECK(*std::max_element(expected.token_loss.begin(), expected.token_loss.end()) > 100);
+  const double tolerance = kCrossEntropyToleranceBf16 * (1 + expected.largest);
+  const auto evaluated = linear_cross_entropy(x.to(gpu), w.to(gpu), targets.to(gpu), mask.to(gpu));
+  expect_close(evaluated.token_loss.to_vector<double>(), expected.token_loss, kCrossEntropyToleranceF32 * (1 + expected.largest), 1.0,
+               "evaluation");
+  const Variable leaf_x = Variable::leaf(x.to(gpu)), leaf_w = Variable::leaf(w.to(gpu));
+  const auto out = linear_cross_entropy(leaf_x, leaf_w, targets.to(gpu), mask.to(gpu));
+  backward(out.loss);
+  expect_close(out.token_loss.to_vector<double>(), expected.token_loss, tolerance, 1.0, "token_loss");
+  const Variable by_x = Variable::leaf(x.to(Dtype::f64)), by_w = Variable::leaf(w.to(Dtype::f64));
+  backward({linear(by_x, by_w)}, {Tensor::from(cpu, {rows, vocab}, expected.grad_logits)});
+  expect_close(leaf_x.grad().to_vector<double>(), by_x.grad().to_vector<double>(), 2 * kCrossEntropyToleranceBf16, 1e-6, "grad_x");
+  expect_close(leaf_w.grad().to_vector<double>(), by_w.grad().to_vector<double>(), 2 * kCrossEntropyToleranceBf16, 1e-6, "grad_weight");
+}
+
 TEST("cross_entropy: CUDA gives finite numbers for logits of +-1e4, and the same bits twice") {
   if (cuda_device_count() == 0) SKIP("no CUDA device");
   const Device gpu = Device::cuda();
-  for (const Dtype dtype : {Dtype::f32, Dtype::bf16}) {
-    const Tensor weight = Tensor::from<float>(gpu, {4, 1}, {1e4f, -1e4f, 0, 5000}).to(dtype), x = Tensor::full(gpu, dtype, {4, 1}, 1.0);
+  for (const auto& [dtype, width] : {std::pair{Dtype::f32, 1}, {Dtype::bf16, 1}, {Dtype::bf16, 8}}) {
+    std::vector<float> first_column(static_cast<std::size_t>(4 * width), 0.0f);
+    const float logits[4] = {1e4f, -1e4f, 0, 5000};
+    for (int v = 0; v < 4; ++v) first_column[static_cast<std::size_t>(v * width)] = logits[v];
+    const Tensor weight = Tensor::from(gpu, {4, width}, first_column).to(dtype), x = Tensor::full(gpu, dtype, {4, width}, 1.0);
     auto run = [&] {
       const Variable w = Variable::leaf(weight);
       const auto out = linear_cross_entropy(x, w, Tensor::from<int32_t>(gpu, {4}, {0, 1, 2, 3}), {});
