@@ -6,9 +6,9 @@
 
 namespace longhand {
 
-/// A tensor of any size from N(mean, scale): a random part of about a million elements, repeated on the device along the first axis.
+/// A tensor of any size from N(mean, scale): a random part of a quarter of a million elements, repeated on the device along the first axis.
 inline Tensor repeated_random_tensor(const Device& device, Dtype dtype, Shape shape, uint64_t seed, double scale = 1.0, double mean = 0.0) {
-  constexpr int64_t kRandomElements = 1 << 20;
+  constexpr int64_t kRandomElements = 1 << 18;
   const Tensor whole = Tensor::empty(device, dtype, shape);
   if (whole.numel() <= kRandomElements) return random_tensor(device, dtype, shape, seed, scale, mean);
   const int64_t width = shape[-1], rows = whole.numel() / width, part_rows = std::max<int64_t>(1, kRandomElements / width);

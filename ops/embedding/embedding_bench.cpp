@@ -9,6 +9,7 @@
 #include "autograd/tape.h"
 #include "core/philox.h"
 #include "ops/common/bench.h"
+#include "ops/common/bench_inputs.h"
 
 namespace longhand {
 namespace {
@@ -23,9 +24,9 @@ BenchCase make_case(const Device& device, Dtype dtype, const Case& c) {
     ids.push_back(static_cast<int32_t>(std::min<double>(std::pow(static_cast<double>(c.V), philox_uniform(1, static_cast<uint64_t>(i))) - 1,
                                                         static_cast<double>(c.V - 1))));
   const auto distinct = static_cast<double>(std::set<int32_t>(ids.begin(), ids.end()).size());
-  const Tensor tokens = Tensor::from(device, {c.B, c.T}, ids), grad = random_tensor(device, Dtype::f32, {c.B, c.T, c.d}, 2);
+  const Tensor tokens = Tensor::from(device, {c.B, c.T}, ids), grad = repeated_random_tensor(device, Dtype::f32, {c.B, c.T, c.d}, 2);
   const Variable weight =
-      Variable::parameter(random_tensor(device, dtype, {c.V, c.d}, 3), Tensor::zeros(device, Dtype::f32, {c.V, c.d}), "weight");
+      Variable::parameter(repeated_random_tensor(device, dtype, {c.V, c.d}, 3), Tensor::zeros(device, Dtype::f32, {c.V, c.d}), "weight");
   BenchCase bench;
   bench.shape = shape_text({{"B", c.B}, {"T", c.T}, {"V", c.V}, {"d", c.d}});
   bench.run = [=](int, bool with_backward) {  // the gradient is added to what is there, as with a tied head

@@ -4,6 +4,7 @@
 #include "autograd/gradcheck.h"
 #include "autograd/tape.h"
 #include "ops/common/bench.h"
+#include "ops/common/bench_inputs.h"
 
 namespace longhand {
 namespace {
@@ -18,8 +19,8 @@ BenchCase make_case(const Device& device, Dtype dtype, const Case& c) {
   std::vector<Tensor> grads;
   for (int i = 0; i < sets; ++i) {
     const auto seed = static_cast<uint64_t>(i) * 10;
-    xs.push_back(Variable::leaf(random_tensor(device, dtype, {c.rows, c.in}, seed + 1)));
-    grads.push_back(random_tensor(device, dtype, {c.rows, c.out}, seed + 2));
+    xs.push_back(Variable::leaf(repeated_random_tensor(device, dtype, {c.rows, c.in}, seed + 1)));
+    grads.push_back(repeated_random_tensor(device, dtype, {c.rows, c.out}, seed + 2));
   }
   const Variable weight =
       Variable::parameter(random_tensor(device, dtype, {c.out, c.in}, 3, 0.05), Tensor::zeros(device, Dtype::f32, {c.out, c.in}), "weight");

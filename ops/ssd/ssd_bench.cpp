@@ -2,6 +2,7 @@
 #include "autograd/gradcheck.h"
 #include "autograd/tape.h"
 #include "ops/common/bench.h"
+#include "ops/common/bench_inputs.h"
 #include "ops/ssd/ssd.h"
 
 namespace longhand {
@@ -18,13 +19,13 @@ BenchCase make_case(const Device& device, Dtype activations, const Case& c) {
   for (int i = 0; i < sets; ++i) {
     const auto seed = static_cast<uint64_t>(i) * 100;
     auto leaf = [&](Dtype dtype, Shape shape, uint64_t k, double scale, double mean) {
-      return Variable::leaf(random_tensor(device, dtype, shape, seed + k, scale, mean));
+      return Variable::leaf(repeated_random_tensor(device, dtype, shape, seed + k, scale, mean));
     };
     inputs.push_back({leaf(activations, {c.B, c.T, c.H, c.P}, 1, 1, 0), leaf(activations, {c.B, c.T, c.H}, 2, 1, -4),
                       leaf(Dtype::f32, {c.H}, 3, 0.5, 1), leaf(activations, {c.B, c.T, c.G, c.N}, 4, 1, 0),
                       leaf(activations, {c.B, c.T, c.G, c.N}, 5, 1, 0), leaf(Dtype::f32, {c.H}, 6, 1, 0),
                       leaf(Dtype::f32, {c.H}, 7, 0.5, 0), leaf(Dtype::f32, {c.B, c.H, c.P, c.N}, 8, 1, 0)});
-    grads.push_back({random_tensor(device, activations, {c.B, c.T, c.H, c.P}, seed + 9)});
+    grads.push_back({repeated_random_tensor(device, activations, {c.B, c.T, c.H, c.P}, seed + 9)});
   }
   BenchCase bench;
   bench.shape = shape_text({{"B", c.B}, {"T", c.T}, {"H", c.H}, {"P", c.P}, {"N", c.N}}) + (c.G > 1 ? " G" + std::to_string(c.G) : "");
