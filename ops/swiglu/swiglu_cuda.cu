@@ -18,6 +18,7 @@
 #include "ops/common/cuda_math.cuh"
 #include "ops/common/launch.cuh"
 #include "ops/common/strided_rows.h"
+#include "ops/common/whole_stores.cuh"
 #include "ops/swiglu/swiglu_kernels.h"
 
 namespace longhand {
@@ -42,7 +43,7 @@ __global__ void __launch_bounds__(kThreads) swiglu_fwd_kernel(const ForwardArgs<
   float y[vec];
 #pragma unroll
   for (int i = 0; i < vec; ++i) y[i] = silu(to_f32(gate.at[i])) * to_f32(up.at[i]);
-  store_pack(a.y + unit * vec, round_to<T>(y));
+  store_whole(a.y + unit * vec, round_to<T>(y));
 }
 
 template <class T>
@@ -67,8 +68,8 @@ __global__ void __launch_bounds__(kThreads) swiglu_bwd_kernel(const BackwardArgs
     grad_gate[i] = grad * to_f32(up.at[i]) * silu_slope(g, s);
     grad_up[i] = grad * (g * s);
   }
-  if (a.grad_gate != nullptr) store_pack(a.grad_gate + a.grad_gate_rows.begin(row) + column, round_to<T>(grad_gate));
-  if (a.grad_up != nullptr) store_pack(a.grad_up + a.grad_up_rows.begin(row) + column, round_to<T>(grad_up));
+  if (a.grad_gate != nullptr) store_whole(a.grad_gate + a.grad_gate_rows.begin(row) + column, round_to<T>(grad_gate));
+  if (a.grad_up != nullptr) store_whole(a.grad_up + a.grad_up_rows.begin(row) + column, round_to<T>(grad_up));
 }
 
 template <class T>

@@ -5,6 +5,7 @@
 #include "core/error.h"
 #include "core/switches.h"
 #include "ops/swiglu/swiglu_kernels.h"
+#include "tests/support/draws.h"
 #include "tests/support/parity.h"
 
 using namespace longhand;
@@ -26,7 +27,11 @@ void compare_on(const Device& device, Dtype activations) {
     int64_t rows, width;
   };
   std::vector<Size> sizes{{1, 1}, {3, 4}, {2, 8}, {5, 7}, {37, 100}, {3, 2816}};
-  if (device.is_cuda()) sizes.push_back({4097, 1032});
+  if (device.is_cuda()) {
+    sizes.push_back({4097, 1032});
+    Draws draws(82);
+    for (int round = 0; round < 20; ++round) sizes.push_back({draws.up_to(200), draws.up_to(3000)});
+  }
   for (const auto [rows, width] : sizes)
     for (const int64_t padding : {0, 1, 4, 8}) {  // in front of the gate in its projection, and behind the gradient
       const auto f = [&, w = width](const std::vector<Variable>& in) {
