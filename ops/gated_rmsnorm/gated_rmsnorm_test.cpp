@@ -5,6 +5,7 @@
 #include "core/error.h"
 #include "core/switches.h"
 #include "ops/gated_rmsnorm/gated_rmsnorm_kernels.h"
+#include "tests/support/draws.h"
 #include "tests/support/parity.h"
 
 using namespace longhand;
@@ -39,9 +40,12 @@ void compare_on(const Device& device, Dtype activations) {
     int64_t rows, width;
   };
   std::vector<Size> sizes{{1, 4}, {3, 12}, {5, 64}, {2, 100}, {4, 260}, {3, 512}, {37, 768}, {3, 1536}, {2, 2056}, {3, 4100}};
-  if (device.is_cuda())
+  if (device.is_cuda()) {
     for (const Size size : {Size{7001, 64}, Size{1500, 1544}, Size{700, 1540}, Size{3, 8192}, Size{2, 16384}, Size{2, 32776}})
       sizes.push_back(size);
+    Draws draws(83);
+    for (int round = 0; round < 5; ++round) sizes.push_back({draws.up_to(100), 4 * draws.up_to(500)});  // a width for all groups
+  }
   for (const auto [rows, width] : sizes) {
     for (const GatedRmsnormOptions& options : kForms) {
       if (width / options.groups > 16384) continue;

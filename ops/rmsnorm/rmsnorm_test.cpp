@@ -5,6 +5,7 @@
 #include "core/error.h"
 #include "core/switches.h"
 #include "ops/rmsnorm/rmsnorm_kernels.h"
+#include "tests/support/draws.h"
 #include "tests/support/parity.h"
 
 using namespace longhand;
@@ -39,10 +40,14 @@ void compare_on(const Device& device, Dtype activations) {
     int64_t rows, width;
   };
   std::vector<Size> sizes{{1, 1}, {3, 7}, {5, 64}, {2, 100}, {4, 129}, {3, 512}, {37, 768}, {1, 1024}, {2, 1028}, {5, 2048}};
-  if (device.is_cuda())
+  if (device.is_cuda()) {
     for (const Size size :
          {Size{7001, 64}, Size{1500, 1028}, Size{900, 2047}, Size{3, 8192}, Size{2, 8196}, Size{3, 16384}, Size{2, 16383}})
       sizes.push_back(size);
+    Draws draws(81);
+    for (int round = 0; round < 20; ++round)
+      sizes.push_back({draws.up_to(200), 7 + draws.up_to(3000)});  // of a row of a few elements the gradient is a difference of equals
+  }
   for (const auto [rows, width] : sizes) {
     for (const int64_t padding : {0, 3, 4}) {  // of the rows of x and of the gradients: strided, off and on the pack width
       const std::string what = std::to_string(rows) + " x " + std::to_string(width) + " padding " + std::to_string(padding);

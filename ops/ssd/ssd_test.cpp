@@ -5,7 +5,6 @@
 #include <cmath>
 #include <filesystem>
 #include <numeric>
-#include <random>
 #include <utility>
 
 #include "autograd/gradcheck.h"
@@ -14,6 +13,7 @@
 #include "core/safetensors.h"
 #include "core/switches.h"
 #include "tests/support/check.h"
+#include "tests/support/draws.h"
 
 namespace longhand {
 namespace {
@@ -488,12 +488,16 @@ TEST("ssd on CUDA agrees with the CPU at awkward lengths and widths, values and 
 TEST("ssd on CUDA agrees with the CPU at random lengths and widths") {
   if (cuda_device_count() == 0) SKIP("no CUDA device");
   const SwitchScope scope = poison();
-  std::mt19937_64 random(350);
-  const auto draw = [&](int64_t from, int64_t to) { return from + static_cast<int64_t>(random() % static_cast<uint64_t>(to - from + 1)); };
+  test::Draws draws(350);
   for (uint64_t round = 0; round < 24; ++round) {
     const int64_t unit = round % 2 == 0 ? 8 : 1;  // every other round with widths that move by 16 bytes
-    Sizes s{draw(1, 3), draw(1, 300), 0, unit * draw(1, 128 / unit), draw(1, 4), unit * draw(1, (round % 4 < 2 ? 128 : 256) / unit)};
-    s.H = s.G * (unit == 8 ? draw(1, 2) * (8 / std::gcd(int64_t{8}, s.G)) : draw(1, 5));
+    Sizes s{draws.between(1, 3),
+            draws.between(1, 300),
+            0,
+            unit * draws.between(1, 128 / unit),
+            draws.between(1, 4),
+            unit * draws.between(1, (round % 4 < 2 ? 128 : 256) / unit)};
+    s.H = s.G * (unit == 8 ? draws.between(1, 2) * (8 / std::gcd(int64_t{8}, s.G)) : draws.between(1, 5));
     expect_parity(s, slow_decay_inputs(s, 360 + round, {.D_per_channel = round % 3 == 0, .h0 = round % 5 != 0}));
   }
 }
