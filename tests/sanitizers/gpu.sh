@@ -37,7 +37,7 @@ one() {
     synccheck) options=(--kernel-name-exclude kns=ssd_chunk_bwd_warpgroups);;  # (b) of docs/trust.md
   esac
   [ "$tool" = racecheck ] && export LONGHAND_PARITY_EVERY=${EVERY:-53}
-  [ "$tool" = memcheck ] && [[ $name == gated_rmsnorm*agrees* ]] && export LONGHAND_PARITY_EVERY=7
+  [[ $tool =~ memcheck|synccheck && $name == gated_rmsnorm*agrees* ]] && export LONGHAND_PARITY_EVERY=7  # 50 s otherwise
   case $program in
     train)
       words="$build/longhand train $name.toml --name $tool-$name --device cuda --set initial_state="
