@@ -103,15 +103,33 @@ __global__ void __launch_bounds__(kThreads) next_token_kernel(Args a) {
   // The largest, and among equals the lowest id; at temperature 0 that is all.
   unsigned long long best = 0;  // key, then the complement of the id
   int bad = 0;
-  for (int i = thread; i < a.vocab; i += kThreads) {
-    float logit = logits[i];
+  const auto look_at = [&](int i, float logit, bool never) {
     bad |= !(logit <= FLT_MAX);
     if (seen != nullptr && seen[i] != 0) logit = logit < 0 ? logit * a.penalty : __fdiv_rn(logit, a.penalty);
-    const uint32_t key = a.never[i] != 0 ? kImpossible : key_of(logit);
+    const uint32_t key = never ? kImpossible : key_of(logit);
     if (keys != nullptr) keys[i] = key;
     const unsigned long long mine = static_cast<unsigned long long>(key) << 32 | ~static_cast<uint32_t>(i);
     best = mine > best ? mine : best;
+  };
+  const bool in_fours = reinterpret_cast<uintptr_t>(logits) % 16 == 0 && reinterpret_cast<uintptr_t>(a.never) % 4 == 0;
+  const int fours = in_fours ? a.vocab / 4 : 0;
+  constexpr int kTurns = 4;  // whose loads are under way together
+  for (int first = thread; first < fours; first += kTurns * kThreads) {
+    Pack<float, 4> logit[kTurns];
+    Pack<uint8_t, 4> never[kTurns];
+#pragma unroll
+    for (int u = 0; u < kTurns; ++u) {
+      const int i = first + u * kThreads < fours ? first + u * kThreads : first;
+      logit[u] = load_pack<4>(logits + i * 4);
+      never[u] = load_pack<4>(a.never + i * 4);
+    }
+#pragma unroll
+    for (int u = 0; u < kTurns; ++u)
+      if (const int i = first + u * kThreads; i < fours)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) look_at(i * 4 + j, logit[u].at[j], never[u].at[j] != 0);
   }
+  for (int i = fours * 4 + thread; i < a.vocab; i += kThreads) look_at(i, logits[i], a.never[i] != 0);
   __shared__ unsigned long long best_of_warp[kWarps];
 #pragma unroll
   for (int apart = kWarp / 2; apart > 0; apart /= 2) {

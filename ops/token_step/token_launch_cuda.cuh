@@ -27,6 +27,9 @@ void launch_overlapping(void (*kernel)(Args...), const char* name, dim3 grid, di
   constexpr size_t kWithoutAsking = 40 * 1024;  // beside what the kernels declare themselves
   if (shared > kWithoutAsking)
     cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), "cudaFuncSetAttribute");
+  // Blocks of two kernels share a multiprocessor only where it divides its memory alike for both.
+  cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+             "cudaFuncSetAttribute");
   cudaLaunchAttribute overlap{};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;

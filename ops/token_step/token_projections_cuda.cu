@@ -25,7 +25,7 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 constexpr int kRows = static_cast<int>(kTokenStepRows);
-constexpr int kBlocksOfRegisters = 6;  // small, so that the blocks of the next kernels find room beside those that are at work
+constexpr int kBlocksOfRegisters = 4;  // room for the blocks of the next kernels beside those that are at work
 
 // --- a product of few rows ------------------------------------------------------------------------------------
 
@@ -370,18 +370,46 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfRegisters) convolved_projec
   const auto earlier = [&](int b, int c) {
     const T* window = static_cast<const T*>(p.window) + static_cast<int64_t>(b) * (p.taps - 1) * C + c;
     float sum = p.conv_bias != nullptr ? p.conv_bias[c] : 0.0f;
+    if (p.taps == 4) {  // what models have: loads that do not wait for one another
+      const Pack<float, 4> taps = load_pack<4>(p.conv_weight + c * 4);
+      const T past[3] = {window[0], window[C], window[2 * C]};
+#pragma unroll
+      for (int j = 0; j < 3; ++j) sum = fmaf(taps.at[j], to_f32(past[j]), sum);
+      return sum;
+    }
     for (int j = 0; j + 1 < p.taps; ++j) sum = fmaf(p.conv_weight[c * p.taps + j], to_f32(window[static_cast<int64_t>(j) * C]), sum);
     return sum;
   };
+  constexpr int kTurns = 4;  // whose loads are under way together
   if (p.ahead)
-    for (int i = thread; i < all; i += kThreads) memory.ahead[i] = earlier(i / C, i % C);
+    for (int first = thread; first < all; first += kTurns * kThreads) {
+      float sums[kTurns];
+#pragma unroll
+      for (int u = 0; u < kTurns; ++u) {
+        const int i = min(first + u * kThreads, all - 1);
+        sums[u] = earlier(i / C, i % C);
+      }
+#pragma unroll
+      for (int u = 0; u < kTurns; ++u)
+        if (first + u * kThreads < all) memory.ahead[first + u * kThreads] = sums[u];
+    }
   wait_for_kernel_in_front();
-  for (int i = thread; i < all; i += kThreads) {
-    const int b = i / C, c = i % C;
-    const float now = to_f32(static_cast<const T*>(p.now)[b * p.now_stride + c]), sum = p.ahead ? memory.ahead[i] : earlier(b, c);
-    const T y = static_cast<T>(silu(fmaf(p.conv_weight[c * p.taps + p.taps - 1], now, sum)));
-    memory.x[b * shared_stride<T>(C) + c] = y;
-    if (static_cast<unsigned>(i / kThreads) % gridDim.x == blockIdx.x) static_cast<T*>(p.y)[i] = y;
+  for (int first = thread; first < all; first += kTurns * kThreads) {
+    float now[kTurns], last_tap[kTurns];
+#pragma unroll
+    for (int u = 0; u < kTurns; ++u) {
+      const int i = min(first + u * kThreads, all - 1), b = i / C, c = i % C;
+      now[u] = to_f32(static_cast<const T*>(p.now)[b * p.now_stride + c]);
+      last_tap[u] = p.conv_weight[c * p.taps + p.taps - 1];
+    }
+#pragma unroll
+    for (int u = 0; u < kTurns; ++u) {
+      const int i = first + u * kThreads, b = i / C, c = i % C;
+      if (i >= all) break;
+      const T y = static_cast<T>(silu(fmaf(last_tap[u], now[u], p.ahead ? memory.ahead[i] : earlier(b, c))));
+      memory.x[b * shared_stride<T>(C) + c] = y;
+      if (static_cast<unsigned>(i / kThreads) % gridDim.x == blockIdx.x) static_cast<T*>(p.y)[i] = y;
+    }
   }
   multiply_all<T, T>(p.product, memory, blockIdx.x, gridDim.x, blocks, [](int) { return 1.0f; });
 }

@@ -125,18 +125,35 @@ __global__ void __launch_bounds__(warps* kWarp) mamba2_token_kernel(Mamba2Args p
     return i < N ? inner + group * N + i : inner + p.groups * N + group * N + i - N;
   };
 
-  // What no kernel of this token has written.
+  // What no kernel of this token has written. Loads do not wait for one another: the filters of four taps that models have are read whole.
   float pre[kMostInputs], last_tap[kMostInputs];
+  const T* const windows = static_cast<const T*>(p.window) + b * (p.width - 1) * p.channels;
+  if (p.width == 4) {
+    Pack<float, 4> taps[kMostInputs];
+    T past[kMostInputs][3];
 #pragma unroll
-  for (int k = 0; k < kMostInputs; ++k) {
-    const int i = thread + k * kBlockThreads;
-    if (i >= count) break;
-    const int c = channel_of(i);
-    const float* weight = p.conv_weight + static_cast<int64_t>(c) * p.width;
-    const T* window = static_cast<const T*>(p.window) + b * (p.width - 1) * p.channels + c;
-    pre[k] = p.conv_bias != nullptr ? p.conv_bias[c] : 0.0f;
-    for (int j = 0; j + 1 < p.width; ++j) pre[k] = fmaf(weight[j], to_f32(window[static_cast<int64_t>(j) * p.channels]), pre[k]);
-    last_tap[k] = weight[p.width - 1];
+    for (int k = 0; k < kMostInputs; ++k) {
+      const int c = channel_of(min(thread + k * kBlockThreads, count - 1));
+      taps[k] = load_pack<4>(p.conv_weight + static_cast<int64_t>(c) * 4);
+      pre[k] = p.conv_bias != nullptr ? p.conv_bias[c] : 0.0f;
+#pragma unroll
+      for (int j = 0; j < 3; ++j) past[k][j] = windows[static_cast<int64_t>(j) * p.channels + c];
+    }
+#pragma unroll
+    for (int k = 0; k < kMostInputs; ++k) {
+#pragma unroll
+      for (int j = 0; j < 3; ++j) pre[k] = fmaf(taps[k].at[j], to_f32(past[k][j]), pre[k]);
+      last_tap[k] = taps[k].at[3];
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < kMostInputs; ++k) {
+      const int c = channel_of(min(thread + k * kBlockThreads, count - 1));
+      const float* weight = p.conv_weight + static_cast<int64_t>(c) * p.width;
+      pre[k] = p.conv_bias != nullptr ? p.conv_bias[c] : 0.0f;
+      for (int j = 0; j + 1 < p.width; ++j) pre[k] = fmaf(weight[j], to_f32(windows[static_cast<int64_t>(j) * p.channels + c]), pre[k]);
+      last_tap[k] = weight[p.width - 1];
+    }
   }
   Pack<float, 4> state[kChannelsOfWarp][quads];
   const int first = part * kTokenChannels + warp * kChannelsOfWarp;  // channel of the head
