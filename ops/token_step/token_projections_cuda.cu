@@ -256,20 +256,30 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfRegisters)
   wait_for_kernel_in_front();
   // x is without its factor rstd, which is not known yet and which the sums get in the end.
   float squares[n] = {};
+  constexpr int kTurns = n < 2 ? 2 : 4;  // whose loads are under way together: of further columns, or of further parts of a row
   if (b < p.product.batch)
 #pragma unroll
-    for (int v = 0; v < n; ++v)
-      for (int i = (v * Rows::threads + Rows::lane()) * 4; i < D; i += kThreads * 4) {
-        const int64_t at = static_cast<int64_t>(b) * D + i;
-        const Pack<float, 4> in = residual_sum<T>(p, at), w = load_pack<4>(memory.ahead + i);
-        float x[4];
+    for (int part = 0; part < n; part += n < 2 ? 1 : kTurns)
+      for (int begin = 0; begin < D; begin += kThreads * 4 * (n < 2 ? kTurns : 1)) {
+        const int64_t row = static_cast<int64_t>(b) * D;
+        const auto column = [&](int u) { return begin + (n < 2 ? u * kThreads : (part + u) * Rows::threads) * 4 + Rows::lane() * 4; };
+        Pack<float, 4> in[kTurns];
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          squares[v] = fmaf(in.at[j], in.at[j], squares[v]);
-          x[j] = w.at[j] * in.at[j];
+        for (int u = 0; u < kTurns; ++u) in[u] = residual_sum<T>(p, row + (column(u) < D ? column(u) : 0));
+#pragma unroll
+        for (int u = 0; u < kTurns; ++u) {
+          const int i = column(u), v = n < 2 ? 0 : part + u;
+          if (i >= D) continue;
+          const Pack<float, 4> w = load_pack<4>(memory.ahead + i);
+          float x[4];
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            squares[v] = fmaf(in[u].at[j], in[u].at[j], squares[v]);
+            x[j] = w.at[j] * in[u].at[j];
+          }
+          store_pack(memory.x + b * shared_stride<T>(D) + i, round_to<T>(x));
+          if (blockIdx.x == 0 && p.sum != nullptr) store_pack(p.sum + row + i, in[u]);
         }
-        store_pack(memory.x + b * shared_stride<T>(D) + i, round_to<T>(x));
-        if (blockIdx.x == 0 && p.sum != nullptr) store_pack(p.sum + at, in);
       }
   Rows::put(squares, scratch);
   multiply_all<T, Out>(p.product, memory, blockIdx.x, product_blocks, blocks,
@@ -339,13 +349,25 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfRegisters)
     if (!mine) continue;
     T* const x = memory.x + b * shared_stride<T>(p.product.width) + begin;
     const float* weight = memory.ahead + (p.norm_width > group ? begin : 0);
-    for (int i = Rows::lane() * 4; i < group; i += Rows::threads * 4) {
-      const Pack<T, 4> y_in = load_four(y + i), z_in = load_four(z + i);
-      float out[4];
+    constexpr int kTurns = 4;  // whose loads are under way together
+    for (int begin_of_turns = Rows::lane() * 4; begin_of_turns < group; begin_of_turns += kTurns * Rows::threads * 4) {
+      Pack<T, 4> y_in[kTurns], z_in[kTurns];
 #pragma unroll
-      for (int j = 0; j < 4; ++j)
-        out[j] = (p.norm != nullptr ? weight[i + j] : 1.0f) * rstd * (to_f32(y_in.at[j]) * silu(to_f32(z_in.at[j])));
-      store_pack(x + i, round_to<T>(out));
+      for (int u = 0; u < kTurns; ++u) {
+        const int i = begin_of_turns + u * Rows::threads * 4, at = i < group ? i : begin_of_turns;
+        y_in[u] = load_four(y + at);
+        z_in[u] = load_four(z + at);
+      }
+#pragma unroll
+      for (int u = 0; u < kTurns; ++u) {
+        const int i = begin_of_turns + u * Rows::threads * 4;
+        if (i >= group) continue;
+        float out[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          out[j] = (p.norm != nullptr ? weight[i + j] : 1.0f) * rstd * (to_f32(y_in[u].at[j]) * silu(to_f32(z_in[u].at[j])));
+        store_pack(x + i, round_to<T>(out));
+      }
     }
   }
   multiply_all<T, T>(p.product, memory, blockIdx.x, product_blocks, blocks, [](int) { return 1.0f; });

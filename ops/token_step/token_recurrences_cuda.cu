@@ -46,7 +46,8 @@ template <class T, int quads>  // 16 entries of N a channel's lanes hold in a qu
 __global__ void __launch_bounds__(kThreads) mamba1_token_kernel(Mamba1Args p) {
   let_next_kernel_start();
   extern __shared__ __align__(16) unsigned char shared_bytes[];
-  T* const dt_weight = reinterpret_cast<T*>(shared_bytes);  // [channels of the block, rank]
+  T* const dt_weight = reinterpret_cast<T*>(shared_bytes);                               // [channels of the block, rank]
+  float* const selected = reinterpret_cast<float*>(dt_weight + kScanChannels * p.rank);  // dt's input, B, C
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kLanesOfChannel, N = p.d_state, R = p.rank;
   const int first = static_cast<int>(blockIdx.x) * kScanChannels, count = min(kScanChannels, p.channels - first);
   const int in_block = min(thread / kLanesOfChannel, count - 1), c = first + in_block;  // lanes past the end repeat the last channel
@@ -64,13 +65,13 @@ __global__ void __launch_bounds__(kThreads) mamba1_token_kernel(Mamba1Args p) {
       for (int j = 0; j < 4; ++j) A[q].at[j] = -expf(A[q].at[j]);
     }
   const float dt_bias = p.dt_bias[c], D_skip = p.D_skip[c];
-  __syncthreads();
 
   wait_for_kernel_in_front();
-  const T* selected = static_cast<const T*>(p.selected) + b * (R + 2 * N);
   const float x = to_f32(static_cast<const T*>(p.x)[b * p.channels + c]);
+  for (int i = thread; i < R + 2 * N; i += kThreads) selected[i] = to_f32(static_cast<const T*>(p.selected)[b * (R + 2 * N) + i]);
+  __syncthreads();
   float dt = 0;
-  for (int r = lane; r < R; r += kLanesOfChannel) dt = fmaf(to_f32(dt_weight[in_block * R + r]), to_f32(selected[r]), dt);
+  for (int r = lane; r < R; r += kLanesOfChannel) dt = fmaf(to_f32(dt_weight[in_block * R + r]), selected[r], dt);
 #pragma unroll
   for (int apart = kLanesOfChannel / 2; apart > 0; apart /= 2) dt += __shfl_xor_sync(0xffffffffu, dt, apart);
   dt = softplus(to_f32(static_cast<T>(dt)) + dt_bias);  // rounded where the projection by itself rounds
@@ -81,8 +82,8 @@ __global__ void __launch_bounds__(kThreads) mamba1_token_kernel(Mamba1Args p) {
     if (n >= N) continue;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      state[q].at[j] = fmaf(expf(dt * A[q].at[j]), state[q].at[j], dt * x * to_f32(selected[R + n + j]));
-      y = fmaf(state[q].at[j], to_f32(selected[R + N + n + j]), y);
+      state[q].at[j] = fmaf(expf(dt * A[q].at[j]), state[q].at[j], dt * x * selected[R + n + j]);
+      y = fmaf(state[q].at[j], selected[R + N + n + j], y);
     }
   }
 #pragma unroll
@@ -114,7 +115,7 @@ __global__ void __launch_bounds__(warps* kWarp) mamba2_token_kernel(Mamba2Args p
   let_next_kernel_start();
   constexpr int kBlockThreads = warps * kWarp, kTokenChannels = warps * kChannelsOfWarp;
   constexpr int kMostInputs = (kTokenChannels + 2 * quads * 128 + kBlockThreads - 1) / kBlockThreads;
-  __shared__ float inputs[kTokenChannels + 2 * quads * 128];  // after the convolution: x, B, C
+  __shared__ __align__(16) float inputs[kTokenChannels + 2 * quads * 128];  // after the convolution: x, B, C
   const int h = static_cast<int>(blockIdx.y), part = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
   const int64_t b = blockIdx.z;
   const int warp = thread / kWarp, lane = thread % kWarp, N = p.d_state, group = h / (p.heads / p.groups), inner = p.heads * p.headdim;
@@ -171,43 +172,51 @@ __global__ void __launch_bounds__(warps* kWarp) mamba2_token_kernel(Mamba2Args p
 
   wait_for_kernel_in_front();
   const T* projected = static_cast<const T*>(p.projected) + b * p.projected_stride;
+  T now[kMostInputs], z[kChannelsOfWarp] = {};  // again all under way together
 #pragma unroll
-  for (int k = 0; k < kMostInputs; ++k) {
-    const int i = thread + k * kBlockThreads;
-    if (i >= count) break;
-    const float out = silu(fmaf(last_tap[k], to_f32(projected[inner + channel_of(i)]), pre[k]));
-    inputs[i] = to_f32(static_cast<T>(out));  // rounded where the convolution by itself rounds
-  }
-  const float dt = fminf(fmaxf(softplus(to_f32(projected[inner + p.channels + h]) + dt_bias), p.dt_min), p.dt_max);
-  const float decay = expf(A * dt);
-  float z[kChannelsOfWarp];
+  for (int k = 0; k < kMostInputs; ++k) now[k] = projected[inner + channel_of(min(thread + k * kBlockThreads, count - 1))];
+  const T dt_in = projected[inner + p.channels + h];
   if (p.gate)
 #pragma unroll
-    for (int i = 0; i < kChannelsOfWarp; ++i) z[i] = to_f32(projected[h * p.headdim + first + i]);
+    for (int i = 0; i < kChannelsOfWarp; ++i) z[i] = projected[h * p.headdim + first + i];
+#pragma unroll
+  for (int k = 0; k < kMostInputs; ++k)
+    if (const int i = thread + k * kBlockThreads; i < count)
+      inputs[i] =
+          to_f32(static_cast<T>(silu(fmaf(last_tap[k], to_f32(now[k]), pre[k]))));  // rounded where the convolution by itself rounds
+  const float dt = fminf(fmaxf(softplus(to_f32(dt_in) + dt_bias), p.dt_min), p.dt_max);
+  const float decay = expf(A * dt);
   __syncthreads();
-  const float *B = inputs + kTokenChannels, *C = B + N;
+  float y[kChannelsOfWarp] = {};
 #pragma unroll
-  for (int i = 0; i < kChannelsOfWarp; ++i) {
-    const float x = inputs[warp * kChannelsOfWarp + i], added = dt * x;
-    float y = 0;
+  for (int q = 0; q < quads; ++q) {
+    const int n = (q * kWarp + lane) * 4;
+    if (n >= N) continue;
+    const Pack<float, 4> B = load_pack<4>(inputs + kTokenChannels + n), C = load_pack<4>(inputs + kTokenChannels + N + n);
 #pragma unroll
-    for (int q = 0; q < quads; ++q) {
-      const int n = (q * kWarp + lane) * 4;
-      if (n >= N) continue;
+    for (int i = 0; i < kChannelsOfWarp; ++i) {
+      const float added = dt * inputs[warp * kChannelsOfWarp + i];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        state[i][q].at[j] = fmaf(decay, state[i][q].at[j], added * B[n + j]);
-        y = fmaf(state[i][q].at[j], C[n + j], y);
+        state[i][q].at[j] = fmaf(decay, state[i][q].at[j], added * B.at[j]);
+        y[i] = fmaf(state[i][q].at[j], C.at[j], y[i]);
       }
-      store_pack(states + i * N + n, state[i][q]);
     }
-    y = warp_sum(y);
-    const int c = h * p.headdim + first + i;
-    y = fmaf(D_skip[i], x, y);
-    if (lane != 0) continue;
-    if (p.gate) static_cast<float*>(p.y)[b * inner + c] = y * silu(z[i]);
-    else static_cast<T*>(p.y)[b * inner + c] = static_cast<T>(y);
   }
+#pragma unroll
+  for (int i = 0; i < kChannelsOfWarp; ++i) y[i] = fmaf(D_skip[i], inputs[warp * kChannelsOfWarp + i], warp_sum(y[i]));
+#pragma unroll
+  for (int i = 0; i < kChannelsOfWarp; ++i) {
+    const int64_t at = b * inner + h * p.headdim + first + i;
+    if (lane != i) continue;
+    if (p.gate) static_cast<float*>(p.y)[at] = y[i] * silu(to_f32(z[i]));
+    else static_cast<T*>(p.y)[at] = static_cast<T>(y[i]);
+  }
+#pragma unroll
+  for (int i = 0; i < kChannelsOfWarp; ++i)
+#pragma unroll
+    for (int q = 0; q < quads; ++q)
+      if (const int n = (q * kWarp + lane) * 4; n < N) store_pack(states + i * N + n, state[i][q]);
 }
 
 // --- GLA ------------------------------------------------------------------------------------------------------
@@ -228,14 +237,20 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) gla_token_kernel(GlaArgs p) {
   let_next_kernel_start();
   extern __shared__ __align__(16) unsigned char shared_bytes[];
-  T* const gate_weight = reinterpret_cast<T*>(shared_bytes);  // [Dk, rank] of the head
+  T* const gate_weight = reinterpret_cast<T*>(shared_bytes);                        // [rank, Dk] of the head
+  float* const gate_input = reinterpret_cast<float*>(gate_weight + p.Dk * p.rank);  // [rank]
   __shared__ float q[kMostKeys], k[kMostKeys], decay[kMostKeys], of_warp[kWarps][kColumns];
   const int thread = static_cast<int>(threadIdx.x), h = static_cast<int>(blockIdx.y), warp = thread / kWarp;
   const int column = static_cast<int>(blockIdx.x) * kColumns + thread % kQuads * 4, first_key = thread / kQuads;
   const int64_t b = blockIdx.z;
   const bool inside = column < p.Dv;
 
-  copy_to_shared(gate_weight, static_cast<const T*>(p.gate_weight) + static_cast<int64_t>(h) * p.Dk * p.rank, p.Dk * p.rank);
+  constexpr int kPack = 16 / static_cast<int>(sizeof(T));
+  for (int i = thread * kPack; i < p.Dk * p.rank; i += kThreads * kPack) {
+    const Pack<T, kPack> weights = load_pack<kPack>(static_cast<const T*>(p.gate_weight) + static_cast<int64_t>(h) * p.Dk * p.rank + i);
+#pragma unroll
+    for (int j = 0; j < kPack; ++j) gate_weight[(i + j) % p.rank * p.Dk + (i + j) / p.rank] = weights.at[j];
+  }
   float* const states = p.state + (b * p.heads + h) * p.Dk * p.Dv + column;
   constexpr int kTurns = kMostKeys / kKeysAtOnce;
   Pack<float, 4> state[kTurns];
@@ -246,21 +261,30 @@ __global__ void __launch_bounds__(kThreads) gla_token_kernel(GlaArgs p) {
 #pragma unroll
   for (int i = 0; i < kMostKeys / kThreads; ++i)
     if (const int m = thread + i * kThreads; m < p.Dk) bias[i] = p.gate_bias[h * p.Dk + m];
-  __syncthreads();
 
   wait_for_kernel_in_front();
-  const T* gate_input = static_cast<const T*>(p.gate_input) + b * p.stride;
-  float v[4] = {};
+  T v_in[4] = {}, q_in[kMostKeys / kThreads], k_in[kMostKeys / kThreads];  // all under way together
   if (inside)
 #pragma unroll
-    for (int j = 0; j < 4; ++j) v[j] = to_f32(static_cast<const T*>(p.v)[b * p.stride + h * p.Dv + column + j]);
+    for (int j = 0; j < 4; ++j) v_in[j] = static_cast<const T*>(p.v)[b * p.stride + h * p.Dv + column + j];
 #pragma unroll
   for (int i = 0; i < kMostKeys / kThreads; ++i)
     if (const int m = thread + i * kThreads; m < p.Dk) {
-      q[m] = p.scale * to_f32(static_cast<const T*>(p.q)[b * p.stride + h * p.Dk + m]);
-      k[m] = to_f32(static_cast<const T*>(p.k)[b * p.stride + h * p.Dk + m]);
+      q_in[i] = static_cast<const T*>(p.q)[b * p.stride + h * p.Dk + m];
+      k_in[i] = static_cast<const T*>(p.k)[b * p.stride + h * p.Dk + m];
+    }
+  for (int r = thread; r < p.rank; r += kThreads) gate_input[r] = to_f32(static_cast<const T*>(p.gate_input)[b * p.stride + r]);
+  __syncthreads();
+  float v[4];
+#pragma unroll
+  for (int j = 0; j < 4; ++j) v[j] = to_f32(v_in[j]);
+#pragma unroll
+  for (int i = 0; i < kMostKeys / kThreads; ++i)
+    if (const int m = thread + i * kThreads; m < p.Dk) {
+      q[m] = p.scale * to_f32(q_in[i]);
+      k[m] = to_f32(k_in[i]);
       float logit = 0;
-      for (int r = 0; r < p.rank; ++r) logit = fmaf(to_f32(gate_weight[m * p.rank + r]), to_f32(gate_input[r]), logit);
+      for (int r = 0; r < p.rank; ++r) logit = fmaf(to_f32(gate_weight[r * p.Dk + m]), gate_input[r], logit);
       logit = to_f32(static_cast<T>(logit + bias[i]));  // rounded where the projection by itself rounds
       decay[m] = expf(fmaxf(-softplus(-logit) / p.normalizer, p.gate_min));
     }
@@ -311,7 +335,8 @@ void mamba1_token_cuda(const Mamba1Token& p) {
                         rank,
                         d_state};
   const dim3 grid(static_cast<unsigned>((channels + kScanChannels - 1) / kScanChannels), B);
-  const size_t shared = static_cast<size_t>(kScanChannels * rank * size_of(p.x.dtype()));
+  const size_t shared =
+      static_cast<size_t>(kScanChannels * rank * size_of(p.x.dtype())) + static_cast<size_t>(rank + 2 * d_state) * sizeof(float);
   const auto start = [&](auto kernel) { launch_overlapping(kernel, "mamba1_token_kernel", grid, kThreads, shared, cuda, args); };
   const bool narrow = d_state <= 4 * kLanesOfChannel;
   if (p.x.dtype() == Dtype::f32) narrow ? start(&mamba1_token_kernel<float, 1>) : start(&mamba1_token_kernel<float, 4>);
@@ -379,7 +404,7 @@ void gla_token_cuda(const GlaToken& p) {
                      Dv,
                      rank};
   const dim3 grid(static_cast<unsigned>((Dv + kColumns - 1) / kColumns), H, B);
-  const size_t shared = static_cast<size_t>(Dk * rank * size_of(p.q.dtype()));
+  const size_t shared = static_cast<size_t>(Dk * rank * size_of(p.q.dtype())) + static_cast<size_t>(rank) * sizeof(float);
   const auto start = [&](auto kernel) { launch_overlapping(kernel, "gla_token_kernel", grid, kThreads, shared, cuda, args); };
   p.q.dtype() == Dtype::f32 ? start(&gla_token_kernel<float>) : start(&gla_token_kernel<__nv_bfloat16>);
 }
