@@ -4,7 +4,7 @@
 // moves   the weight once: 2*R*D bytes in bf16 (9.0 MB for 4384 x 1024); the rows of activations stay in L2
 // flops   1 multiply-add per element of weight and row: memory bound
 // floor   9.0 MB / 4.3 TB/s = 2.1 us on an H200
-// split   a block owns a few rows of weight, about 32 KB, which are on their way to shared memory long before the kernel in front has
+// split   a block owns a few rows of weight, 32 to 64 KB, which are on their way to shared memory long before the kernel in front has
 // ended;
 //         then every block forms the rows of activations beside them and its warps multiply
 // needs   weights of whole packs of 16 bytes a row; the shared memory that few_rows_fit() counts
@@ -23,7 +23,8 @@
 namespace longhand {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / kWarp;
+constexpr int kThreads = 256, kWarps = kThreads / kWarp, kWarpsLog2 = 3;
+static_assert(1 << kWarpsLog2 == kWarps);
 constexpr int kRows = static_cast<int>(kTokenStepRows);
 constexpr int kBlocksOfRegisters = 4;  // room for the blocks of the next kernels beside those that are at work
 
@@ -32,7 +33,8 @@ constexpr int kBlocksOfRegisters = 4;  // room for the blocks of the next kernel
 constexpr int kTile = 8;                                // rows of weight of a tensor-core product
 constexpr int kWindow = 32;                             // columns of two of them
 constexpr int kPartialFloats = kWarps * kRows * kTile;  // what the warps of a block have to add up
-constexpr int64_t kWeightBytes = 34 * 1024;             // of a block, where rows are not longer
+constexpr int64_t kWeightBytes = 68 * 1024;             // of a block, where rows are not longer
+constexpr int64_t kFewestBlocks = 100;                  // fewer leave too much of a GPU idle; each more delays the next kernel by 5 ns
 
 /// out = x weight^T
 struct Product {
@@ -41,7 +43,9 @@ struct Product {
   int64_t out_rows;  // R
   int width;         // D, a multiple of the pack
   int batch;
-  int block_rows;  // of weight: a multiple of kTile that divides kTile * kWarps
+  int block_rows;  // of weight: kTile 2^tiles_log2
+  int tiles_log2;  // at most kWarpsLog2
+  float one_over_width;
 };
 
 /// Elements between two rows in shared memory: an odd multiple of 64 bytes, so that eight lanes which read two rows meet in no bank.
@@ -92,9 +96,10 @@ __device__ void load_weight(const Product& p, T* to, int64_t block) {
 /// partial [warp, row of x, row of the tile]
 __device__ inline void multiply_part(const Product& p, const BlockMemory<__nv_bfloat16>& memory) {
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp, row = lane / 4;
-  const int share = kWarps / (p.block_rows / kTile), windows = (p.width + kWindow - 1) / kWindow, part = warp % share;
-  const int stride = shared_stride<__nv_bfloat16>(p.width), begin = windows * part / share, end = windows * (part + 1) / share;
-  const __nv_bfloat16 *weight = memory.weight + (warp / share * kTile + row) * stride, *x = memory.x + row * stride;
+  const int share_log2 = kWarpsLog2 - p.tiles_log2, tile = warp >> share_log2, part = warp - (tile << share_log2);
+  const int windows = (p.width + kWindow - 1) / kWindow, begin = windows * part >> share_log2, end = windows * (part + 1) >> share_log2;
+  const int stride = shared_stride<__nv_bfloat16>(p.width);
+  const __nv_bfloat16 *weight = memory.weight + (tile * kTile + row) * stride, *x = memory.x + row * stride;
   float sums[4][4] = {};  // apart, so that no instruction waits for the one before
   auto multiply = [&](int window, float(&first)[4], float(&second)[4]) {
     const int column = window * kWindow + lane % 4 * 8;
@@ -146,9 +151,11 @@ __device__ float sum_of_parts(const Product& p, const float* partial, int b, int
   if constexpr (sizeof(T) == 4) {
     return partial[r * kRows + b];
   } else {
-    const int share = kWarps / (p.block_rows / kTile);
+    const int share_log2 = kWarpsLog2 - p.tiles_log2;
     float sum = 0;
-    for (int w = 0; w < share; ++w) sum += partial[((r / kTile * share + w) * kRows + b) * kTile + r % kTile];
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w)
+      if (w < 1 << share_log2) sum += partial[(((r / kTile << share_log2) + w) * kRows + b) * kTile + r % kTile];
     return sum;
   }
 }
@@ -165,7 +172,7 @@ __device__ void multiply_all(const Product& p, const BlockMemory<T>& memory, int
     __syncthreads();
     if (block + blocks_apart < blocks) load_weight(p, memory.weight, block + blocks_apart);
     for (int i = static_cast<int>(threadIdx.x); i < p.block_rows * p.batch; i += kThreads) {
-      const int r = i % p.block_rows, b = i / p.block_rows;
+      const int b = i / kTile >> p.tiles_log2, r = i - b * p.block_rows;  // no division: each is a tenth of a microsecond
       const int64_t row = block * p.block_rows + r;
       if (row < p.out_rows)
         static_cast<Out*>(p.out)[b * p.out_rows + row] = static_cast<Out>(scale(b) * sum_of_parts<T>(p, memory.partial, b, r));
@@ -265,7 +272,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfRegisters)
         const auto column = [&](int u) { return begin + (n < 2 ? u * kThreads : (part + u) * Rows::threads) * 4 + Rows::lane() * 4; };
         Pack<float, 4> in[kTurns];
 #pragma unroll
-        for (int u = 0; u < kTurns; ++u) in[u] = residual_sum<T>(p, row + (column(u) < D ? column(u) : 0));
+        for (int u = 0; u < kTurns; ++u)
+          if (column(u) < D) in[u] = residual_sum<T>(p, row + column(u));
 #pragma unroll
         for (int u = 0; u < kTurns; ++u) {
           const int i = column(u), v = n < 2 ? 0 : part + u;
@@ -283,7 +291,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfRegisters)
       }
   Rows::put(squares, scratch);
   multiply_all<T, Out>(p.product, memory, blockIdx.x, product_blocks, blocks,
-                       [&](int row) { return rsqrtf(Rows::total(scratch, row) / static_cast<float>(D) + p.eps); });
+                       [&](int row) { return rsqrtf(fmaf(Rows::total(scratch, row), p.product.one_over_width, p.eps)); });
 }
 
 struct GateArgs {
@@ -386,53 +394,92 @@ struct ConvolvedArgs {
 template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocksOfRegisters) convolved_projection_kernel(ConvolvedArgs p, int64_t blocks) {
   let_next_kernel_start();
-  const int C = p.product.width, all = p.product.batch * C, thread = static_cast<int>(threadIdx.x);
-  const BlockMemory<T> memory(p.product, p.ahead ? all : 0);
+  const int C = p.product.width, thread = static_cast<int>(threadIdx.x);
+  const int batch = p.product.batch;
+  const BlockMemory<T> memory(p.product, p.ahead ? (batch + 1) * C : 0);
+  float* const last_taps = memory.ahead + batch * C;
   load_weight(p.product, memory.weight, blockIdx.x);
   const auto earlier = [&](int b, int c) {
     const T* window = static_cast<const T*>(p.window) + static_cast<int64_t>(b) * (p.taps - 1) * C + c;
     float sum = p.conv_bias != nullptr ? p.conv_bias[c] : 0.0f;
-    if (p.taps == 4) {  // what models have: loads that do not wait for one another
-      const Pack<float, 4> taps = load_pack<4>(p.conv_weight + c * 4);
-      const T past[3] = {window[0], window[C], window[2 * C]};
-#pragma unroll
-      for (int j = 0; j < 3; ++j) sum = fmaf(taps.at[j], to_f32(past[j]), sum);
-      return sum;
-    }
     for (int j = 0; j + 1 < p.taps; ++j) sum = fmaf(p.conv_weight[c * p.taps + j], to_f32(window[static_cast<int64_t>(j) * C]), sum);
     return sum;
   };
-  constexpr int kTurns = 4;  // whose loads are under way together
-  if (p.ahead)
-    for (int first = thread; first < all; first += kTurns * kThreads) {
-      float sums[kTurns];
+  if (p.ahead && p.taps == 4) {  // what models have: two channels of four rows a turn, whose loads do not wait for one another
+    for (int c = thread * 2; c < C; c += kThreads * 2) {
+      Pack<float, 4> taps[2];
+      float bias[2] = {};
 #pragma unroll
-      for (int u = 0; u < kTurns; ++u) {
-        const int i = min(first + u * kThreads, all - 1);
-        sums[u] = earlier(i / C, i % C);
+      for (int k = 0; k < 2; ++k) {
+        taps[k] = load_pack<4>(p.conv_weight + (c + k) * 4);
+        if (p.conv_bias != nullptr) bias[k] = p.conv_bias[c + k];
+      }
+      constexpr int kAtOnce = 4;
+      for (int first = 0; first < batch; first += kAtOnce) {
+        const T* const window = static_cast<const T*>(p.window) + static_cast<int64_t>(first) * 3 * C + c;
+        Pack<T, 2> past[kAtOnce][3];
+#pragma unroll
+        for (int b = 0; b < kAtOnce; ++b)
+#pragma unroll
+          for (int j = 0; j < 3; ++j)
+            if (first + b < batch) past[b][j] = load_pack<2>(window + (b * 3 + j) * C);
+#pragma unroll
+        for (int b = 0; b < kAtOnce; ++b) {
+          if (first + b >= batch) break;
+          Pack<float, 2> sums;
+#pragma unroll
+          for (int k = 0; k < 2; ++k) {
+            sums.at[k] = bias[k];
+#pragma unroll
+            for (int j = 0; j < 3; ++j) sums.at[k] = fmaf(taps[k].at[j], to_f32(past[b][j].at[k]), sums.at[k]);
+          }
+          store_pack(memory.ahead + (first + b) * C + c, sums);
+        }
       }
 #pragma unroll
-      for (int u = 0; u < kTurns; ++u)
-        if (first + u * kThreads < all) memory.ahead[first + u * kThreads] = sums[u];
+      for (int k = 0; k < 2; ++k) last_taps[c + k] = taps[k].at[3];
     }
-  wait_for_kernel_in_front();
-  for (int first = thread; first < all; first += kTurns * kThreads) {
-    float now[kTurns], last_tap[kTurns];
-#pragma unroll
-    for (int u = 0; u < kTurns; ++u) {
-      const int i = min(first + u * kThreads, all - 1), b = i / C, c = i % C;
-      now[u] = to_f32(static_cast<const T*>(p.now)[b * p.now_stride + c]);
-      last_tap[u] = p.conv_weight[c * p.taps + p.taps - 1];
-    }
-#pragma unroll
-    for (int u = 0; u < kTurns; ++u) {
-      const int i = first + u * kThreads, b = i / C, c = i % C;
-      if (i >= all) break;
-      const T y = static_cast<T>(silu(fmaf(last_tap[u], now[u], p.ahead ? memory.ahead[i] : earlier(b, c))));
-      memory.x[b * shared_stride<T>(C) + c] = y;
-      if (static_cast<unsigned>(i / kThreads) % gridDim.x == blockIdx.x) static_cast<T*>(p.y)[i] = y;
+  } else if (p.ahead) {
+    for (int c = thread; c < C; c += kThreads) {
+      last_taps[c] = p.conv_weight[c * p.taps + p.taps - 1];
+      for (int b = 0; b < batch; ++b) memory.ahead[b * C + c] = earlier(b, c);
     }
   }
+  __syncthreads();
+  wait_for_kernel_in_front();
+  // A thread changes the packs that it has asked for, where they lie.
+  constexpr int vec = 16 / static_cast<int>(sizeof(T));
+  const T* const now = static_cast<const T*>(p.now);
+  const bool whole = reinterpret_cast<uintptr_t>(now) % 16 == 0 && p.now_stride % vec == 0;
+  if (whole)
+    for (int b = 0; b < batch; ++b)
+      for (int c = thread * vec; c < C; c += kThreads * vec)
+        copy_16_async(memory.x + b * shared_stride<T>(C) + c, now + b * p.now_stride + c);
+  copies_arrived();
+  unsigned turn = 0;  // which block writes y
+  for (int b = 0; b < batch; ++b)
+    for (int c = thread * vec; c < C; c += kThreads * vec, turn = turn + 1 < gridDim.x ? turn + 1 : 0) {
+      T* const x = memory.x + b * shared_stride<T>(C) + c;
+      Pack<T, vec> y;
+      if (whole) {
+        y = load_pack<vec>(x);
+      } else {
+#pragma unroll
+        for (int j = 0; j < vec; ++j) y.at[j] = now[b * p.now_stride + c + j];
+      }
+      Pack<float, vec> sums, last;
+      if (p.ahead) {
+        sums = load_pack<vec>(memory.ahead + b * C + c);
+        last = load_pack<vec>(last_taps + c);
+      } else {
+#pragma unroll
+        for (int j = 0; j < vec; ++j) sums.at[j] = earlier(b, c + j), last.at[j] = p.conv_weight[(c + j) * p.taps + p.taps - 1];
+      }
+#pragma unroll
+      for (int j = 0; j < vec; ++j) y.at[j] = static_cast<T>(silu(fmaf(last.at[j], to_f32(y.at[j]), sums.at[j])));
+      store_pack(x, y);
+      if (turn == blockIdx.x) store_pack(static_cast<T*>(p.y) + static_cast<int64_t>(b) * C + c, y);
+    }
   multiply_all<T, T>(p.product, memory, blockIdx.x, gridDim.x, blocks, [](int) { return 1.0f; });
 }
 
@@ -444,9 +491,19 @@ __global__ void shift_window_kernel(WindowMove move) {
 // --- launches -------------------------------------------------------------------------------------------------
 
 Product product_of(const Tensor& weight, const Tensor& out) {
-  int block_rows = kTile * kWarps;
-  while (block_rows > kTile && block_rows * weight.dim(1) * size_of(weight.dtype()) > kWeightBytes) block_rows /= 2;
-  return {weight.raw(), out.raw(), weight.dim(0), static_cast<int>(weight.dim(1)), static_cast<int>(out.dim(0)), block_rows};
+  int tiles_log2 = kWarpsLog2;
+  const auto rows = [&] { return int64_t{kTile} << tiles_log2; };
+  while (tiles_log2 > 0 &&
+         (rows() * weight.dim(1) * size_of(weight.dtype()) > kWeightBytes || weight.dim(0) < (kFewestBlocks - 1) * rows()))
+    --tiles_log2;
+  return {weight.raw(),
+          out.raw(),
+          weight.dim(0),
+          static_cast<int>(weight.dim(1)),
+          static_cast<int>(out.dim(0)),
+          static_cast<int>(rows()),
+          tiles_log2,
+          1.0f / static_cast<float>(weight.dim(1))};
 }
 
 WindowMove move_of(const Tensor& window, const Tensor& now) {
@@ -552,7 +609,7 @@ void gated_projection_cuda(const GatedProjection& p) {
 void convolved_projection_cuda(const ConvolvedProjection& p) {
   if (p.out.numel() == 0) return;
   const CudaContext& cuda = p.weight.device().cuda_context();
-  const int64_t floats_ahead = p.now.numel();
+  const int64_t floats_ahead = p.now.numel() + p.now.dim(1);
   const ConvolvedArgs args{product_of(p.weight, p.out),
                            p.now.raw(),
                            p.window.raw(),
