@@ -4,6 +4,7 @@
 #include <regex>
 #include <set>
 
+#include "core/switches.h"
 #include "tests/support/command_help.h"
 
 namespace fs = std::filesystem;
@@ -111,6 +112,19 @@ std::vector<std::string> wrong_commands(std::string code, const std::map<std::st
   return wrong;
 }
 
+// The switches that are set in `code` and that longhand does not know; `seen` counts all. Options of the build (-D) are none.
+std::vector<std::string> unknown_switches_in(const std::string& code, int& seen) {
+  static const std::regex setting(R"((^|[^A-Z_D])(LONGHAND_[A-Z_]+)=)");
+  std::vector<std::string> unknown;
+  for (auto it = std::sregex_iterator(code.begin(), code.end(), setting); it != std::sregex_iterator(); ++it) {
+    const std::string name = (*it)[2].str();
+    const auto rows = switch_table();
+    ++seen;
+    if (std::none_of(rows.begin(), rows.end(), [&](const SwitchRow& row) { return name == row.name; })) unknown.push_back(name);
+  }
+  return unknown;
+}
+
 }  // namespace
 
 TEST("docs: every relative link leads to a file") {
@@ -137,7 +151,17 @@ TEST("docs: every longhand command they show exists, with its options") {
   }
 }
 
-TEST("docs: a broken link, a wrong subcommand and a wrong option are seen") {
+TEST("docs: every switch they set is one that longhand knows, and shows in a column of its own") {
+  int seen = 0;
+  for (const fs::path& document : documents(LONGHAND_SOURCE_DIR))
+    for (const std::string& name : unknown_switches_in(parts_of(text_of(document.string())).code, seen))
+      FAIL_CHECK(document.filename().string() << ": " << name);
+  CHECK(seen > 8);
+  const std::string shown = run_process({LONGHAND_BINARY, "inspect", "switches"}).out;
+  for (const SwitchRow& row : switch_table()) CHECK(shown.find(std::string(row.name) + "  ") != std::string::npos);
+}
+
+TEST("docs: a broken link, a wrong subcommand, a wrong option and an unknown switch are seen") {
   const ScratchFolder scratch;
   std::ofstream(scratch.file("page.md")) << "[a](page.md#part) [b](gone.md) [c](https://example.org)\n```\n[d](not/a/link)\n```\n";
   int seen = 0;
@@ -151,6 +175,10 @@ TEST("docs: a broken link, a wrong subcommand and a wrong option are seen") {
   REQUIRE(wrong.size() == 2);
   CHECK(wrong[0] == "no such subcommand: longhand trian x.toml");
   CHECK(wrong[1].starts_with("no option --tokenzier: "));
+  seen = 0;
+  CHECK(unknown_switches_in("cmake -DLONGHAND_MPI=ON\nLONGHAND_TRACE=1 LONGHAND_TRACK=2 longhand", seen) ==
+        std::vector<std::string>{"LONGHAND_TRACK"});
+  CHECK(seen == 2);
 }
 
 }  // namespace longhand::test

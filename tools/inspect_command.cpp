@@ -155,7 +155,7 @@ bool is_tensor_file(const std::string& target) {
 }
 
 void print_switches() {
-  for (const SwitchRow& row : switch_table()) fmt::print("{:<18}{:<10}{}\n", row.name, row.values, row.shows);
+  for (const SwitchRow& row : switch_table()) fmt::print("{:<23}{:<10}{}\n", row.name, row.values, row.shows);
 }
 
 }  // namespace
