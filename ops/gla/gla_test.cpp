@@ -16,6 +16,7 @@
 #include "ops/gla/gla_kernels.h"
 #include "tests/support/check.h"
 #include "tests/support/draws.h"
+#include "tests/support/last_row.h"
 
 namespace longhand {
 namespace {
@@ -645,13 +646,7 @@ TEST("gla on CUDA of more than 2^31 elements") {
   // All rows but the last are zeros; the last is that of a small problem.
   const GlaInputs small = random_inputs({1, s.T, s.H, s.Dk, s.Dv}, 360, Dtype::f32, false);
   const Tensor grad_o = random_tensor(Device::cpu(), Dtype::f32, small.v.shape(), 361);
-  const auto last_row = [&](const Tensor& t) {
-    Shape shape = t.shape();
-    shape[0] = s.B;
-    const Tensor large = Tensor::zeros(cuda, Dtype::bf16, shape);
-    copy(large.slice(0, s.B - 1, s.B), t.to(Dtype::bf16).to(cuda));
-    return large;
-  };
+  const auto last_row = [&](const Tensor& t) { return test::zeros_with_last_row(t, s.B, cuda); };
   const auto alone = [](const Tensor& t) { return t.to(Dtype::bf16).to(Dtype::f64); };
   const auto run = [&](const auto& place) {
     std::vector<Variable> leaves;

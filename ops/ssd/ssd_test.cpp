@@ -14,6 +14,7 @@
 #include "core/switches.h"
 #include "tests/support/check.h"
 #include "tests/support/draws.h"
+#include "tests/support/last_row.h"
 
 namespace longhand {
 namespace {
@@ -557,13 +558,7 @@ TEST("ssd on CUDA of more than 2^31 elements") {
   // All rows but the last are zeros; the last is that of a small problem.
   const Sizes one{1, s.T, s.H, s.P, s.G, s.N};
   const SsdInputs small = slow_decay_inputs(one, 370, {.h0 = false});
-  const auto last_row = [&](const Tensor& t) {
-    Shape shape = t.shape();
-    shape[0] = s.B;
-    const Tensor large = Tensor::zeros(cuda, Dtype::bf16, shape);
-    copy(large.slice(0, s.B - 1, s.B), t.to(Dtype::bf16).to(cuda));
-    return large;
-  };
+  const auto last_row = [&](const Tensor& t) { return test::zeros_with_last_row(t, s.B, cuda); };
   const auto small_bf16 = [&](const Tensor& t) { return t.to(Dtype::bf16).to(Dtype::f64); };
   const auto f64 = [](const Tensor& t) { return t.to(Dtype::f64); };
   const auto run = [](const SsdInputs& in, const Tensor& grad_y) {
