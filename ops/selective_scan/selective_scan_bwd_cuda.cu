@@ -1,12 +1,8 @@
 // The selective scan on CUDA, backward: gradients of everything, in one walk over the tokens from the last to the first, begun from the
-// states that forward has kept in front of every 32 tokens.
+// states that forward has kept in front of every 32 tokens. Where rows and channels are few, segments of the sequence are walked at once,
+// once the gradients of the states between them are known (selective_scan_segment_grads).
 //
-// selective_scan_bwd_segments_kernel: what a segment does to the gradient of a state; only where rows and channels are too few
-// moves   dt, z, grad_y in
-// flops   N exponentials and 3 N others per token and channel: the gradient of the state, walked back from zero
-// split   as in the forward walk; connect_segments_kernel puts the whole scan together
-//
-// selective_scan_bwd_walk_kernel: the gradients
+// selective_scan_bwd_walk_kernel
 // moves   x, dt, z, grad_y in, grad_x, grad_dt, grad_z out: 14 bytes per token and channel in bf16, dt and x once more, and the states of
 //         chunks; 2 N f32 of partial sums of grad_B_t and grad_C_t per token and 64 channels
 // flops   2 N exponentials, 15 N others per token and channel, and about as many again to move and to add up
@@ -39,96 +35,14 @@ struct OwnedBack {
   Fetched<T> x[n], dt[n], z[n], grad_y[n];
 };
 
-// --- segments -------------------------------------------------------------------------------------------------
-
-constexpr int kSegmentTile = 8;  // tokens
-
-template <class Split>
-struct SegmentShared {
-  alignas(16) float C_t[kScanChunk][Split::kN];
-  float2 steps[kScanWarps][kSegmentTile][Split::kWarpChannels];  // dt, grad_r
-};
-
-template <class T, class Split>
-__global__ void __launch_bounds__(kScanThreads, Split::kN <= 64 ? 4 : 2)
-    selective_scan_bwd_segments_kernel(const ScanProblem<T> p, const ScanRows<const T> grad_y, float* grads, float* dt_sums,
-                                       int64_t groups) {
-  constexpr int kTokens = kSegmentTile, kEntries = Split::kEntries, kOwned = Split::template owned<kTokens>();
-  constexpr int kTiles = kScanChunk / kTokens;
-  extern __shared__ __align__(16) char shared_bytes[];
-  auto& shared = *reinterpret_cast<SegmentShared<Split>*>(shared_bytes);
-  const ScanPlace<Split, T> place(p, 0, groups, 1, p.segments - 1);  // what the first one does to a gradient reaches nobody
-  const int warp = static_cast<int>(threadIdx.x) / kWarp, n0 = Split::first_entry(), own = Split::own_channel();
-  const int token0 = first_owned<Split, kTokens>();
-  const int64_t own_channel = place.first_channel + warp * Split::kWarpChannels + own, channel[2] = {own_channel, own_channel ^ 1};
-  const bool own_real = own_channel < p.channels, gated = p.z.data != nullptr, graded = grad_y.data != nullptr;
-  const float bias = own_real ? p.dt_bias[own_channel] : 0.0f;
-  auto& steps = shared.steps[warp];
-
-  const int64_t tiles = (place.end - place.begin + kTokens - 1) / kTokens, last = place.begin + (tiles - 1) * kTokens;
-  OwnedAt<const T> dt_at(p.dt, place.b, last + token0, own_channel), z_at(p.z, place.b, last + token0, own_channel),
-      grad_at(grad_y, place.b, last + token0, own_channel);
-  OwnedBack<T, kOwned> next;
-  const auto fetch = [&](int64_t tile) {
-    const int there = static_cast<int>(min(static_cast<int64_t>(kTokens), place.end - (place.begin + tile * kTokens)));
-    choose(place.whole(p) && there == kTokens, [&](auto whole) {
-      const int left = own_real ? there - token0 : 0;
-      dt_at.template read<whole>(next.dt, left, -INFINITY);
-      if (graded) grad_at.template read<whole>(next.grad_y, left, 0.0f);
-      if (gated) z_at.template read<whole>(next.z, left, 0.0f);
-    });
-    dt_at.move(-kTokens);
-    grad_at.move(-kTokens);
-    z_at.move(-kTokens);
-  };
-  fetch(tiles - 1);
-
-  float A2[2][kEntries], carry[2][kEntries] = {}, dt_sum = 0;
-  load_A2<Split>(p, channel, A2);
-  for (int64_t tile = tiles - 1; tile >= 0; --tile) {
-    const int in_chunk = static_cast<int>(tile % kTiles) * kTokens;
-    if (tile == tiles - 1 || tile % kTiles == kTiles - 1) {
-      __syncthreads();
-      stage_entries<Split>(p.C_t, p, place.b, place.begin + tile / kTiles * kScanChunk, place.end, kScanChunk, shared.C_t[0]);
-      __syncthreads();
-    }
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < kOwned; ++i) {
-      const float dt = softplus_approx(next.dt[i].f32() + bias);
-      float grad = graded ? next.grad_y[i].f32() : 0.0f;
-      if (gated) grad *= silu(next.z[i].f32());
-      if (Split::template owns<kTokens>()) steps[token0 + i][own] = make_float2(dt, grad);
-      dt_sum += dt;
-    }
-    if (tile > 0) fetch(tile - 1);
-    __syncwarp();
-#pragma unroll
-    for (int k = kTokens - 1; k >= 0; --k) {
-      float C_t[kEntries];
-      read_floats(&shared.C_t[in_chunk + k][n0], C_t);
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const float2 step = steps[k][own ^ j];
-#pragma unroll
-        for (int e = 0; e < kEntries; ++e) carry[j][e] = exp2_approx(step.x * A2[j][e]) * (C_t[e] * step.y + carry[j][e]);
-      }
-    }
-  }
-  const int64_t at = place.segment_index(p) * p.channels;
-  store_states<Split>(grads + at * Split::kN, channel, p.channels, carry);
-  dt_sum = sum_of_owners<Split, kTokens>(dt_sum);
-  if (Split::part() < 2 && own_real) dt_sums[at + own_channel] = dt_sum;
-}
-
 // --- gradients ------------------------------------------------------------------------------------------------
 
 template <class T>
 struct WalkBack {
   ScanRows<const T> grad_y;
   ScanRows<T> grad_x, grad_dt, grad_z;             // null data: not wanted
-  const float* carries;                            // [B, segments, D, carries_row]: gradient of the state at the end, or null for zeros
-  int64_t carries_row;                             // N or kN
+  const float* carries;                            // [B, pieces, D, carries_row]: gradients of states, or null for zeros; the one at the
+  int64_t pieces, per_segment, carries_row;        // end of segment s at its last piece (SegmentGrads); carries_row: N or kN
   const float* borders;                            // [B, chunks, D, kN]: the state in front of each chunk
   float* grad_h0;                                  // [B, D, N] or null
   float *A_partials, *D_partials, *bias_partials;  // [B * segments, D, N], [B * segments, D] twice
@@ -141,73 +55,93 @@ struct WalkBack {
 template <class Split>
 constexpr int kWalkBackBlocks = Split::kN > 16 ? 1 : 3;
 template <class Split>
-constexpr ScanCost kWalkBackCost = Split::kN > 16 ? ScanCost{1, 1.0, 1.0, 1.2} : ScanCost{3, 2.5, 1.0, 1.2};
+constexpr ScanCost kWalkBackCost = Split::kN > 16 ? ScanCost{1, 1.0, 1.0, 1.3} : ScanCost{3, 2.5, 1.0, 1.3};
 
-template <class Split>
+template <class T, class Split>
 struct WalkBackShared {
   static constexpr int kC = Split::kWarpChannels, kN = Split::kN, kQuads = Split::kEntries / 4;
   static constexpr int kForward = 8;                    // tokens whose steps are formed together on the way forward through a chunk
   static constexpr int kSpan = kN <= 64 ? 16 : kRun;    // tokens whose grad_B_t and grad_C_t the warps of a block add up together
   static constexpr int kSlot = 2 * kQuads * kWarp * 4;  // a state of every lane
-  // What lanes have for four entries of a token; padded, so that lanes that read different tokens meet different banks.
-  static constexpr int kShareRow = kWarp * 4 + (Split::kLanes <= 4 ? 4 * Split::kLanes : 0);
-  static constexpr int kShares = kRun * kQuads * kShareRow;
+  // What lanes have for four entries of a token, for grad_B_t, and 16 banks on for grad_C_t.
+  static constexpr int kShareRow = kWarp * 4, kShareC = kRun * kQuads * kShareRow + kWarp / 2,
+                       kShares = kShareC + kRun * kQuads * kShareRow;
   struct Step {
     float dt, dt_x, grad_r, unused;
   };
+  // Inputs as they are in memory: all tokens of a chunk for the way forward through it, those of a run for the way back.
+  struct RawChunk {
+    alignas(16) T x[kScanChunk][kC], dt[kScanChunk][kC];
+  };
+  struct RawRun {
+    T of[4][kRun][kC];  // x, dt, z, grad_y
+  };
   // The state in front of every run of the chunk, [2 * quads, lanes, 4]; while a run is walked back, what its lanes have for the gradients
-  // of the entries lies where its own state and those behind were, [kRun, quads, kShareRow].
-  alignas(16) float slots[kScanWarps][(kRuns - 1) * kSlot + (kShares > kSlot ? kShares : kSlot)];
+  // of the entries lies where its own state and those behind were, [2, kRun, quads, kShareRow]. Behind what the runs of the first half
+  // need, the next chunk's inputs arrive meanwhile.
+  static constexpr int kSlots = (kRuns - 1) * kSlot + (kShares > kSlot ? kShares : kSlot);
+  static constexpr int kRawChunkAt = kSlots - static_cast<int>(sizeof(RawChunk) / sizeof(float)), kArrivesAt = kRuns / 2 - 1;
+  static_assert(kArrivesAt * kSlot + kShares <= kRawChunkAt && (kRuns - 2) * kSlot <= kRawChunkAt);
+  alignas(16) float slots[kScanWarps][kSlots];
   alignas(16) float B_t[kScanChunk][kN], C_t[kScanChunk][kN];
   float dt[kScanWarps][kScanChunk][kC];  // after bias and softplus
   union alignas(16) Steps {
-    float2 forward[kForward][kC];  // dt, dt x
-    Step back[kRun][kC];
+    float2 forward[2][kForward][kC + 2];  // dt, dt x; of those that are walked and of the next. Two more: other banks for the next token
+    struct {
+      Step of[kRun][kC + 2];
+      alignas(16) RawRun raw[2];  // of the run that is walked and of the next; that of a chunk's last run is in by_warp
+    } back;
   };
   Steps steps[kScanWarps];
   alignas(16) float by_warp[kScanWarps][kSpan][2][kN];  // the warp's share of grad_B_t and of grad_C_t
 };
 
-/// Adds what the lanes of a warp have left for the entries over its channels, for all tokens of a run: `shares` [kRun, quads, kShareRow].
-template <class Split>
-__device__ void sum_over_channels(const float* shares, float (*to)[2][Split::kN], int which) {
-  constexpr int kQuads = Split::kEntries / 4, kLanes = Split::kLanes, kRows = kWarp / kLanes, kPairs = Split::kN / 2;
+/// Adds what the lanes of a warp have left for the entries over its channels, for all tokens of a run: `shares` [2, kRun, quads,
+/// kShareRow].
+template <class Shared, class Split>
+__device__ void sum_over_channels(const float* shares, float (*to)[2][Split::kN]) {
+  constexpr int kQuads = Split::kEntries / 4, kLanes = Split::kLanes, kRows = kWarp / kLanes, kPerToken = kLanes * kQuads;
   __syncwarp();
 #pragma unroll
-  for (int turn = 0; turn < kRun * kPairs / kWarp; ++turn) {
-    const int task = turn * kWarp + Split::lane();  // two entries of one token
-    const int half = task % 2, part = task / 2 % kLanes, quad = task / (2 * kLanes) % kQuads, token = task / kPairs;
-    const float* from = shares + (token * kQuads + quad) * WalkBackShared<Split>::kShareRow + part * 4 + half * 2;
-    float sum[2] = {};
+  for (int turn = 0; turn < 2 * kRun * kPerToken / kWarp; ++turn) {
+    const int task = turn * kWarp + Split::lane();  // four entries of one token, for one of the two
+    const int part = task % kLanes, which = task / kLanes % 2, quad = task / (2 * kLanes) % kQuads, token = task / (2 * kPerToken);
+    const float* from = shares + which * Shared::kShareC + (token * kQuads + quad) * Shared::kShareRow + part * 4;
+    float sum[4] = {};
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      float share[2];
+      float share[4];
       read_floats(from + r * kLanes * 4, share);
-      sum[0] += share[0];
-      sum[1] += share[1];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum[i] += share[i];
     }
-    store_pack(&to[token][which][part * Split::kEntries + quad * 4 + half * 2], Pack<float, 2>{{sum[0], sum[1]}});
+    write_floats(&to[token][which][part * Split::kEntries + quad * 4], sum);
   }
-  __syncwarp();
 }
 
 template <class T, class Split>
 __global__ void __launch_bounds__(kScanThreads, kWalkBackBlocks<Split>)
     selective_scan_bwd_walk_kernel(const ScanProblem<T> p, const WalkBack<T> g) {
   constexpr int kEntries = Split::kEntries, kN = Split::kN, kOwned = Split::template owned<kRun>();
-  using Shared = WalkBackShared<Split>;
+  using Shared = WalkBackShared<T, Split>;
+  using RawChunk = typename Shared::RawChunk;
+  using RawRun = typename Shared::RawRun;
+  constexpr int kC = Split::kWarpChannels;
   extern __shared__ __align__(16) char shared_bytes[];
   auto& shared = *reinterpret_cast<Shared*>(shared_bytes);
   const ScanPlace<Split, T> place(p, g.first_group, g.groups, 0, p.segments);
-  const int tid = static_cast<int>(threadIdx.x), warp = tid / kWarp, lane = Split::lane();
-  const int n0 = Split::first_entry(), own = Split::own_channel(), token0 = first_owned<Split, kRun>();
+  const int tid = static_cast<int>(threadIdx.x), warp = static_cast<int>(threadIdx.x / kWarp), lane = Split::lane();
+  const int n0 = kept(Split::first_entry()), own = kept(Split::own_channel()), token0 = kept(first_owned<Split, kRun>());
   const int64_t own_channel = place.first_channel + warp * Split::kWarpChannels + own, channel[2] = {own_channel, own_channel ^ 1};
   const bool own_real = own_channel < p.channels;
   const bool gated = p.z.data != nullptr, graded = g.grad_y.data != nullptr;
   const int64_t in_segments = place.segment_index(p) * p.channels;
+  const int64_t last_piece = min((place.segment + 1) * g.per_segment, g.pieces) - 1;
+  const float* const carries = g.carries + (place.b * g.pieces + last_piece) * p.channels * g.carries_row;
   float* const slots = shared.slots[warp];
   constexpr int kSlot = Shared::kSlot;
   auto& steps = shared.steps[warp];
+  const int place_of_share = kept(Split::set() * Split::kLanes + Split::part());
 
   const float bias = own_real ? p.dt_bias[own_channel] : 0.0f;
   const float D_skip = own_real && p.D_skip != nullptr ? p.D_skip[own_channel] : 0.0f;
@@ -218,109 +152,161 @@ __global__ void __launch_bounds__(kScanThreads, kWalkBackBlocks<Split>)
   for (int j = 0; j < 2; ++j)
 #pragma unroll
     for (int e = 0; e < kEntries; ++e)
-      carry[j][e] = g.carries != nullptr && channel[j] < p.channels && n0 + e < p.N
-                        ? g.carries[(in_segments + channel[j]) * g.carries_row + n0 + e]
-                        : 0.0f;
+      carry[j][e] = g.carries != nullptr && channel[j] < p.channels && n0 + e < p.N ? carries[channel[j] * g.carries_row + n0 + e] : 0.0f;
+
+  // Where the gradients of a run are written. These addresses go back from run to run, from the last one of the segment on.
+  const int64_t last_chunk = (place.end - 1) / kScanChunk, last_run = (place.end - 1) / kRun * kRun, last = last_run + token0;
+  OwnedAt<T> grad_x_at(g.grad_x, place.b, last, own_channel), grad_dt_at(g.grad_dt, place.b, last, own_channel),
+      grad_z_at(g.grad_z, place.b, last, own_channel);
+  // And from chunk to chunk: its partial sums, and the state in front of it.
+  float* partials = kept(g.BC_partials + ((place.group * p.batch + place.b) * p.tokens + last_chunk * kScanChunk) * 2 * g.N4);
+  const float* border = kept(g.borders + (place.b * p.chunks + last_chunk) * p.channels * kN);
 
   const bool all_channels = place.whole(p);
-  for (int64_t chunk = (place.end - 1) / kScanChunk; chunk >= place.begin / kScanChunk; --chunk) {
+  const bool all_tensors = gated && graded && g.grad_x.data != nullptr && g.grad_dt.data != nullptr && g.grad_z.data != nullptr;
+
+  // Inputs travel to shared memory by themselves, as in the forward walk: those of a run while the one behind it is walked, x and dt of a
+  // chunk, for the way forward through it, during the second half of the one behind. Where not all of a run is there, or not in 16 bytes,
+  // lanes carry what is theirs.
+  const bool copies =
+      kC * sizeof(T) % 16 == 0 && all_channels && gated && graded && p.x.sixteens && p.dt.sixteens && p.z.sixteens && g.grad_y.sixteens;
+  const int64_t first_channel = place.first_channel + warp * kC;
+  const auto input = [&](int which) {
+    ScanRows<const T> rows = p.x;
+    if (which == 1) rows = p.dt;
+    if (which == 2) rows = p.z;
+    if (which == 3) rows = g.grad_y;
+    return rows;
+  };
+  constexpr int kPer = 16 / static_cast<int>(sizeof(T)), kRow = kC < kPer ? 1 : kC / kPer, kRunCopies = 4 * kRun * kRow;
+  const auto source = [&](int copy) {  // 16 bytes of the inputs of a run
+    return OwnedAt<const T>(input(copy / (kRun * kRow)), place.b, last_run + copy / kRow % kRun, first_channel + copy % kRow * kPer);
+  };
+  static_assert(kRunCopies <= 2 * kWarp);
+  OwnedAt<const T> run_source = source(lane % kRunCopies), second_source = source(lane + kRunCopies / 2);
+  TileCopy<T, kScanChunk, kC> x_copy(p.x, place.b, last_chunk * kScanChunk, first_channel),
+      dt_copy(p.dt, place.b, last_chunk * kScanChunk, first_channel);
+  const auto carry_in = [&](int which, int64_t begin, int tokens, float behind, T* to, int rows) {
+    const ScanRows<const T> from = input(which);
+    for (int i = lane; i < rows * kC; i += kWarp)
+      to[i] = i / kC < tokens && first_channel + i % kC < p.channels && from.data != nullptr
+                  ? from.at(place.b, begin + i / kC)[first_channel + i % kC]
+                  : static_cast<T>(behind);
+  };
+  const auto fetch_run = [&](int64_t begin, int tokens, RawRun& to) {
+    if (copies && tokens == kRun) {
+      const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(&to)) + static_cast<uint32_t>(lane) * 16;
+      if (kRunCopies >= kWarp || lane < kRunCopies) copy_16_bytes(at, run_source[0]);
+      if (kRunCopies > kWarp) copy_16_bytes(at + kWarp * 16, second_source[0]);
+    } else {
+#pragma unroll
+      for (int which = 0; which < 4; ++which) carry_in(which, begin, tokens, 0.0f, &to.of[which][0][0], kRun);
+    }
+    run_source.move(-kRun);
+    second_source.move(-kRun);
+  };
+  RawChunk& raw_chunk = *reinterpret_cast<RawChunk*>(slots + Shared::kRawChunkAt);
+  const auto fetch_chunk = [&](int64_t begin, int tokens) {
+    if (copies && tokens == kScanChunk) {
+      x_copy.start(raw_chunk.x);
+      dt_copy.start(raw_chunk.dt);
+    } else {
+      carry_in(0, begin, tokens, 0.0f, &raw_chunk.x[0][0], kScanChunk);
+      carry_in(1, begin, tokens, -INFINITY, &raw_chunk.dt[0][0], kScanChunk);  // a step of zero keeps the state: behind the last token
+    }
+    x_copy.move(-kScanChunk);
+    dt_copy.move(-kScanChunk);
+  };
+  fetch_chunk(last_chunk * kScanChunk, static_cast<int>(place.end - last_chunk * kScanChunk));
+  commit_copies();
+
+  for (int64_t chunk = last_chunk; chunk >= place.begin / kScanChunk; --chunk) {
     const int64_t begin = chunk * kScanChunk;
     const int tokens = static_cast<int>(min(static_cast<int64_t>(kScanChunk), place.end - begin)), runs = (tokens + kRun - 1) / kRun;
     const int own_tokens = own_real ? tokens : 0;  // without a channel there is no token either
-    float* const partials = kept(g.BC_partials + ((place.group * p.batch + place.b) * p.tokens + begin) * 2 * g.N4);
-    const float* const border = kept(g.borders + (place.b * p.chunks + chunk) * p.channels * kN);
 
-    // What a run needs is fetched while the one behind it is worked on, what the last one needs before the way forward. All these addresses
-    // go back from run to run.
-    const int64_t last = begin + (runs - 1) * kRun + token0;
-    OwnedAt<const T> x_at(p.x, place.b, last, own_channel), dt_at(p.dt, place.b, last, own_channel), z_at(p.z, place.b, last, own_channel),
-        grad_at(g.grad_y, place.b, last, own_channel);
-    OwnedAt<T> grad_x_at(g.grad_x, place.b, last, own_channel), grad_dt_at(g.grad_dt, place.b, last, own_channel),
-        grad_z_at(g.grad_z, place.b, last, own_channel);
-    OwnedBack<T, kOwned> next;
-    const auto fetch = [&](int run) {
-      choose(all_channels && (run + 1) * kRun <= tokens, [&](auto whole) {
-        const int left = own_tokens - run * kRun - token0;
-        x_at.template read<whole>(next.x, left, 0.0f);
-        dt_at.template read<whole>(next.dt, left, 0.0f);
-        if (gated) z_at.template read<whole>(next.z, left, 0.0f);
-        if (graded) grad_at.template read<whole>(next.grad_y, left, 0.0f);
-      });
-      x_at.move(-kRun);
-      dt_at.move(-kRun);
-      z_at.move(-kRun);
-      grad_at.move(-kRun);
-    };
-    fetch(runs - 1);
+    auto& raw_last_run = *reinterpret_cast<RawRun*>(&shared.by_warp[warp]);
+    static_assert(sizeof(RawRun) <= sizeof(shared.by_warp[0]));
+    fetch_run(begin + (runs - 1) * kRun, tokens - (runs - 1) * kRun, raw_last_run);
+    commit_copies();
 
-    // Forward: the state in front of every run.
+    // Forward: the state in front of every run. The steps of tokens are formed while those before them are walked.
     {
       constexpr int kForward = Shared::kForward, kForwardOwned = Split::template owned<kForward>();
-      const int forward0 = first_owned<Split, kForward>();
-      OwnedAt<const T> forward_x(p.x, place.b, begin + forward0, own_channel), forward_dt(p.dt, place.b, begin + forward0, own_channel);
-      Fetched<T> x[kForwardOwned], raw_dt[kForwardOwned];
-      const auto fetch_forward = [&](int t) {
-        choose(all_channels && t + kForward <= tokens, [&](auto whole) {
-          forward_x.template read<whole>(x, own_tokens - t - forward0, 0.0f);
-          forward_dt.template read<whole>(raw_dt, own_tokens - t - forward0, -INFINITY);
-        });
-        forward_x.move(kForward);
-        forward_dt.move(kForward);
+      const int forward0 = first_owned<Split, kForward>(), last_forward = (tokens - 1) / kForward * kForward;
+      const auto form_forward = [&](int i, int t, int turn) {
+        if (!Split::template owns<kForward>()) return;
+        const int at = t + forward0 + i;
+        const float dt = softplus_approx(to_f32(raw_chunk.dt[at][own]) + bias);
+        shared.dt[warp][at][own] = dt;
+        steps.forward[turn][forward0 + i][own] = make_float2(dt, dt * to_f32(raw_chunk.x[at][own]));
       };
-      fetch_forward(0);
       float h[2][kEntries];
-      load_states<Split>(in_global_memory(border), channel, p.channels, h);
-      __syncthreads();  // everybody has done with the chunk before
-      stage_entries<Split>(p.B_t, p, place.b, begin, place.end, kScanChunk, shared.B_t[0]);
-      stage_entries<Split>(p.C_t, p, place.b, begin, place.end, kScanChunk, shared.C_t[0]);
-      __syncthreads();
-#pragma unroll 1
-      for (int t = 0; t < tokens; t += kForward) {
-        __syncwarp();
+      const auto keep_state = [&](int run) {
 #pragma unroll
-        for (int i = 0; i < kForwardOwned; ++i) {
-          const float dt = softplus_approx(raw_dt[i].f32() + bias);
-          if (Split::template owns<kForward>()) {
-            shared.dt[warp][t + forward0 + i][own] = dt;
-            steps.forward[forward0 + i][own] = make_float2(dt, dt * x[i].f32());
-          }
+        for (int j = 0; j < 2; ++j)
+#pragma unroll
+          for (int e = 0; e < kEntries; e += 4)
+            store_pack(slots + run * kSlot + ((j * kEntries + e) / 4 * kWarp + lane) * 4,
+                       Pack<float, 4>{{h[j][e], h[j][e + 1], h[j][e + 2], h[j][e + 3]}});
+      };
+      const auto walk_token = [&](int t, int turn) {
+        float B_t[kEntries];
+        read_floats(&shared.B_t[t][n0], B_t);
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const float2 step = steps.forward[turn][t % kForward][own ^ j];
+#pragma unroll
+          for (int e = 0; e < kEntries; ++e) h[j][e] = exp2_approx(step.x * A2[j][e]) * h[j][e] + step.y * B_t[e];
         }
-        if (t + kForward < tokens) fetch_forward(t + kForward);
-        __syncwarp();
+      };
+      load_states<Split>(in_global_memory(border), channel, p.channels, h);
+      stage_entries<Split>(p.B_t, p, place.b, begin, place.end, kScanChunk, shared.B_t[0]);  // everybody has done with the chunk before
+      stage_entries<Split>(p.C_t, p, place.b, begin, place.end, kScanChunk, shared.C_t[0]);
+      wait_for_copies<1>();  // x and dt are there
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < kForwardOwned; ++i) form_forward(i, 0, 0);
+      __syncthreads();
+      int turn = 0;
+#pragma unroll 1
+      for (int t = 0; t < last_forward; t += kForward) {
 #pragma unroll
         for (int k = 0; k < kForward; ++k) {
-          if (k % kRun == 0)
+          if (k % kRun == 0) keep_state((t + k) / kRun);
+          walk_token(t + k, turn);
 #pragma unroll
-            for (int j = 0; j < 2; ++j)
-#pragma unroll
-              for (int e = 0; e < kEntries; e += 4)
-                store_pack(slots + (t + k) / kRun * kSlot + ((j * kEntries + e) / 4 * kWarp + lane) * 4,
-                           Pack<float, 4>{{h[j][e], h[j][e + 1], h[j][e + 2], h[j][e + 3]}});
-          if (k % kRun == 0 && t + k + kRun >= tokens) break;  // the last run's own walk follows below
-          float B_t[kEntries];
-          read_floats(&shared.B_t[t + k][n0], B_t);
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            const float2 step = steps.forward[k][own ^ j];
-#pragma unroll
-            for (int e = 0; e < kEntries; ++e) h[j][e] = exp2_approx(step.x * A2[j][e]) * h[j][e] + step.y * B_t[e];
-          }
+          for (int i = k * kForwardOwned / kForward; i < (k + 1) * kForwardOwned / kForward; ++i) form_forward(i, t + kForward, turn ^ 1);
         }
+        turn ^= 1;
+        __syncwarp();
+      }
+      keep_state(last_forward / kRun);
+      if (last_forward / kRun + 1 < runs) {  // the last run's own walk follows below
+#pragma unroll
+        for (int k = 0; k < kRun; ++k) walk_token(last_forward + k, turn);
+        keep_state(last_forward / kRun + 1);
       }
     }
 
-#pragma unroll 1
-    for (int run = runs - 1; run >= 0; --run) {
-      const OwnedBack<T, kOwned> in = next;
-      __syncwarp();
+    // Back through a run. `whole`: all tokens, channels and tensors are there.
+    const auto walk_run = [&](auto whole, int run, const RawRun& raw) {
+      OwnedBack<T, kOwned> in;
+#pragma unroll
+      for (int i = 0; i < kOwned; ++i) {
+        in.x[i] = Fetched<T>::from(&raw.of[0][token0 + i][own]);
+        in.dt[i] = Fetched<T>::from(&raw.of[1][token0 + i][own]);
+        in.z[i] = Fetched<T>::from(&raw.of[2][token0 + i][own]);
+        in.grad_y[i] = Fetched<T>::from(&raw.of[3][token0 + i][own]);
+      }
       float dt[kOwned], grad_r[kOwned], gate[kOwned];  // gate: sigmoid(z)
 #pragma unroll
       for (int i = 0; i < kOwned; ++i) {
         dt[i] = shared.dt[warp][run * kRun + token0 + i][own];
-        gate[i] = gated ? sigmoid(in.z[i].f32()) : 1.0f;
-        grad_r[i] = graded ? in.grad_y[i].f32() : 0.0f;
-        if (gated) grad_r[i] *= in.z[i].f32() * gate[i];
-        if (Split::template owns<kRun>()) steps.back[token0 + i][own] = {dt[i], dt[i] * in.x[i].f32(), grad_r[i], 0.0f};
+        gate[i] = whole || gated ? sigmoid(in.z[i].f32()) : 1.0f;
+        grad_r[i] = whole || graded ? in.grad_y[i].f32() : 0.0f;
+        if (whole || gated) grad_r[i] *= in.z[i].f32() * gate[i];
+        if (Split::template owns<kRun>()) steps.back.of[token0 + i][own] = {dt[i], dt[i] * in.x[i].f32(), grad_r[i], 0.0f};
       }
       float* const slot = slots + run * kSlot;
       // Forward through the run: states and decays stay in registers.
@@ -343,7 +329,7 @@ __global__ void __launch_bounds__(kScanThreads, kWalkBackBlocks<Split>)
           read_floats(&shared.C_t[run * kRun + k][n0], C_t);
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
-            const typename Shared::Step step = steps.back[k][own ^ j];
+            const typename Shared::Step step = steps.back.of[k][own ^ j];
 #pragma unroll
             for (int e = 0; e < kEntries; ++e) {
               before[k][j][e] = h[j][e];
@@ -353,16 +339,15 @@ __global__ void __launch_bounds__(kScanThreads, kWalkBackBlocks<Split>)
               share[e] = j == 0 ? step.grad_r * h[j][e] : share[e] + step.grad_r * h[j][e];
             }
           }
-          along_C[k] = along[0] + __shfl_xor_sync(0xffffffffu, along[1], 1);
+          along_C[k] = along[0] + Split::other_part(along[1], 1);
 #pragma unroll
           for (int e = 0; e < kEntries; e += 4)
-            store_pack(slot + (k * Shared::kQuads + e / 4) * Shared::kShareRow + lane * 4,
+            store_pack(slot + Shared::kShareC + (k * Shared::kQuads + e / 4) * Shared::kShareRow + place_of_share * 4,
                        Pack<float, 4>{{share[e], share[e + 1], share[e + 2], share[e + 3]}});
         }
       }
       const int in_span = run * kRun % Shared::kSpan;
       sum_over_owners<Split>(along_C);
-      sum_over_channels<Split>(slot, shared.by_warp[warp] + in_span, 1);
 
       // Back through the run with the gradient of the state. Tokens behind the end have dt = B = C = grad_r = 0: they pass the gradient on.
       float along_B[kRun], along_A[kRun];
@@ -373,7 +358,7 @@ __global__ void __launch_bounds__(kScanThreads, kWalkBackBlocks<Split>)
         read_floats(&shared.C_t[run * kRun + k][n0], C_t);
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-          const typename Shared::Step step = steps.back[k][own ^ j];
+          const typename Shared::Step step = steps.back.of[k][own ^ j];
 #pragma unroll
           for (int e = 0; e < kEntries; ++e) {
             const float lambda = C_t[e] * step.grad_r + carry[j][e];
@@ -385,17 +370,16 @@ __global__ void __launch_bounds__(kScanThreads, kWalkBackBlocks<Split>)
             share[e] = j == 0 ? step.dt_x * lambda : share[e] + step.dt_x * lambda;
           }
         }
-        along_B[k] = by_B[0] + __shfl_xor_sync(0xffffffffu, by_B[1], 1);
-        along_A[k] = by_A[0] + __shfl_xor_sync(0xffffffffu, by_A[1], 1);
+        along_B[k] = by_B[0] + Split::other_part(by_B[1], 1);
+        along_A[k] = by_A[0] + Split::other_part(by_A[1], 1);
 #pragma unroll
         for (int e = 0; e < kEntries; e += 4)
-          store_pack(slot + (k * Shared::kQuads + e / 4) * Shared::kShareRow + lane * 4,
+          store_pack(slot + (k * Shared::kQuads + e / 4) * Shared::kShareRow + place_of_share * 4,
                      Pack<float, 4>{{share[e], share[e + 1], share[e + 2], share[e + 3]}});
       }
-      if (run > 0) fetch(run - 1);
       sum_over_owners<Split>(along_B);
       sum_over_owners<Split>(along_A);
-      sum_over_channels<Split>(slot, shared.by_warp[warp] + in_span, 0);
+      sum_over_channels<Shared, Split>(slot, shared.by_warp[warp] + in_span);
 
       float grad_x[kOwned], grad_dt[kOwned], grad_z[kOwned];
       const int left = own_tokens - run * kRun - token0;
@@ -407,23 +391,33 @@ __global__ void __launch_bounds__(kScanThreads, kWalkBackBlocks<Split>)
         grad_dt[i] = (x * along_B[i] + kLn2 * along_A[i]) * sigmoid(in.dt[i].f32() + bias);
         grad_z[i] = along_C[i] + D_skip * x;
         sum_D += grad_r[i] * x;  // grad_r is 0 behind the end, grad_dt is not
-        sum_bias += i < left ? grad_dt[i] : 0.0f;
+        sum_bias += whole || i < left ? grad_dt[i] : 0.0f;
       }
-      if (g.grad_z.data != nullptr)
+      if (whole || g.grad_z.data != nullptr)
 #pragma unroll
-        for (int i = 0; i < kOwned; ++i) grad_z[i] *= graded ? in.grad_y[i].f32() * silu_slope(in.z[i].f32(), gate[i]) : 0.0f;
-      if (Split::template owns<kRun>())
-        choose(all_channels && (run + 1) * kRun <= tokens, [&](auto whole) {
-          if (g.grad_x.data != nullptr) grad_x_at.template write<whole>(grad_x, left);
-          if (g.grad_dt.data != nullptr) grad_dt_at.template write<whole>(grad_dt, left);
-          if (g.grad_z.data != nullptr) grad_z_at.template write<whole>(grad_z, left);
-        });
-
+        for (int i = 0; i < kOwned; ++i) grad_z[i] *= whole || graded ? in.grad_y[i].f32() * silu_slope(in.z[i].f32(), gate[i]) : 0.0f;
+      if (Split::template owns<kRun>()) {
+        if (whole || g.grad_x.data != nullptr) grad_x_at.template write<whole>(grad_x, left);
+        if (whole || g.grad_dt.data != nullptr) grad_dt_at.template write<whole>(grad_dt, left);
+        if (whole || g.grad_z.data != nullptr) grad_z_at.template write<whole>(grad_z, left);
+      }
       grad_x_at.move(-kRun);
       grad_dt_at.move(-kRun);
       grad_z_at.move(-kRun);
+    };
 
-      if (in_span != 0) continue;
+#pragma unroll 1
+    for (int run = runs - 1; run >= 0; --run) {
+      __syncwarp();  // everybody has done with the run behind
+      if (run > 0) fetch_run(begin + (run - 1) * kRun, kRun, steps.back.raw[(run - 1) % 2]);
+      if (run == min(runs - 1, Shared::kArrivesAt) && begin > place.begin) fetch_chunk(begin - kScanChunk, kScanChunk);
+      commit_copies();
+      wait_for_copies<1>();  // this run's inputs are there
+      __syncwarp();
+      const RawRun& raw = run == runs - 1 ? raw_last_run : steps.back.raw[run % 2];
+      choose(all_channels && all_tensors && tokens == kScanChunk, [&](auto whole) { walk_run(whole, run, raw); });
+
+      if (run * kRun % Shared::kSpan != 0) continue;
       __syncthreads();
       constexpr int kQuadsPerRow = kN / 4, kTasks = 2 * Shared::kSpan * kQuadsPerRow;
       const int rows = 2 * (tokens - run * kRun), N4 = static_cast<int>(g.N4);  // grad_B_t and grad_C_t in turn
@@ -443,6 +437,8 @@ __global__ void __launch_bounds__(kScanThreads, kWalkBackBlocks<Split>)
       }
       __syncthreads();
     }
+    partials -= kScanChunk * 2 * g.N4;
+    border -= p.channels * kN;
   }
 
   sum_D = sum_of_owners<Split, kRun>(sum_D);
@@ -491,9 +487,8 @@ __global__ void sum_blocks_kernel(const BlockSums<T> a) {
   to[row / a.tokens * batch + row % a.tokens * token + n] = static_cast<T>(sum);
 }
 
-template <class T, class Walk, class Split>
+template <class T, class Split>
 void backward(const SelectiveScanBackward& g) {
-  static_assert(Walk::kN == Split::kN);
   const SelectiveScanInputs& in = g.in;
   const Device& device = in.x.device();
   const CudaContext& cuda = device.cuda_context();
@@ -504,15 +499,8 @@ void backward(const SelectiveScanBackward& g) {
   const auto f32 = [&](Shape shape) { return Tensor::empty(device, Dtype::f32, shape); };
   const ScanRows<const T> grad_y = scan_rows<const T>(g.grad_y);
 
-  ScanSegments segments;
-  if (p.segments > 1) {
-    segments.grads = f32(Shape{B, p.segments, D, Split::kN});
-    segments.dt_sum = f32(Shape{B, p.segments, D});
-    const int64_t walk_groups = (D + Walk::kBlockChannels - 1) / Walk::kBlockChannels;
-    launch_scan(selective_scan_bwd_segments_kernel<T, Walk>, "selective_scan_bwd_segments_kernel", walk_groups * (p.segments - 1) * B,
-                sizeof(SegmentShared<Walk>), cuda, p, grad_y, segments.grads.data<float>(), segments.dt_sum.data<float>(), walk_groups);
-    connect_segments(segments, in.A_log, g.grad_h_T);
-  }
+  SegmentGrads grads;
+  if (p.segments > 1) grads = selective_scan_segment_grads(in, g.grad_y, g.grad_h_T, p.segments, p.segment_tokens);
 
   const int64_t N4 = (N + 3) / 4 * 4, per_group = B * tokens * 2 * N4;
   const int64_t at_once = std::clamp<int64_t>(kPartialBytes / (4 * per_group), 1, groups);
@@ -523,7 +511,9 @@ void backward(const SelectiveScanBackward& g) {
                 scan_rows<T>(g.grad_x),
                 scan_rows<T>(g.grad_dt),
                 scan_rows<T>(g.grad_z),
-                address_of<float>(p.segments > 1 ? segments.grads : g.grad_h_T),
+                address_of<float>(p.segments > 1 ? grads.pieces.grads : g.grad_h_T),
+                p.segments > 1 ? grads.count : 1,
+                p.segments > 1 ? grads.per_segment : 1,
                 p.segments > 1 ? Split::kN : N,
                 g.borders.data<float>(),
                 address_of<float>(g.grad_h0),
@@ -538,7 +528,7 @@ void backward(const SelectiveScanBackward& g) {
     w.first_group = first;
     w.groups = std::min(at_once, groups - first);
     launch_scan(selective_scan_bwd_walk_kernel<T, Split>, "selective_scan_bwd_walk_kernel", w.groups * p.segments * B,
-                sizeof(WalkBackShared<Split>), cuda, p, w);
+                sizeof(WalkBackShared<T, Split>), cuda, p, w);
     const BlockSums<T> sums{BC_partials.data<float>(),
                             address_of<float>(BC_totals),
                             scan_rows<T>(g.grad_B_t),
@@ -560,10 +550,9 @@ void backward(const SelectiveScanBackward& g) {
 }  // namespace
 
 void selective_scan_bwd_cuda(const SelectiveScanBackward& g) {
-  split_for(g.in.A_log.dim(1), [&](auto walk, auto split) {
-    using Walk = decltype(walk);
+  split_for(g.in.A_log.dim(1), [&](auto, auto split) {
     using Split = decltype(split);
-    g.in.x.dtype() == Dtype::bf16 ? backward<__nv_bfloat16, Walk, Split>(g) : backward<float, Walk, Split>(g);
+    g.in.x.dtype() == Dtype::bf16 ? backward<__nv_bfloat16, Split>(g) : backward<float, Split>(g);
   });
 }
 

@@ -1,17 +1,18 @@
-// The selective scan on CUDA, forward.
+// The selective scan on CUDA: forward, and the walks over segments that forward and backward begin with where rows and channels are few.
 //
-// selective_scan_fwd_walk_kernel
+// selective_scan_walk_kernel
 // moves   x, dt, z in, y out: 8 bytes per token and channel in bf16, and B_t, C_t once per 32 channels (from L2)
 // flops   N exponentials and 4 N others per token and channel; 3 more of the special-function unit and about 35 others for softplus and
-// silu floor   B32 T2048 D1536 N16 bf16: 805 MB / 3.0 TB/s = 0.27 ms, and 1.9e9 special functions at 16 per clock and SM = 0.46 ms at 1.97
-// GHz:
-//         bound by ex2, with 9 instructions for each beside it
+// silu floor   B32 T2048 D1536 N16 bf16: 805 MB / 3.0 TB/s = 0.27 ms, and 1.9e9 special functions at 16 per clock and SM = 0.46 ms at
+//         1.97 GHz: bound by ex2, with 8 instructions for each beside it
 // split   N <= 16: two neighbouring lanes share two channels; a lane has half of the entries of both in registers, forms the steps of its
-// own
-//         channel, and hands over half of a sum for the other: one exchange per token. 32 channels a warp; warps know nothing of each
-//         other. Wider states take 8 or 32 lanes for two channels, whose tokens their lanes own in turn, and so do few rows and channels
-//         with 4. Fewer still: the sequence is cut into segments, whose end states (Walk::ends, a second set of exponentials) are connected
-//         first
+//         own channel, and hands over half of a sum for the other: one exchange per token. 32 channels a warp; warps know nothing of each
+//         other. Wider states take 8 or 32 lanes for two channels, whose tokens their lanes own in turn. So do fewer rows and channels with
+//         4, and fewer still with 4 for one channel: more instructions, and more warps. Where those do not fill the GPU either, the
+//         sequence is cut into segments, whose end states (Walk::ends, a second set of exponentials) are connected first. Backward does
+//         likewise with the gradients of states (Walk::grads)
+// waits   A warp works on one tile of tokens, forms the steps of the next, and has asked for the one or two behind that: one stretch of
+//         instructions without a branch, so that what one part waits for another fills
 // needs   N <= 256, any strides over B and T (how far tokens may be apart: scan_rows). B_t and C_t are read four at a time where addresses,
 //         strides and widths allow it, else one by one
 // agrees  with the CPU reference: kSelectiveScanToleranceF32 (ex2.approx in decays, in softplus and in silu, rcp.approx in silu); bf16 adds
@@ -29,57 +30,79 @@
 namespace longhand {
 namespace {
 
+/// What walks over tokens are for:
+///   outputs  y and the last state, from the states at the beginning of segments
+///   ends     what a segment does to a state: the state at its end, from zero at its beginning
+///   grads    what a segment does to the gradient of a state: that at its beginning, from zero at its end, last token first
+enum class Walk { outputs, ends, grads };
+
 template <class T>
 struct WalkOutputs {
   ScanRows<T> y;
-  float* h_T;           // [B, D, N]; outputs of the last segment
-  const float* starts;  // states at the beginning of each segment, [B, segments, D, row] or null for zeros
-  int64_t starts_row;   // N or kN
-  float* borders;       // [B, chunks, D, kN]: the state in front of each chunk of kScanChunk tokens, or null
-  float *ends, *dt_sum;
+  float* h_T;            // [B, D, N]; outputs of the last segment
+  const float* starts;   // states at the beginning of each segment, [B, segments, D, row] or null for zeros
+  int64_t starts_row;    // N or kN
+  float* borders;        // [B, chunks, D, kN]: the state in front of each chunk of kScanChunk tokens, or null
+  float *ends, *dt_sum;  // [B, segments, D, kN], of grads as well; [B, segments, D]
+  ScanRows<const T> grad_y;
 };
 
-enum class Walk { outputs, ends };
-
-/// What a warp has in shared memory of the tokens that it works on together.
-template <class Split, Walk walk>
-struct WarpTile {
-  static constexpr int kTokens = Split::kN <= 64 ? 8 : 4, kEntryInputs = walk == Walk::outputs ? 2 : 1;
-  alignas(16) float entries[kEntryInputs][kTokens][Split::kN];  // B_t, C_t
-  alignas(16) float2 steps[kTokens][Split::kWarpChannels];      // dt after bias and softplus, dt x
-};
-
-/// The activations that a lane owns in a tile.
-template <class T, int n>
-struct Owned {
-  Fetched<T> x[n], dt[n], z[n];
+/// What a warp has in shared memory.
+template <class T, class Split, Walk walk>
+struct WalkShared {
+  static constexpr int kEntryInputs = walk == Walk::outputs ? 2 : 1, kC = Split::kWarpChannels;
+  static constexpr int kTokens = Split::kN > 64 ? 4 : kC <= 8 && Split::kN <= 16 ? 16 : 8;
+  // Owners of different tokens of a channel meet different banks.
+  static constexpr int kPad = Split::kOwners > 1 ? 16 / kTokens : 0, kRawPad = Split::kOwners == 2 ? 16 / static_cast<int>(sizeof(T)) : 0;
+  /// As it is in memory, of tiles that are on their way.
+  struct Raw {
+    alignas(16) T x[kTokens][kC + kRawPad];  // grad_y for grads
+    alignas(16) T dt[kTokens][kC + kRawPad];
+    alignas(16) T z[walk == Walk::ends ? 1 : kTokens][kC + kRawPad];
+    alignas(16) T entries[kEntryInputs][kTokens][Split::kN];  // B_t, C_t; only C_t for grads
+  };
+  /// For the walk.
+  struct Tile {
+    alignas(16) float entries[kEntryInputs][kTokens][Split::kN];
+    alignas(16) float2 steps[kTokens][kC + kPad];                             // dt after bias and softplus, dt x; for grads dt, grad_r
+    alignas(16) float2 ends[walk == Walk::outputs ? kTokens : 1][kC + kPad];  // D_skip x, silu(z): for the result
+  };
+  static constexpr int kAhead = kTokens == 16 ? 2 : 3;
+  Raw raw[kAhead];
+  Tile tiles[2];  // one that is worked on, one that is filled
 };
 
 /// The second walk costs as many exponentials again.
 template <class Split>
-constexpr ScanCost kForwardCost = Split::kN > 16         ? ScanCost{2, 1.45, 1.0, 1.9}
-                                  : Split::kEntries == 8 ? ScanCost{3, 1.45, 1.0, 1.9}
-                                                         : ScanCost{4, 2.25, 0.55, 1.9};
+constexpr ScanCost kForwardCost = Split::kN > 16          ? ScanCost{2, 1.45, 1.0, 1.9}
+                                  : Split::kLanes == 2    ? ScanCost{3, 1.45, 1.0, 1.9}
+                                  : Split::kChannels == 2 ? ScanCost{3, 1.45, 0.58, 1.9}
+                                                          : ScanCost{4, 1.6, 0.31, 1.9};
 
 template <class T, class Split, Walk walk>
 __global__ void __launch_bounds__(kScanThreads, kForwardCost<Split>.at_once)
-    selective_scan_fwd_walk_kernel(const ScanProblem<T> p, const WalkOutputs<T> out, int64_t groups, int64_t segments) {
-  using Tile = WarpTile<Split, walk>;
-  constexpr int kTokens = Tile::kTokens, kN = Split::kN, kEntries = Split::kEntries, kOwned = Split::template owned<kTokens>();
-  constexpr bool outputs = walk == Walk::outputs;
+    selective_scan_walk_kernel(const ScanProblem<T> p, const WalkOutputs<T> out, int64_t groups, int64_t first_segment, int64_t segments) {
+  using Shared = WalkShared<T, Split, walk>;
+  using Raw = typename Shared::Raw;
+  using Tile = typename Shared::Tile;
+  constexpr int kTokens = Shared::kTokens, kN = Split::kN, kEntries = Split::kEntries, kOwned = Split::template owned<kTokens>();
+  constexpr int kC = Split::kWarpChannels, kChannels = Split::kChannels, kAhead = Shared::kAhead;
+  constexpr bool outputs = walk == Walk::outputs, back = walk == Walk::grads, gates = walk != Walk::ends;
   extern __shared__ __align__(16) char shared_bytes[];
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = Split::lane();
-  Tile& tile = reinterpret_cast<Tile*>(shared_bytes)[warp];
-  const ScanPlace<Split, T> place(p, 0, groups, 0, segments);
+  auto& shared = reinterpret_cast<Shared*>(shared_bytes)[warp];
+  const ScanPlace<Split, T> place(p, 0, groups, first_segment, segments);
   const int n0 = Split::first_entry(), own = Split::own_channel(), token0 = first_owned<Split, kTokens>();
-  const int64_t own_channel = place.first_channel + warp * Split::kWarpChannels + own;
+  const int64_t first_channel = place.first_channel + warp * kC, own_channel = first_channel + own;
   const bool own_real = own_channel < p.channels;
-  const int64_t channel[2] = {own_channel, own_channel ^ 1};
+  int64_t channel[kChannels];  // [0]: the lane's own, [1]: the other
+#pragma unroll
+  for (int j = 0; j < kChannels; ++j) channel[j] = own_channel ^ j;
 
-  float A2[2][kEntries], h[2][kEntries], dt_sum = 0;  // [0]: the lane's own channel, [1]: the other
+  float A2[kChannels][kEntries], h[kChannels][kEntries], dt_sum = 0;
   load_A2<Split>(p, channel, A2);
 #pragma unroll
-  for (int j = 0; j < 2; ++j)
+  for (int j = 0; j < kChannels; ++j)
 #pragma unroll
     for (int e = 0; e < kEntries; ++e)
       h[j][e] = outputs && out.starts != nullptr && channel[j] < p.channels && n0 + e < p.N
@@ -87,98 +110,163 @@ __global__ void __launch_bounds__(kScanThreads, kForwardCost<Split>.at_once)
                     : 0.0f;
   const float bias = own_real ? p.dt_bias[own_channel] : 0.0f;
   const float D_skip = outputs && own_real && p.D_skip != nullptr ? p.D_skip[own_channel] : 0.0f;
-  const bool gated = outputs && p.z.data != nullptr;
+  const bool gated = gates && p.z.data != nullptr;
+  const float gate_scale = gated ? 1.0f : 0.0f, no_gate = 1.0f - gate_scale;  // instead of a branch
 
-  // B_t and C_t of the next tile, four entries at a time.
-  constexpr int kEntryPacks = kTokens * kN / (4 * kWarp);
-  FetchedFour<T> entries[Tile::kEntryInputs][kEntryPacks];
-  const auto fetch_entries = [&](int64_t begin) {
-#pragma unroll
-    for (int k = 0; k < kEntryPacks; ++k) {
-      const int at = (k * kWarp + lane) * 4;
-      const int64_t t = begin + at / kN;
-      entries[0][k].fetch(p.B_t, place.b, t, at % kN, p.N, t < place.end);
-      if constexpr (outputs) entries[1][k].fetch(p.C_t, place.b, t, at % kN, p.N, t < place.end);
-    }
-  };
-  // Where the lane's own activations are, of the tile that is fetched next and of the tile that is written.
-  const int64_t first = place.begin + token0;
-  OwnedAt<const T> x_at(p.x, place.b, first, own_channel), dt_at(p.dt, place.b, first, own_channel), z_at(p.z, place.b, first, own_channel);
-  OwnedAt<T> y_at(out.y, place.b, first, own_channel);
+  // Tiles in the order in which they are walked.
+  const int tiles = static_cast<int>((place.end - place.begin + kTokens - 1) / kTokens), last_tile = back ? 0 : tiles - 1;
+  const int last_tokens = static_cast<int>(place.end - place.begin - static_cast<int64_t>(tiles - 1) * kTokens);
+  const auto begin_of = [&](int tile) { return place.begin + static_cast<int64_t>(back ? tiles - 1 - tile : tile) * kTokens; };
+  const auto tokens_of = [&](int tile) { return tile == last_tile ? last_tokens : tile < tiles ? kTokens : 0; };
+
+  // Inputs travel to shared memory by themselves, 16 bytes each, while the tiles in front of them are worked on: a warp need not keep
+  // registers for them, nor wait for one of them because it waits for another. Where not all of a tile is there, or not in 16 bytes, lanes
+  // carry what is theirs.
+  const ScanRows<const T>&x_rows = back ? out.grad_y : p.x, &entry_rows = back ? p.C_t : p.B_t;
   const bool all_channels = place.whole(p);
-  const auto with_tile = [&](int64_t begin, auto&& f) {  // f(whole, how many tokens from its first one on are there for the lane)
-    const int tokens = static_cast<int>(min(static_cast<int64_t>(kTokens), place.end - begin));
-    choose(all_channels && tokens == kTokens, [&](auto whole) { f(whole, own_real ? tokens - token0 : 0); });
-  };
-  const auto fetch_owned = [&](int64_t begin, Owned<T, kOwned>& to) {
-    with_tile(begin, [&](auto whole, int left) {
-      x_at.template read<whole>(to.x, left, 0.0f);
-      dt_at.template read<whole>(to.dt, left, -INFINITY);  // a step of zero keeps the state: behind the last token
-      if (gated) z_at.template read<whole>(to.z, left, 0.0f);
-    });
-    x_at.move(kTokens);
-    dt_at.move(kTokens);
-    z_at.move(kTokens);
-  };
-
-  Owned<T, kOwned> next;
-  fetch_owned(place.begin, next);
-  fetch_entries(place.begin);
-  for (int64_t begin = place.begin; begin < place.end; begin += kTokens) {
-    if constexpr (outputs)
-      if (out.borders != nullptr && begin % kScanChunk == 0)
-        store_states<Split>(out.borders + (place.b * p.chunks + begin / kScanChunk) * p.channels * kN, channel, p.channels, h);
-
-    // The steps of the tile, each by its owner.
-    const Owned<T, kOwned> now = next;
+  const bool copies = kC * sizeof(T) % 16 == 0 && all_channels && p.N == kN && gated == gates && x_rows.sixteens && p.dt.sixteens &&
+                      (!gates || p.z.sixteens) && entry_rows.sixteens && (!outputs || p.C_t.sixteens);
+  constexpr int kPitch = kC + Shared::kRawPad;
+  TileCopy<T, kTokens, kC, kPitch> x_copy(x_rows, place.b, begin_of(0), first_channel), dt_copy(p.dt, place.b, begin_of(0), first_channel),
+      z_copy(p.z, place.b, begin_of(0), first_channel);
+  TileCopy<T, kTokens, kN> entries_copy(entry_rows, place.b, begin_of(0), 0), C_copy(p.C_t, place.b, begin_of(0), 0);
+  const auto carry = [&](const ScanRows<const T>& rows, int64_t begin, int tokens, float behind, T(&to)[kTokens][kPitch]) {
+    if (!Split::template owns<kTokens>()) return;
 #pragma unroll
-    for (int i = 0; i < kOwned; ++i) {
-      const float dt = softplus_approx(now.dt[i].f32() + bias);
-      if (Split::template owns<kTokens>()) tile.steps[token0 + i][own] = make_float2(dt, dt * now.x[i].f32());
-      if constexpr (!outputs) dt_sum += dt;
+    for (int i = 0; i < kOwned; ++i)
+      to[token0 + i][own] = own_real && token0 + i < tokens && rows.data != nullptr ? rows.at(place.b, begin + token0 + i)[own_channel]
+                                                                                    : static_cast<T>(behind);
+  };
+  const auto carry_entries = [&](const ScanRows<const T>& rows, int64_t begin, int tokens, T(&to)[kTokens][kN]) {
+    for (int i = lane; i < kTokens * kN; i += kWarp)
+      to[i / kN][i % kN] = i / kN < tokens && i % kN < p.N ? rows.at(place.b, begin + i / kN)[i % kN] : static_cast<T>(0.0f);
+  };
+  const auto fetch = [&](int tile, Raw& to) {
+    const int tokens = tokens_of(tile);
+    if (copies && tokens == kTokens) {
+      x_copy.start(to.x);
+      dt_copy.start(to.dt);
+      if constexpr (gates) z_copy.start(to.z);
+      entries_copy.start(to.entries[0]);
+      if constexpr (outputs) C_copy.start(to.entries[1]);
+    } else {
+      const int64_t begin = begin_of(tile);
+      carry(x_rows, begin, tokens, 0.0f, to.x);
+      carry(p.dt, begin, tokens, -INFINITY, to.dt);  // a step of zero keeps the state: behind the last token
+      if constexpr (gates) carry(p.z, begin, tokens, 0.0f, to.z);
+      carry_entries(entry_rows, begin, tokens, to.entries[0]);
+      if constexpr (outputs) carry_entries(p.C_t, begin, tokens, to.entries[1]);
     }
-#pragma unroll
-    for (int which = 0; which < Tile::kEntryInputs; ++which)
-#pragma unroll
-      for (int k = 0; k < kEntryPacks; ++k) {
-        float widened[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) widened[i] = entries[which][k].f32(i);
-        write_floats(&tile.entries[which][0][0] + (k * kWarp + lane) * 4, widened);
-      }
-    fetch_owned(begin + kTokens, next);
-    fetch_entries(begin + kTokens);
-    __syncwarp();
+    commit_copies();
+    constexpr int kNext = back ? -kTokens : kTokens;
+    x_copy.move(kNext);
+    dt_copy.move(kNext);
+    z_copy.move(kNext);
+    entries_copy.move(kNext);
+    C_copy.move(kNext);
+  };
 
-    float y[kTokens];  // of the own channel, over the entries of this lane and its neighbour
+  const auto form_owned = [&](const Raw& raw, int i, Tile& tile) {
+    if (!Split::template owns<kTokens>()) return;
+    const float dt = softplus_approx(to_f32(raw.dt[token0 + i][own]) + bias), x = to_f32(raw.x[token0 + i][own]);
+    const float gate = gates ? gate_scale * silu(to_f32(raw.z[gates ? token0 + i : 0][own])) + no_gate : 1.0f;
+    tile.steps[token0 + i][own] = make_float2(dt, back ? x * gate : dt * x);
+    if constexpr (outputs) tile.ends[token0 + i][own] = make_float2(D_skip * x, gate);
+    else dt_sum += dt;
+  };
+  constexpr int kPacks = kTokens * kN / (4 * kWarp);  // of four entries
+  const auto form_entries = [&](const Raw& raw, Tile& tile) {
+#pragma unroll
+    for (int which = 0; which < Shared::kEntryInputs; ++which)
+#pragma unroll
+      for (int k = 0; k < kPacks; ++k) {
+        const int at = (k * kWarp + lane) * 4;
+        const auto pack = load_pack<4>(&raw.entries[which][0][0] + at);
+        store_pack(&tile.entries[which][0][0] + at,
+                   Pack<float, 4>{{to_f32(pack.at[0]), to_f32(pack.at[1]), to_f32(pack.at[2]), to_f32(pack.at[3])}});
+      }
+  };
+  struct TokenInputs {
+    float entries[Shared::kEntryInputs][kEntries];
+    float2 step[kChannels];
+  };
+  const auto read_token = [&](const Tile& tile, int t) {
+    TokenInputs in;
+#pragma unroll
+    for (int which = 0; which < Shared::kEntryInputs; ++which) read_floats(&tile.entries[which][t][n0], in.entries[which]);
+#pragma unroll
+    for (int j = 0; j < kChannels; ++j) in.step[j] = tile.steps[t][own ^ j];
+    return in;
+  };
+
+#pragma unroll
+  for (int k = 0; k < kAhead; ++k) fetch(k, shared.raw[k]);
+  wait_for_copies<kAhead - 1>();
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < kOwned; ++i) form_owned(shared.raw[0], i, shared.tiles[0]);
+  form_entries(shared.raw[0], shared.tiles[0]);
+  wait_for_copies<kAhead - 2>();
+  __syncwarp();
+
+  OwnedAt<T> y_at(out.y, place.b, begin_of(0) + token0, own_channel);
+  int turn = 0, raw_turn = 0;  // the tile that is walked; where its inputs were
+  float* border = out.borders + (place.b * p.chunks + place.begin / kScanChunk) * p.channels * kN;
+#pragma unroll 1
+  for (int number = 0; number < tiles; ++number) {
+    if constexpr (outputs)
+      if (out.borders != nullptr && number % (kScanChunk / kTokens) == 0) {
+        store_states<Split>(border, channel, p.channels, h);
+        border += p.channels * kN;
+      }
+    fetch(number + kAhead, shared.raw[raw_turn]);
+    raw_turn = raw_turn + 1 < kAhead ? raw_turn + 1 : 0;
+
+    // Through the tile, while the steps of the next one are formed: one stretch of instructions, so that the waits of one part are filled
+    // by another.
+    const Tile& tile = shared.tiles[turn];
+    Tile& next_tile = shared.tiles[turn ^ 1];
+    const Raw& next_raw = shared.raw[raw_turn];
+    turn ^= 1;
+    [[maybe_unused]] float y[kTokens];  // of the own channel, over the entries of this lane and its neighbour
+    const auto token = [](int step) { return back ? kTokens - 1 - step : step; };
+    TokenInputs in = read_token(tile, token(0));
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
-      float B_t[kEntries], C_t[kEntries], sum[2];
-      read_floats(&tile.entries[0][t][n0], B_t);
-      if constexpr (outputs) read_floats(&tile.entries[1][t][n0], C_t);
+      const TokenInputs now = in;
+      if (t + 1 < kTokens) in = read_token(tile, token(t + 1));
+      float sum[kChannels];
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const float2 step = tile.steps[t][own ^ j];
+      for (int j = 0; j < kChannels; ++j) {
         sum[j] = 0;
 #pragma unroll
         for (int e = 0; e < kEntries; ++e) {
-          h[j][e] = exp2_approx(step.x * A2[j][e]) * h[j][e] + step.y * B_t[e];
-          if constexpr (outputs) sum[j] += C_t[e] * h[j][e];
+          const float decay = exp2_approx(now.step[j].x * A2[j][e]), added = now.step[j].y * now.entries[0][e];
+          h[j][e] = back ? decay * (h[j][e] + added) : decay * h[j][e] + added;
+          if constexpr (outputs) sum[j] += now.entries[1][e] * h[j][e];
         }
       }
-      if constexpr (outputs) y[t] = sum[0] + __shfl_xor_sync(0xffffffffu, sum[1], 1);
+      if constexpr (outputs) y[t] = sum[0];
+      if constexpr (outputs && kChannels == 2) y[t] += Split::other_part(sum[1], 1);
+      if (t == 0) form_entries(next_raw, next_tile);
+#pragma unroll
+      for (int i = t * kOwned / kTokens; i < (t + 1) * kOwned / kTokens; ++i) form_owned(next_raw, i, next_tile);
     }
-    __syncwarp();  // everybody has done with the tile
+    [[maybe_unused]] float2 ends[kOwned];
+    if constexpr (outputs)
+#pragma unroll
+      for (int i = 0; i < kOwned; ++i) ends[i] = tile.ends[Split::template owns<kTokens>() ? token0 + i : 0][own];
+    wait_for_copies<kAhead - 2>();  // the inputs of the tile behind the next one are there
+    __syncwarp();                   // everybody's; and the next tile
 
     if constexpr (outputs) {
       sum_over_owners<Split>(y);
       float results[kOwned];
 #pragma unroll
-      for (int i = 0; i < kOwned; ++i) results[i] = y[i] + D_skip * now.x[i].f32();
-      if (gated)
-#pragma unroll
-        for (int i = 0; i < kOwned; ++i) results[i] *= silu(now.z[i].f32());
-      if (Split::template owns<kTokens>()) with_tile(begin, [&](auto whole, int left) { y_at.template write<whole>(results, left); });
+      for (int i = 0; i < kOwned; ++i) results[i] = (y[i] + ends[i].x) * ends[i].y;
+      const int tokens = tokens_of(number), left = own_real ? tokens - token0 : 0;
+      if (Split::template owns<kTokens>())
+        choose(all_channels && tokens == kTokens, [&](auto whole) { y_at.template write<whole>(results, left); });
       y_at.move(kTokens);
     }
   }
@@ -186,10 +274,10 @@ __global__ void __launch_bounds__(kScanThreads, kForwardCost<Split>.at_once)
   if constexpr (!outputs) {
     store_states<Split>(out.ends + place.segment_index(p) * p.channels * kN, channel, p.channels, h);
     dt_sum = sum_of_owners<Split, kTokens>(dt_sum);
-    if (Split::part() < 2 && own_real) out.dt_sum[place.segment_index(p) * p.channels + own_channel] = dt_sum;
+    if (Split::part() < kChannels && own_real) out.dt_sum[place.segment_index(p) * p.channels + own_channel] = dt_sum;
   } else if (place.end == p.tokens) {
 #pragma unroll
-    for (int j = 0; j < 2; ++j)
+    for (int j = 0; j < kChannels; ++j)
 #pragma unroll
       for (int e = 0; e < kEntries; ++e)
         if (channel[j] < p.channels && n0 + e < p.N) out.h_T[(place.b * p.channels + channel[j]) * p.N + n0 + e] = h[j][e];
@@ -200,12 +288,12 @@ struct ConnectArgs {
   float *ends, *grads;  // [B, segments, D, kN]; one of them null
   const float *dt_sum, *A_log;
   const float* outer;  // [B, D, N]: h0, or grad_h_T; null for zeros
-  int64_t batch, segments, channels, N, kN;
+  int64_t batch, segments, needed, channels, N, kN;
 };
 
 /// What a segment does to a state (ends) or, from the last to the first, to the gradient of one (grads): after this, what reaches it.
 __global__ void connect_segments_kernel(const ConnectArgs a) {
-  constexpr int kAhead = 8;  // segments whose loads are in flight together
+  constexpr int kAhead = 16;  // segments whose loads are in flight together
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, per_row = a.channels * a.kN;
   if (i >= a.batch * per_row) return;
   const int64_t b = i / per_row, d = i % per_row / a.kN, n = i % a.kN;
@@ -217,26 +305,26 @@ __global__ void connect_segments_kernel(const ConnectArgs a) {
   const auto decay = [&](int64_t turn) { return exp2_approx(A2 * a.dt_sum[(b * a.segments + segment(turn)) * a.channels + d]); };
 
   float reached = real && a.outer != nullptr ? a.outer[(b * a.channels + d) * a.N + n] : 0.0f;
-  for (int64_t turn = 0; turn < a.segments; turn += kAhead) {
+  for (int64_t turn = 0; turn < a.needed; turn += kAhead) {
     float own[kAhead], kept[kAhead];
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {  // what the last one does reaches nobody, and need not be known
-      own[k] = turn + k + 1 < a.segments ? values[at(turn + k)] : 0.0f;
-      kept[k] = turn + k + 1 < a.segments ? decay(turn + k) : 0.0f;
+      own[k] = turn + k + 1 < a.needed ? values[at(turn + k)] : 0.0f;
+      kept[k] = turn + k + 1 < a.needed ? decay(turn + k) : 0.0f;
     }
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
-      if (turn + k < a.segments) values[at(turn + k)] = reached;
+      if (turn + k < a.needed) values[at(turn + k)] = reached;
       reached = own[k] + kept[k] * reached;
     }
   }
 }
 
 template <class T, class Split, Walk walk>
-void launch_walk(const ScanProblem<T>& p, const WalkOutputs<T>& w, int64_t segments, const CudaContext& cuda) {
+void launch_walk(const ScanProblem<T>& p, const WalkOutputs<T>& w, int64_t first_segment, int64_t segments, const CudaContext& cuda) {
   const int64_t groups = (p.channels + Split::kBlockChannels - 1) / Split::kBlockChannels;
-  launch_scan(selective_scan_fwd_walk_kernel<T, Split, walk>, "selective_scan_fwd_walk_kernel", groups * segments * p.batch,
-              kScanWarps * sizeof(WarpTile<Split, walk>), cuda, p, w, groups, segments);
+  launch_scan(selective_scan_walk_kernel<T, Split, walk>, "selective_scan_walk_kernel", groups * segments * p.batch,
+              kScanWarps * sizeof(WalkShared<T, Split, walk>), cuda, p, w, groups, first_segment, segments);
 }
 
 template <class Split>
@@ -253,7 +341,7 @@ void forward(const SelectiveScanInputs& in, const SelectiveScanResult& out) {
   const ScanProblem<T> p = scan_problem<T>(in, cut.segments, cut.segment_tokens);
 
   WalkOutputs<T> w{
-      scan_rows<T>(out.y), out.h_T.data<float>(), address_of<float>(in.h0), p.N, address_of<float>(out.borders), nullptr, nullptr};
+      scan_rows<T>(out.y), out.h_T.data<float>(), address_of<float>(in.h0), p.N, address_of<float>(out.borders), nullptr, nullptr, {}};
   ScanSegments segments;
   if (p.segments > 1) {
     const Device& device = in.x.device();
@@ -261,17 +349,17 @@ void forward(const SelectiveScanInputs& in, const SelectiveScanResult& out) {
     segments.dt_sum = Tensor::empty(device, Dtype::f32, Shape{B, p.segments, D});
     w.ends = segments.ends.data<float>();
     w.dt_sum = segments.dt_sum.data<float>();
-    launch_walk<T, Split, Walk::ends>(p, w, p.segments - 1, cuda);
-    connect_segments(segments, in.A_log, in.h0);
+    launch_walk<T, Split, Walk::ends>(p, w, 0, p.segments - 1, cuda);  // what the last one does to a state is seen by the walk below
+    connect_segments(segments, in.A_log, in.h0, 0);
     w.starts = w.ends;
     w.starts_row = Split::kN;
   }
-  launch_walk<T, Split, Walk::outputs>(p, w, p.segments, cuda);
+  launch_walk<T, Split, Walk::outputs>(p, w, 0, p.segments, cuda);
 }
 
 }  // namespace
 
-void connect_segments(const ScanSegments& segments, const Tensor& A_log, const Tensor& outer) {
+void connect_segments(const ScanSegments& segments, const Tensor& A_log, const Tensor& outer, int64_t needless) {
   const Tensor& values = segments.ends.defined() ? segments.ends : segments.grads;
   const ConnectArgs a{address_of<float>(segments.ends),
                       address_of<float>(segments.grads),
@@ -280,11 +368,50 @@ void connect_segments(const ScanSegments& segments, const Tensor& A_log, const T
                       address_of<float>(outer),
                       values.dim(0),
                       values.dim(1),
+                      values.dim(1) - needless,
                       values.dim(2),
                       A_log.dim(1),
                       values.dim(3)};
   launch_scan(connect_segments_kernel, "connect_segments_kernel", (a.batch * a.channels * a.kN + kScanThreads - 1) / kScanThreads, 0,
               values.device().cuda_context(), a);
+}
+
+SegmentGrads selective_scan_segment_grads(const SelectiveScanInputs& in, const Tensor& grad_y, const Tensor& grad_h_T, int64_t segments,
+                                          int64_t segment_tokens) {
+  const Device& device = in.x.device();
+  const int64_t B = in.x.dim(0), tokens = in.x.dim(1), D = in.x.dim(2);
+  SegmentGrads result;
+  split_for(in.A_log.dim(1), [&](auto split, auto) {
+    using Split = decltype(split);
+    const int64_t blocks = (D + Split::kBlockChannels - 1) / Split::kBlockChannels * B, sm_count = device.cuda_context().sm_count;
+    // This walk needs no states, so it is cut by itself: into equal pieces of segments, as many as suit the GPU. What the first segment
+    // does to a gradient reaches nobody.
+    const auto pieces = [&](int64_t per_segment) { return (tokens * per_segment + segment_tokens - 1) / segment_tokens; };
+    const auto time = [&](int64_t per_segment) {
+      return walk_time(blocks * (pieces(per_segment) - per_segment), segment_tokens / per_segment, kForwardCost<Split>, sm_count);
+    };
+    const int64_t chunks = segment_tokens / kScanChunk;
+    int64_t best = 1;
+    for (int64_t per_segment = 2;
+         segment_tokens / per_segment >= kShortestSegment && blocks * pieces(per_segment) <= kMostScanBlocksPerSm * sm_count; ++per_segment)
+      if (chunks % per_segment == 0 && time(per_segment) < time(best)) best = per_segment;
+    result.per_segment = best;
+    result.count = pieces(best);
+    result.pieces.grads = Tensor::empty(device, Dtype::f32, Shape{B, result.count, D, Split::kN});
+    result.pieces.dt_sum = Tensor::empty(device, Dtype::f32, Shape{B, result.count, D});
+    const auto run = [&](auto element) {
+      using T = decltype(element);
+      WalkOutputs<T> w{};
+      w.ends = result.pieces.grads.data<float>();
+      w.dt_sum = result.pieces.dt_sum.data<float>();
+      w.grad_y = scan_rows<const T>(grad_y);
+      launch_walk<T, Split, Walk::grads>(scan_problem<T>(in, result.count, segment_tokens / best), w, best, result.count - best,
+                                         device.cuda_context());
+    };
+    in.x.dtype() == Dtype::bf16 ? run(__nv_bfloat16{}) : run(float{});
+  });
+  connect_segments(result.pieces, in.A_log, grad_h_T, result.per_segment - 1);
+  return result;
 }
 
 SelectiveScanResult selective_scan_fwd_cuda(const SelectiveScanInputs& in, bool keep_borders) {
@@ -299,8 +426,12 @@ SelectiveScanResult selective_scan_fwd_cuda(const SelectiveScanInputs& in, bool 
       in.x.dtype() == Dtype::bf16 ? forward<__nv_bfloat16, Chosen>(in, out) : forward<float, Chosen>(in, out);
     };
     if constexpr (Split::kN == 16) {  // few rows and channels: more lanes for each
-      using Finer = ScanSplit<4, 4>;
-      if (cut_forward<Finer>(in).time < cut_forward<Split>(in).time) return run(Finer{});
+      using Four = ScanSplit<4, 4>;
+      using FourOfOne = ScanSplit<4, 4, 1, Lanes::apart>;
+      const double two = cut_forward<Split>(in).time, four = cut_forward<Four>(in).time, of_one = cut_forward<FourOfOne>(in).time;
+      // TUNE
+      if (of_one < std::min(two, four)) return run(FourOfOne{});
+      if (four < two) return run(Four{});
     }
     run(split);
   });

@@ -20,19 +20,39 @@ constexpr int kScanWarps = 4, kScanThreads = kScanWarps * kWarp;
 constexpr int kScanChunk = 32;  // tokens between two states that backward keeps in memory
 constexpr float kLn2 = 0.693147181f;
 
-/// `lanes` neighbours share two channels, each with `entries` entries of the states of both. One of the two is the lane's own (even parts:
-/// the first): it forms the steps and the results of that channel, for some of the tokens that are worked on together.
-template <int lanes, int entries>
+/// Which lanes share channels. When 32 lanes read 8 or 16 bytes each from shared memory, it takes half as many turns where all lanes that
+/// differ in bit 0 of their number, or all that differ in bit 1, read the same. So four lanes `apart` differ in bits 0 and 2: lanes that
+/// differ in bit 1 read the same entries, and those that differ in bit 0 the same steps.
+enum class Lanes { neighbours, apart };
+
+/// `lanes` lanes share `channels` channels, two or one, each with `entries` entries of the states of all of them. One of them is the lane's
+/// own (of two, even parts have the first): it forms the steps and the results of that channel, for some of the tokens that are worked on
+/// together.
+template <int lanes, int entries, int channels = 2, Lanes which = Lanes::neighbours>
 struct ScanSplit {
   static constexpr int kLanes = lanes, kEntries = entries, kN = lanes * entries;  // kN: N rounded up; entries behind N have A = B = C = 0
-  static constexpr int kWarpChannels = 2 * kWarp / lanes, kBlockChannels = kScanWarps * kWarpChannels;
-  static constexpr int kOwners = lanes / 2;  // of a channel
-  static_assert(entries % 4 == 0 && kWarp % lanes == 0 && lanes % 2 == 0);
+  static constexpr int kChannels = channels, kWarpChannels = channels * kWarp / lanes, kBlockChannels = kScanWarps * kWarpChannels;
+  static constexpr int kOwners = lanes / channels;  // of a channel
+  static constexpr bool kApart = which == Lanes::apart;
+  static_assert(entries % 4 == 0 && kWarp % lanes == 0 && lanes % channels == 0 && channels <= 2 && (!kApart || lanes == 4));
 
-  static __device__ int lane() { return static_cast<int>(threadIdx.x) % kWarp; }
-  static __device__ int part() { return lane() % lanes; }  // which entries
+  static __device__ int lane() { return static_cast<int>(threadIdx.x % kWarp); }
+  /// The bit of a lane's number that is bit `bit` of its part. Of lanes apart, owners of the same channel differ in bit 0.
+  static constexpr int lane_bit(int bit) { return !kApart ? bit : (bit == 1) == (channels == 1) ? 1 : 4; }
+  static __device__ int part() {  // which entries
+    if constexpr (!kApart) return lane() % lanes;
+    else if constexpr (channels == 1) return (lane() & 1) | (lane() >> 1 & 2);
+    else return (lane() >> 2 & 1) | (lane() & 1) << 1;
+  }
+  static __device__ int set() {  // which channels
+    if constexpr (!kApart) return lane() / lanes;
+    else if constexpr (channels == 1) return (lane() >> 1 & 1) | (lane() >> 2 & 6);
+    else return (lane() >> 1 & 1) | (lane() >> 3) << 1;
+  }
+  /// The value of the lane whose part differs in `bit`.
+  static __device__ float other_part(float v, int bit) { return __shfl_xor_sync(0xffffffffu, v, lane_bit(bit)); }
   static __device__ int first_entry() { return part() * entries; }
-  static __device__ int own_channel() { return lane() / lanes * 2 + part() % 2; }  // in the warp; the other is its neighbour
+  static __device__ int own_channel() { return set() * channels + part() % channels; }  // in the warp; another one is its neighbour
   /// How many of `tokens` tokens a lane owns; with more owners than tokens several own the same, and one of them writes.
   template <int tokens>
   static constexpr int owned() {
@@ -40,14 +60,14 @@ struct ScanSplit {
   }
   template <int tokens>
   static __device__ bool owns() {
-    return kOwners <= tokens || part() / 2 < tokens;
+    return kOwners <= tokens || part() / channels < tokens;
   }
 };
 
 /// Calls f with the splits, of forward and of the walk back, for states of N entries.
 template <class F>
 void split_for(int64_t N, F&& f) {
-  if (N <= 16) return f(ScanSplit<2, 8>{}, ScanSplit<4, 4>{});
+  if (N <= 16) return f(ScanSplit<2, 8>{}, ScanSplit<4, 4, 2, Lanes::apart>{});
   if (N <= 64) return f(ScanSplit<8, 8>{}, ScanSplit<8, 8>{});
   static_assert(kSelectiveScanMaxStateDim <= 256);
   f(ScanSplit<32, 8>{}, ScanSplit<32, 8>{});
@@ -59,16 +79,16 @@ template <class Split, int tokens>
 __device__ void sum_over_owners(float (&v)[tokens]) {
 #pragma unroll
   for (int level = 1; level < Split::kOwners; level *= 2) {
-    const int half = tokens / (2 * level), apart = 2 * level;
+    const int half = tokens / (2 * level), apart = Split::kChannels * level;
     if (half == 0) {
-      v[0] += __shfl_xor_sync(0xffffffffu, v[0], apart);
+      v[0] += Split::other_part(v[0], apart);
       continue;
     }
     const bool upper = (Split::part() & apart) != 0;
 #pragma unroll
     for (int i = 0; i < half; ++i) {
       const float sent = upper ? v[i] : v[i + half], kept = upper ? v[i + half] : v[i];
-      v[i] = kept + __shfl_xor_sync(0xffffffffu, sent, apart);
+      v[i] = kept + Split::other_part(sent, apart);
     }
   }
 }
@@ -78,14 +98,14 @@ __device__ int first_owned() {
   int first = 0;
 #pragma unroll
   for (int level = 1; level < Split::kOwners && 2 * level <= tokens; level *= 2)
-    first += (Split::part() & (2 * level)) != 0 ? tokens / (2 * level) : 0;
+    first += (Split::part() & (Split::kChannels * level)) != 0 ? tokens / (2 * level) : 0;
   return first;
 }
 /// The sum of what the owners of a channel have for their tokens.
 template <class Split, int tokens>
 __device__ float sum_of_owners(float v) {
 #pragma unroll
-  for (int level = 1; level < Split::kOwners && level < tokens; level *= 2) v += __shfl_xor_sync(0xffffffffu, v, 2 * level);
+  for (int level = 1; level < Split::kOwners && level < tokens; level *= 2) v += Split::other_part(v, Split::kChannels * level);
   return v;
 }
 
@@ -95,7 +115,8 @@ struct ScanRows {
   T* data = nullptr;
   int64_t batch = 0;
   int token = 0;
-  bool fours = false;  // may be read by 4 elements
+  bool fours = false;     // may be read by 4 elements
+  bool sixteens = false;  // and by 16 bytes, from each element that is a multiple of 16 bytes in its row
   __device__ T* at(int64_t b, int64_t t) const { return data + b * batch + t * token; }
 };
 template <class T>
@@ -107,8 +128,11 @@ ScanRows<T> scan_rows(const Tensor& t) {
     throw ValueError("selective_scan: the tokens of a view are too far apart",
                      {{"view", t.describe()}, {"limit", "a stride of " + std::to_string(kFarthest) + " elements over T on CUDA"}});
   T* const data = static_cast<T*>(t.raw());
-  return {data, t.stride(0), static_cast<int>(token),
-          reinterpret_cast<std::uintptr_t>(data) % (4 * sizeof(T)) == 0 && t.stride(0) % 4 == 0 && token % 4 == 0 && t.dim(2) % 4 == 0};
+  const auto multiples = [&](int64_t elements) {
+    return reinterpret_cast<std::uintptr_t>(data) % (static_cast<std::uintptr_t>(elements) * sizeof(T)) == 0 &&
+           t.stride(0) % elements == 0 && token % elements == 0;
+  };
+  return {data, t.stride(0), static_cast<int>(token), multiples(4) && t.dim(2) % 4 == 0, multiples(16 / static_cast<int64_t>(sizeof(T)))};
 }
 
 /// An element that has been fetched and is widened only when it is used, so that nothing waits for it before. Takes a register of its own:
@@ -118,7 +142,6 @@ struct Fetched {
   using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, uint32_t>;
   uint32_t bits;
   __device__ static Fetched from(const T* at) { return {*reinterpret_cast<const Bits*>(at)}; }
-  __device__ static Fetched constant(float value) { return {__float_as_uint(value) >> (32 - 8 * sizeof(T))}; }  // exact in T
   __device__ float f32() const { return __uint_as_float(bits << (32 - 8 * sizeof(T))); }
 };
 
@@ -127,6 +150,11 @@ template <class T>
 __device__ T* kept(T* address) {
   asm("" : "+l"(address));
   return address;
+}
+/// A number likewise.
+__device__ inline int kept(int number) {
+  asm("" : "+r"(number));
+  return number;
 }
 /// Says that an address is one of global memory where the compiler can no longer see it.
 template <class T>
@@ -146,17 +174,49 @@ struct OwnedAt {
       : at(kept(reinterpret_cast<Byte*>(rows.at(b, t) + channel))), stride(rows.token * static_cast<int>(sizeof(T))) {}
   __device__ void move(int tokens) { at += static_cast<int64_t>(tokens) * stride; }
   __device__ T* operator[](int i) const { return in_global_memory(reinterpret_cast<T*>(at + static_cast<int64_t>(i) * stride)); }
-  /// Tokens [0, n), of which `left` are there; `behind` for the others.
-  template <bool whole, int n, class Element>
-  __device__ void read(Fetched<Element> (&to)[n], int left, float behind) const {
-#pragma unroll
-    for (int i = 0; i < n; ++i) to[i] = whole || i < left ? Fetched<Element>::from((*this)[i]) : Fetched<Element>::constant(behind);
-  }
+  /// Tokens [0, n), of which `left` are there.
   template <bool whole, int n>
   __device__ void write(const float (&from)[n], int left) const {
 #pragma unroll
     for (int i = 0; i < n; ++i)
       if (whole || i < left) *(*this)[i] = static_cast<T>(from[i]);
+  }
+};
+
+/// Copies on their way from global to shared memory: those of a thread since the last commit are a group; waits until at most `pending` of
+/// its groups are on their way.
+__device__ inline void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int pending>
+__device__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+__device__ inline void copy_16_bytes(uint32_t to_shared, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to_shared), "l"(from) : "memory");
+}
+
+/// Copies of tiles of [tokens, width] elements, 16 bytes at a time, by a warp; the lane's part of one. A row takes `pitch` elements of
+/// shared memory.
+template <class T, int tokens, int width, int pitch = width>
+struct TileCopy {
+  static constexpr int kPer = 16 / static_cast<int>(sizeof(T)), kRow = width < kPer ? 1 : width / kPer, kChunks = tokens * kRow;
+  static_assert((kWarp % kRow == 0 || kRow % kWarp == 0) && (pitch == width || kWarp % kRow == 0));
+  OwnedAt<const T> from;
+  __device__ TileCopy(const ScanRows<const T>& rows, int64_t b, int64_t t, int64_t channel)
+      : from(rows, b, t + lane() / kRow, channel + lane() % kRow * kPer) {}
+  static __device__ int lane() { return static_cast<int>(threadIdx.x % kWarp); }
+  __device__ void move(int by) { from.move(by); }
+  __device__ void start(T (&to)[tokens][pitch]) const {
+    const int first = pitch == width ? lane() * kPer : lane() / kRow * pitch + lane() % kRow * kPer;
+#pragma unroll
+    for (int k = 0; k < (kChunks + kWarp - 1) / kWarp; ++k) {
+      if (kChunks % kWarp != 0 && k * kWarp + lane() >= kChunks) break;
+      const int further = pitch == width ? k * kWarp * kPer : k * kWarp / kRow * pitch;
+      const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(&to[0][0] + first + further));
+      copy_16_bytes(at, from[k * kWarp / kRow] + k * kWarp % kRow * kPer);
+    }
   }
 };
 
@@ -176,16 +236,22 @@ struct FetchedFour {
   }
   /// Elements [c, c + 4) of row (b, t); zeros at and behind `width` and where `there` is false.
   __device__ void fetch(const ScanRows<const T>& rows, int64_t b, int64_t t, int64_t c, int64_t width, bool there) {
+    fetch<false>(rows.at(b, t) + c, rows.fours, there ? static_cast<int>(width - c) : 0);
+  }
+  /// Those at `from`, of which `left` are in the row; zeros for the others. `at_once`: says that `fours` is true.
+  template <bool at_once>
+  __device__ void fetch(const T* from, bool fours, int left) {
     words = {};
-    if (!there || c >= width) return;
-    const T* from = rows.at(b, t) + c;
-    if (rows.fours) {
+    if (left <= 0) return;
+    if constexpr (at_once) {
       words = load_pack<sizeof(T)>(reinterpret_cast<const uint32_t*>(from));
-      return;
-    }
+    } else if (fours) {
+      words = load_pack<sizeof(T)>(reinterpret_cast<const uint32_t*>(from));
+    } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (c + i < width) words.at[i * sizeof(T) / 4] |= Fetched<T>::from(from + i).bits << (i * 8 * sizeof(T) % 32);
+      for (int i = 0; i < 4; ++i)
+        if (i < left) words.at[i * sizeof(T) / 4] |= Fetched<T>::from(from + i).bits << (i * 8 * sizeof(T) % 32);
+    }
   }
 };
 
@@ -228,26 +294,29 @@ struct ScanCost {
 };
 
 /// How the sequences are cut into segments of whole chunks, all walked at once. Segments pay where the blocks of whole sequences leave SMs
-/// without work, in the last round at least: what counts is the SM that has most blocks. Of equal cuts the finest is taken, for the sake of
-/// the first walk, which has one segment less.
+/// without work, in the last round at least: what counts is the SM that has most blocks. Of equal cuts the coarsest is taken.
 struct ScanCut {
   int64_t segments, segment_tokens;
   double time;
 };
+constexpr int64_t kShortestSegment = 256, kMostScanBlocksPerSm = 12;
+/// What `blocks` that go through `tokens` tokens each take.
+inline double walk_time(int64_t blocks, int64_t tokens, const ScanCost& cost, int64_t sm_count) {
+  const int64_t on_one = (blocks + sm_count - 1) / sm_count, last_round = on_one % cost.at_once;
+  const double shares =
+      static_cast<double>(on_one - last_round) + (last_round > 0 ? std::max(static_cast<double>(last_round), cost.alone) : 0);
+  return cost.block * shares * static_cast<double>(tokens);
+}
 inline ScanCut cut_scan(int64_t tokens, int64_t blocks, const ScanCost& cost, int64_t sm_count) {
-  constexpr int64_t kShortestSegment = 256, kMostPerSm = 12;
   const auto cut = [&](int64_t wanted) {
     const int64_t chunks = (tokens + kScanChunk - 1) / kScanChunk, each = (chunks + wanted - 1) / wanted,
                   segments = (chunks + each - 1) / each;
-    const int64_t on_one = (blocks * segments + sm_count - 1) / sm_count, last_round = on_one % cost.at_once;
-    const double shares =
-        static_cast<double>(on_one - last_round) + (last_round > 0 ? std::max(static_cast<double>(last_round), cost.alone) : 0);
     return ScanCut{segments, each * kScanChunk,
-                   cost.block * (segments > 1 ? cost.dearer : 1.0) * shares * static_cast<double>(each * kScanChunk)};
+                   (segments > 1 ? cost.dearer : 1.0) * walk_time(blocks * segments, each * kScanChunk, cost, sm_count)};
   };
   ScanCut best = cut(1);
-  for (int64_t wanted = 2; wanted <= tokens / kShortestSegment && blocks * (wanted - 1) < kMostPerSm * sm_count; ++wanted)
-    if (const ScanCut next = cut(wanted); next.time <= best.time) best = next;
+  for (int64_t wanted = 2; wanted <= tokens / kShortestSegment && blocks * (wanted - 1) < kMostScanBlocksPerSm * sm_count; ++wanted)
+    if (const ScanCut next = cut(wanted); next.time < best.time) best = next;
   return best;
 }
 
@@ -283,9 +352,10 @@ __device__ inline float softplus_approx(float x) {
 
 /// A * log2(e) of a lane's states, for decays exp2(dt * A2); 0 where there is no channel or entry.
 template <class Split, class T>
-__device__ void load_A2(const ScanProblem<T>& p, const int64_t (&channel)[2], float (&A2)[2][Split::kEntries]) {
+__device__ void load_A2(const ScanProblem<T>& p, const int64_t (&channel)[Split::kChannels],
+                        float (&A2)[Split::kChannels][Split::kEntries]) {
 #pragma unroll
-  for (int j = 0; j < 2; ++j)
+  for (int j = 0; j < Split::kChannels; ++j)
 #pragma unroll
     for (int e = 0; e < Split::kEntries; ++e) {
       const int64_t n = Split::first_entry() + e;
@@ -293,16 +363,15 @@ __device__ void load_A2(const ScanProblem<T>& p, const int64_t (&channel)[2], fl
     }
 }
 
-/// Neighbouring floats, 16 bytes at a time (8 when there are two).
+/// Neighbouring floats, 16 bytes at a time.
 template <int n>
 __device__ void read_floats(const float* from, float (&to)[n]) {
-  static_assert(n % 4 == 0 || n == 2);
-  constexpr int step = n % 4 == 0 ? 4 : 2;
+  static_assert(n % 4 == 0);
 #pragma unroll
-  for (int i = 0; i < n; i += step) {
-    const Pack<float, step> pack = load_pack<step>(from + i);
+  for (int i = 0; i < n; i += 4) {
+    const Pack<float, 4> pack = load_pack<4>(from + i);
 #pragma unroll
-    for (int k = 0; k < step; ++k) to[i + k] = pack.at[k];
+    for (int k = 0; k < 4; ++k) to[i + k] = pack.at[k];
   }
 }
 
@@ -315,18 +384,20 @@ __device__ void write_floats(float* to, const float (&from)[n]) {
 
 /// A lane's states from [.., channels, kN], where `states` points at the first channel of a row; zeros behind the last channel.
 template <class Split>
-__device__ void load_states(const float* states, const int64_t (&channel)[2], int64_t channels, float (&h)[2][Split::kEntries]) {
+__device__ void load_states(const float* states, const int64_t (&channel)[Split::kChannels], int64_t channels,
+                            float (&h)[Split::kChannels][Split::kEntries]) {
 #pragma unroll
-  for (int j = 0; j < 2; ++j) {
+  for (int j = 0; j < Split::kChannels; ++j) {
 #pragma unroll
     for (int e = 0; e < Split::kEntries; ++e) h[j][e] = 0;
     if (channel[j] < channels) read_floats(states + channel[j] * Split::kN + Split::first_entry(), h[j]);
   }
 }
 template <class Split>
-__device__ void store_states(float* states, const int64_t (&channel)[2], int64_t channels, const float (&h)[2][Split::kEntries]) {
+__device__ void store_states(float* states, const int64_t (&channel)[Split::kChannels], int64_t channels,
+                             const float (&h)[Split::kChannels][Split::kEntries]) {
 #pragma unroll
-  for (int j = 0; j < 2; ++j)
+  for (int j = 0; j < Split::kChannels; ++j)
     if (channel[j] < channels) write_floats(states + channel[j] * Split::kN + Split::first_entry(), h[j]);
 }
 
@@ -355,7 +426,17 @@ struct ScanSegments {
   Tensor dt_sum;  // [B, segments, D]
 };
 
-/// Carries states from segment to segment, from outer = h0 on, or gradients back from outer = grad_h_T.
-void connect_segments(const ScanSegments& segments, const Tensor& A_log, const Tensor& outer);
+/// Carries states from segment to segment, from outer = h0 on, or gradients back from outer = grad_h_T; not to the last `needless` of them
+/// on this way.
+void connect_segments(const ScanSegments& segments, const Tensor& A_log, const Tensor& outer, int64_t needless);
+
+/// The gradient of the state at the end of each segment, given that at the end of the sequence (undefined: zero).
+struct SegmentGrads {
+  ScanSegments
+      pieces;  // that of segment s is at piece (s + 1) * per_segment - 1; the last segment may have fewer, and ends with the last one
+  int64_t count = 0, per_segment = 0;
+};
+SegmentGrads selective_scan_segment_grads(const SelectiveScanInputs& in, const Tensor& grad_y, const Tensor& grad_h_T, int64_t segments,
+                                          int64_t segment_tokens);
 
 }  // namespace longhand
