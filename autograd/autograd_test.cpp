@@ -133,6 +133,39 @@ TEST("a second gradient is added to the first without a copy, but not where two 
   CHECK(peak(true) == 2);   // their one gradient, and the copy of it that takes the second in
 }
 
+TEST("an op that can sum in place adds to the gradient that an activation has so far, but not where somebody else holds that") {
+  const auto passed_on = [](const Variable& x) { return add(x, Variable(Tensor::zeros(kCpu, Dtype::f64, x.shape()))); };
+  std::vector<double> betas;
+  const auto three_times = [&betas](const Variable& x) {
+    Tensor y = x.value().clone();
+    multiply(y, 3);
+    return record("three_times", y, {x}, [&betas](BackwardCall& call) {
+      const auto [grad, beta] = call.accumulate(0);
+      if (beta == 0) fill(grad, 0);
+      add_scaled(grad, call.grad(0), 3);
+      betas.push_back(beta);
+    });
+  };
+  for (const bool shared : {false, true}) {
+    CAPTURE(shared);
+    const auto f = [&](const std::vector<Variable>& in) {
+      const Variable x = square(in[0]), again = three_times(x);
+      return std::vector<Variable>{shared ? passed_on(x) : three_times(x), again};
+    };
+    CHECK(gradcheck(f, {random64({2, 3}, 22)}).worst < 1e-7);
+    const std::vector<double> expected = shared ? std::vector<double>{0} : std::vector<double>{0, 1};
+    CHECK(std::vector<double>(betas.end() - std::ssize(expected), betas.end()) == expected);
+  }
+  const auto parts = [&](const std::vector<Variable>& in) {
+    const auto halves = split(square(in[0]), {2, 3});
+    return std::vector<Variable>{three_times(halves[0]), three_times(halves[0]), three_times(halves[1])};
+  };
+  CHECK(gradcheck(parts, {random64({2, 5}, 23)}).worst < 1e-7);
+  const Variable x = Variable::leaf(random64({3}, 24));
+  backward({three_times(x)}, {Tensor::full(kCpu, Dtype::f64, {3}, 1.0)});
+  CHECK(x.grad().to_vector<double>() == std::vector<double>{3, 3, 3});
+}
+
 TEST("nothing is recorded under NoGrad, and constants want no gradient") {
   const Variable x = Variable::leaf(random64({3}, 5));
   {

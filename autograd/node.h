@@ -68,6 +68,7 @@ class Node {
 
   void run();
   GradEdge& wanted(int input) const;  // ValueError when input wants no gradient
+  Slot* slot_of(int input) const;     // where its gradient goes; null for a leaf
   void deliver(int input, const Tensor& grad, bool owned);
   void own_buffers();  // slots whose gradient nobody else can hold may be added to in place
 };

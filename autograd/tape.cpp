@@ -213,8 +213,7 @@ Tensor BackwardCall::buffer(int input) const {
 void BackwardCall::set(int input, const Tensor& grad) {
   if (!grad.defined() || !needs(input)) return;
   node_.deliver(input, grad, false);
-  const GradEdge& edge = *node_.inputs[static_cast<std::size_t>(input)];
-  Node::Slot* slot = edge.producer == nullptr ? nullptr : &edge.producer->outputs[static_cast<std::size_t>(edge.output)];
+  Node::Slot* slot = node_.slot_of(input);
   node_.given.emplace_back(grad, slot != nullptr && slot->grad.same_storage(grad) ? slot : nullptr);
 }
 
@@ -226,10 +225,17 @@ Accumulation BackwardCall::accumulate(int input) {
     if (switches().check) node_.summed_in_place.push_back(input);
     return {edge.parameter_place(), beta};
   }
-  const Dtype dtype = edge.dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32;
-  const Tensor fresh = Tensor::empty(edge.device, dtype, edge.shape);
-  node_.pending.emplace_back(input, fresh);
-  return {fresh, 0.0};
+  const Node::Slot* slot = node_.slot_of(input);
+  const bool sum_so_far = slot != nullptr && slot->grad.defined() && slot->owned;
+  const Dtype sums = edge.dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32;
+  const Tensor place = sum_so_far ? slot->grad : slot != nullptr ? buffer(input) : Tensor::empty(edge.device, sums, edge.shape);
+  node_.pending.emplace_back(input, place);
+  return {place, sum_so_far ? 1.0 : 0.0};
+}
+
+Node::Slot* Node::slot_of(int input) const {
+  const GradEdge& edge = wanted(input);
+  return edge.producer == nullptr ? nullptr : &edge.producer->outputs[static_cast<std::size_t>(edge.output)];
 }
 
 GradEdge& Node::wanted(int input) const {
@@ -257,7 +263,8 @@ void Node::deliver(int input, const Tensor& grad, bool owned) {
     edge.started = true;
     return;
   }
-  Slot& slot = edge.producer->outputs[static_cast<std::size_t>(edge.output)];
+  Slot& slot = *slot_of(input);
+  if (slot.owned && same_place(slot.grad, grad)) return;  // accumulate() has added it there
   if (!slot.grad.defined()) {
     slot.grad = grad.to(edge.dtype);
     slot.owned = owned;

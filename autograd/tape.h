@@ -19,7 +19,7 @@
 
 namespace longhand {
 
-/// Where a gradient of a weight is to be summed: destination = beta * destination + contribution.
+/// Where a gradient is to be summed: destination = beta * destination + contribution.
 struct Accumulation {
   Tensor destination;
   double beta;  // 0 for the first contribution (the destination holds nothing yet), 1 afterwards
@@ -40,7 +40,8 @@ class BackwardCall {  // valid only during the call
   Tensor buffer(int input) const;
   /// Hands over the gradient of input i: same shape; f32 is welcome for parameters of any dtype.
   void set(int input, const Tensor& grad);
-  /// For products that can sum in place: where to put the gradient of input i. A parameter gives its place in the flat buffer.
+  /// For products that can sum in place: where to put the gradient of input i. A parameter gives its place in the flat buffer; an
+  /// activation the gradient that it has had from other ops so far, where nobody else holds that, or else what buffer() gives.
   /// After writing it, nothing more is to be done (no set()).
   /// errors  ValueError where input wants no gradient
   Accumulation accumulate(int input);

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <map>
 #include <memory>
 #include <string>
@@ -11,6 +12,8 @@
 #include "core/time_marks.h"
 
 namespace longhand {
+
+class Tensor;
 
 /// Listens to every op while it lives, of an op inside of another for itself; nothing is replayed from a graph meanwhile. On a GPU the time
 /// of an op is that between two marks on its stream: nobody waits, but where the host is slower than the device its launches count. One at
@@ -28,7 +31,7 @@ class OpLedger {
     double flops = 0;  // of matrix products
     int64_t count = 0;
   };
-  /// Waits for the device.
+  /// By op and shapes of the inputs that it names: "linear [4, 2048, 768] [3072, 768]". Waits for the device.
   const std::map<std::string, Row>& rows();
 
   static bool running();
@@ -37,7 +40,7 @@ class OpLedger {
 
  private:
   friend class OpScope;
-  void begin(const char* op) { events_.push_back({op, marks_->set()}), ++open_; }
+  void begin(const char* op, std::initializer_list<const Tensor*> inputs);
   void end();
   struct Event {
     std::string op;  // that begins; empty: one ends
@@ -46,7 +49,7 @@ class OpLedger {
   Device device_;
   std::unique_ptr<TimeMarks> marks_;
   std::vector<Event> events_;
-  int open_ = 0;
+  std::vector<std::string> open_;  // rows of the ops that run now, the innermost last
   std::map<std::string, Row> rows_;
 };
 

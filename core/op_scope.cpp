@@ -36,7 +36,7 @@ LayerPath::~LayerPath() {
 
 OpScope::OpScope(const char* op, std::initializer_list<const Tensor*> inputs) : outer_(running_op) {
   running_op = op;
-  if (ledger != nullptr) ledger->begin(op);
+  if (ledger != nullptr) ledger->begin(op, inputs);
   if (switches().trace < 2) return;
   for (const Tensor* tensor : inputs) {
     if (!tensor->defined()) continue;
@@ -71,15 +71,22 @@ bool OpLedger::running() {
   return ledger != nullptr;
 }
 void OpLedger::note(double bytes, double flops) {
-  if (ledger == nullptr || running_op == nullptr) return;
-  Row& row = ledger->rows_[running_op];
+  if (ledger == nullptr || ledger->open_.empty()) return;
+  Row& row = ledger->rows_[ledger->open_.back()];
   row.bytes += bytes;
   row.flops += flops;
 }
+void OpLedger::begin(const char* op, std::initializer_list<const Tensor*> inputs) {
+  std::string row = op;
+  for (const Tensor* tensor : inputs)
+    if (tensor->defined()) row += " " + tensor->shape().str();
+  events_.push_back({row, marks_->set()});
+  open_.push_back(std::move(row));
+}
 void OpLedger::end() {
-  if (open_ == 0) return;  // it began before anybody listened
+  if (open_.empty()) return;  // it began before anybody listened
   events_.push_back({"", marks_->set()});
-  --open_;
+  open_.pop_back();
 }
 const std::map<std::string, OpLedger::Row>& OpLedger::rows() {
   device_.synchronize();

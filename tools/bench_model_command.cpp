@@ -9,6 +9,7 @@
 #include <chrono>
 #include <filesystem>
 #include <functional>
+#include <map>
 #include <optional>
 
 #include "autograd/tape.h"
@@ -91,30 +92,37 @@ std::vector<int64_t> batches_or(const BenchModelOptions& options, int64_t fallba
 }
 
 // What each op of one more step took and cannot avoid; printed only on demand.
-// returns  the sum of the ops' floors in ms: for each the larger of bytes / copy rate and flops of matrix products / their rate
-double ops_of_step(const Device& device, const Ceilings& ceilings, bool print, const std::function<void()>& step) {
+// returns  the sum of the ops' floors in ms: for each op and shape the larger of bytes / copy rate and flops of products / their rate
+double ops_of_step(const Device& device, const Ceilings& ceilings, const BenchModelOptions& options, bool print,
+                   const std::function<void()>& step) {
   OpLedger ledger(device);
   step();
   struct Line {
-    double ms, floor_ms;
+    double ms = 0, floor_ms = 0;
+    int64_t count = 0;
     std::string op;
-    int64_t count;
   };
-  std::vector<Line> lines;
+  std::map<std::string, Line> by_op;
   double sum = 0, floor_sum = 0;
-  for (const auto& [op, row] : ledger.rows()) {
+  for (const auto& [op_and_shapes, row] : ledger.rows()) {
     const double floor_ms = 1e3 * std::max(row.bytes / ceilings.copy_bytes_per_s, row.flops / ceilings.product_flops_per_s);
-    lines.push_back({row.ms, floor_ms, op, row.count});
+    const std::string op = options.by_shape ? op_and_shapes : op_and_shapes.substr(0, op_and_shapes.find(' '));
+    Line& line = by_op[op];
+    line = {line.ms + row.ms, line.floor_ms + floor_ms, line.count + row.count, op};
     sum += row.ms;
     floor_sum += floor_ms;
   }
   if (!print) return floor_sum;
+  std::vector<Line> lines;
+  for (const auto& [op, line] : by_op) lines.push_back(line);
   std::sort(lines.begin(), lines.end(), [](const Line& a, const Line& b) { return a.ms > b.ms; });
-  fmt::print("    {:<32}{:>7}{:>11}{:>8}{:>11}{:>8}\n", "op", "times", "ms", "part", "floor ms", "share");
+  std::size_t width = 32;
+  for (const Line& line : lines) width = std::max(width, line.op.size() + 1);
+  fmt::print("    {:<{}}{:>7}{:>11}{:>8}{:>11}{:>8}\n", "op", width, "times", "ms", "part", "floor ms", "share");
   for (const Line& line : lines)
-    fmt::print("    {:<32}{:>7}{:>11.3f}{:>7.1f}%{:>11.3f}{:>7.0f}%\n", line.op, line.count, line.ms, 100 * line.ms / sum, line.floor_ms,
-               100 * line.floor_ms / line.ms);
-  fmt::print("    {:<39}{:>11.3f}{:>19.3f}  launch by launch\n", "sum", sum, floor_sum);
+    fmt::print("    {:<{}}{:>7}{:>11.3f}{:>7.1f}%{:>11.3f}{:>7.0f}%\n", line.op, width, line.count, line.ms, 100 * line.ms / sum,
+               line.floor_ms, 100 * line.floor_ms / line.ms);
+  fmt::print("    {:<{}}{:>11.3f}{:>19.3f}  launch by launch\n", "sum", width + 7, sum, floor_sum);
   return floor_sum;
 }
 
@@ -138,7 +146,7 @@ void train_case(const Recipe& recipe, const std::string& name, const DeviceChoic
   const double flops = model.training_flops_per_token() * tokens, peak = device.is_cuda() ? trainer.link().bf16_peak_flops() : 0;
   const std::string peak_memory = peak_text(device);
   const double peak_gib = static_cast<double>(device.allocator().use().peak_bytes) / (int64_t{1} << 30), tokens_per_s = tokens / ms * 1e3;
-  const double floor_ms = ops_of_step(device, ceilings, false, step);
+  const double floor_ms = ops_of_step(device, ceilings, options, false, step);
   const ModelFigures known =
       choice.dtype == Dtype::bf16 ? training_figures(name, recipe.train.batch_size, recipe.train.length) : ModelFigures{};
   fmt::print("{:<16}{:>6}{:>7}  {:<12}{:>9.2f}{:>11.0f}{:>7}{:>10.2f}{:>6.0f}%  {:<10}{:>10}{:>8}  {:<14}{:<14}{}\n", name,
@@ -147,7 +155,7 @@ void train_case(const Recipe& recipe, const std::string& name, const DeviceChoic
              known.peer_tokens_per_s > 0 ? fmt::format("{:.0f}", known.peer_tokens_per_s) : "",
              known.peer_tokens_per_s > 0 ? fmt::format("{:.2f}x", tokens_per_s / known.peer_tokens_per_s) : "",
              verdict(tokens_per_s, known.target_tokens_per_s, false), verdict(peak_gib, known.target_peak_gib, true), trainer.queued());
-  if (options.by_op) (void)ops_of_step(device, ceilings, true, step);
+  if (options.by_op || options.by_shape) (void)ops_of_step(device, ceilings, options, true, step);
   std::fflush(stdout);
 }
 
@@ -190,7 +198,7 @@ void prefill_case(const ModelConfig& config, const std::string& name, int64_t ba
   const double last_ms = ms_since(last_part);
   fmt::print("{:<16}{:>7}{:>10}{:>8}{:>12.1f}{:>12.0f}{:>14.0f}{:>14.0f}  {} / {}\n", name, batch, count * chunk, chunk, ms,
              tokens / ms * 1e3, part_tokens / first_ms * 1e3, part_tokens / last_ms * 1e3, first_peak, peak_text(device));
-  if (options.by_op) (void)ops_of_step(device, ceilings, true, [&] { (void)model.forward(chunks[0], state); });
+  if (options.by_op || options.by_shape) (void)ops_of_step(device, ceilings, options, true, [&] { (void)model.forward(chunks[0], state); });
   std::fflush(stdout);
 }
 
@@ -230,7 +238,7 @@ void decode_case(const ModelConfig& config, const std::string& name, int64_t bat
   fmt::print("{:<16}{:>7}{:>8}{:>12.3f}{:>14.0f}{:>10.3f}{:>7.0f}%  {:<12}{:<14}{}\n", name, batch, steps, ms, tokens_per_s, floor_ms,
              100 * floor_ms / ms, peak_text(device), verdict(tokens_per_s, decode_target(name, static_cast<long>(batch)), false),
              decoder.joined_kernels() ? "joined kernels" : "op by op");
-  if (options.by_op) (void)ops_of_step(device, ceilings, true, [&] { step(0); });
+  if (options.by_op || options.by_shape) (void)ops_of_step(device, ceilings, options, true, [&] { step(0); });
   std::fflush(stdout);
 }
 
@@ -250,7 +258,10 @@ void add_bench_model_options(CLI::App& train, CLI::App& prefill, CLI::App& decod
         ->type_name("N");
   }
   train.add_option("--steps", o.steps, "Timed steps")->type_name("N")->check(at_least(1))->capture_default_str();
-  for (CLI::App* command : {&train, &prefill, &decode}) command->add_flag("--by-op", o.by_op, "Also the milliseconds of each op");
+  for (CLI::App* command : {&train, &prefill, &decode}) {
+    command->add_flag("--by-op", o.by_op, "Also the milliseconds of each op");
+    command->add_flag("--by-shape", o.by_shape, "The same for each op and shape of its inputs");
+  }
   prefill.add_option("--tokens", o.tokens, "Of a row; 0: 131,072")->type_name("N")->check(at_least(0))->capture_default_str();
   prefill.add_option("--chunk", o.chunk, "Tokens of a row at once")->type_name("N")->check(at_least(1))->capture_default_str();
   decode.add_option("--tokens", o.tokens, "Timed steps; 0: 256")->type_name("N")->check(at_least(0))->capture_default_str();

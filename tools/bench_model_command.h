@@ -18,15 +18,15 @@ struct BenchModelOptions {
   int64_t steps = 20;                // train: timed steps
   int64_t tokens = 0;                // prefill: of a row; decode: steps; 0: 131,072 and 256
   int64_t chunk = 2048;              // prefill
-  bool by_op = false;
+  bool by_op = false, by_shape = false;
 };
 
 void add_bench_model_options(CLI::App& train, CLI::App& prefill, CLI::App& decode, BenchModelOptions& options);
 
 /// ms of a step, tokens/s, MFU, peak memory, the sum of the ops' floors and its share of the step, the peer's figure and whether the
-/// targets were met. The floor of an op is the larger of bytes / copy rate and flops of matrix products / their rate, both measured in the
-/// same run; exponentials and what a scan does beside its bytes are not counted. With by_op one more step launch by launch, its
-/// milliseconds by op.
+/// targets were met. The floor of an op at one shape is the larger of bytes / copy rate and flops of matrix products / their rate, both
+/// measured in the same run; exponentials and what a scan does beside its bytes are not counted. With by_op one more step launch by launch,
+/// its milliseconds by op; with by_shape by op and shapes of its inputs.
 int run_bench_train(const BenchModelOptions& options);
 
 /// tokens/s over the whole prompt and over its last eighth, and peak memory after the first eighth and after all.

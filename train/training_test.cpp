@@ -15,6 +15,7 @@
 #include "data/tokenizer.h"
 #include "models/checkpoint.h"
 #include "tests/support/tiny_training.h"
+#include "train/communicator.h"
 
 namespace longhand {
 namespace {
@@ -81,6 +82,70 @@ TEST("training: every level of train.recompute gives the same weights, in micro-
         CHECK(weights_after(plan) == none);
       }
     }
+}
+
+// --- steps as graphs --------------------------------------------------------------------------------------------
+
+// Two micro-batches, whose states are carried on: the first one's are there when the recording of the second fails.
+Recipe carrying_recipe(const std::string& graph) {
+  return tiny_recipe({"train.dtype=bf16", "train.graph=" + graph, "train.grad_accumulation=2", "initial_state=state-passing"});
+}
+
+// Losses, norms and weights of steps in which a number of positions, by step, do not count.
+std::vector<double> numbers_of(const Recipe& recipe, const std::vector<std::size_t>& masked, Communicator* processes, std::string& queued) {
+  const auto model = tiny_model(recipe, Device::cuda());
+  Trainer trainer(recipe, *model, processes);
+  std::vector<double> numbers;
+  for (std::size_t step = 0; step < masked.size(); ++step) {
+    Batch batch = made_up_batch(recipe, step);
+    for (std::size_t i = 0; i < masked[step]; ++i) batch.mask[3 * i] = 0;
+    const StepReport report = step_and_report(trainer, batch);
+    numbers.insert(numbers.end(), {report.loss, report.grad_norm});
+  }
+  queued = trainer.queued();
+  const auto weights = model->parameters().flat_master().to_vector<double>();
+  numbers.insert(numbers.end(), weights.begin(), weights.end());
+  return numbers;
+}
+
+TEST("training: a step of another form than the recorded one is not replayed, but recorded anew when it comes again") {
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  const std::vector<std::size_t> masked{0, 0, 0, 5, 0, 5, 5, 5, 0, 0, 0, 2, 2};
+  std::string with_graph, without;
+  const auto replayed = numbers_of(carrying_recipe("true"), masked, nullptr, with_graph);
+  CHECK(replayed == numbers_of(carrying_recipe("false"), masked, nullptr, without));
+  CHECK_MESSAGE(with_graph.starts_with("a graph of "), with_graph);
+  CHECK(without.empty());
+}
+
+// Looks at what it sums, for which the host has to wait: no graph can hold that.
+class WatchingProcess final : public Communicator {
+ public:
+  WatchingProcess() : Communicator(1, 0) {}
+  std::string describe() const override { return "1 process"; }
+  void all_reduce_sum(const Tensor& t) override { (void)t.to_vector<double>(); }
+  void reduce_scatter_sum(const Tensor& t, int64_t) override { all_reduce_sum(t); }
+  void all_gather(const Tensor&, std::span<const int64_t>) override {}
+  void broadcast(const Tensor&, int64_t) override {}
+  Tensor gather(const Tensor& part) override { return part; }
+  std::vector<std::string> all_texts(const std::string& own_text) override { return {own_text}; }
+  int64_t all_reduce_max(int64_t value) override { return value; }
+  void barrier() override {}
+
+ protected:
+  void end_all(int code) override { std::exit(code); }
+};
+
+TEST("training: a step that no graph can hold is queued launch by launch, to the same bits, and the reason is said") {
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  const std::vector<std::size_t> masked(5, 0);
+  WatchingProcess watching;
+  std::string with_graph, without;
+  const auto fallen_back = numbers_of(carrying_recipe("true"), masked, &watching, with_graph);
+  CHECK(fallen_back == numbers_of(carrying_recipe("false"), masked, &watching, without));
+  CHECK_MESSAGE(with_graph.starts_with("launch by launch: no graph could be recorded\n"), with_graph);
+  CHECK_MESSAGE(with_graph.find("stream is capturing") != std::string::npos, with_graph);
+  CHECK(without.empty());
 }
 
 // --- runs -------------------------------------------------------------------------------------------------------

@@ -176,12 +176,19 @@ __global__ void __launch_bounds__(kThreads, taps == 4 ? 4 : 1)
   load_filter(p, c, weight, bias);
   load_past<T, vec, taps>(p, b, begin, c, past);
   int t = begin;
+  Pack<T, vec> in[kAhead], ahead[kAhead];  // the group in work, and the next one on its way
+  const auto ask = [&](Pack<T, vec>(&group)[kAhead], int from) {
+#pragma unroll
+    for (int s = 0; s < kAhead; ++s) group[s] = load_pack<vec>(p.x.at(b, from + s) + c);
+  };
+  if (t + kAhead <= end) ask(in, t);
   for (; t + kAhead <= end; t += kAhead) {
-    Pack<T, vec> in[kAhead];
+    if (t + 2 * kAhead <= end) ask(ahead, t + kAhead);
 #pragma unroll
-    for (int s = 0; s < kAhead; ++s) in[s] = load_pack<vec>(p.x.at(b, t + s) + c);
-#pragma unroll
-    for (int s = 0; s < kAhead; ++s) store_pack(y.at(b, t + s) + c, forward_step(weight, bias, past, in[s]));
+    for (int s = 0; s < kAhead; ++s) {
+      store_pack(y.at(b, t + s) + c, forward_step(weight, bias, past, in[s]));
+      in[s] = ahead[s];
+    }
   }
   for (; t < end; ++t) store_pack(y.at(b, t) + c, forward_step(weight, bias, past, load_pack<vec>(p.x.at(b, t) + c)));
 

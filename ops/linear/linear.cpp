@@ -64,9 +64,8 @@ Variable linear(const Variable& x, const Variable& weight, const Variable& bias)
     const Tensor rows = as_matrix(kept_x.get());    // [R, in]
     const Tensor grad_y = as_matrix(call.grad(0));  // [R, out]
     if (call.needs(0)) {
-      const Tensor grad_x = call.buffer(0);
-      gemm(false, grad_y, false, w, grad_x.reshape({rows.dim(0), rows.dim(1)}));
-      call.set(0, grad_x);
+      const auto [grad_x, beta] = call.accumulate(0);
+      gemm(false, grad_y, false, w, grad_x.reshape({rows.dim(0), rows.dim(1)}), 1.0, beta);
     }
     if (call.needs(1)) {
       const auto [grad_weight, beta] = call.accumulate(1);
