@@ -66,6 +66,18 @@ TEST("laboratory: each base is trained once, and its initial states from it; the
   CHECK_MESSAGE(done.code == 0, done.err);
   CHECK(laboratory.calls({"train "}).size() == 2 * (1 + 3));
   CHECK(laboratory.calls({"eval "}).size() == 2 * (1 + 3) * 4);
+  for (const char* run : {"lab-mamba1", "lab-mamba2"}) {  // each is measured where it was trained
+    CAPTURE(run);
+    std::string device = "--device cuda:0";
+    if (laboratory.calls({"train ", std::string("--name ") + run + " ", device}).empty()) device = "--device cuda:1";
+    CHECK(laboratory.calls({"train ", std::string("--name ") + run + " ", device}).size() == 1);
+    CHECK(laboratory.calls({"eval ", std::string("--model runs/") + run + " ", device}).size() == 4);
+  }
+  const std::size_t on_first = laboratory.calls({"train ", "--device cuda:0"}).size();
+  const std::size_t on_second = laboratory.calls({"train ", "--device cuda:1"}).size();
+  CHECK(on_first > 0);
+  CHECK(on_second > 0);
+  CHECK(on_first + on_second == 2 * (1 + 3));
   CHECK(laboratory.calls({"train ", "recipes/lab-mamba1.toml", "--name lab-mamba1 ", "seed=1"}).size() == 1);
   CHECK(laboratory
             .calls({"train ", "lab-post.toml", "--name lab-mamba2-state-passing", "--init-from runs/lab-mamba2",

@@ -115,7 +115,7 @@ for seed in $seeds; do for name in "${names[@]}"; do for state in $states; do ec
 
 pairs=()
 for seed in $seeds; do for name in "${names[@]}"; do
-  base=$(base_run "$name" "$seed") runs=()
+  base=$(base_run "$name" "$seed")
   runs=("runs/$base")
   for state in $states; do runs+=("runs/$base-$state"); done
   "$LONGHAND" report "${runs[@]}" --out "runs/$base.html"
