@@ -164,19 +164,34 @@ TEST("scale: parts of different sizes, and rows that end in padding, make no dif
 }
 
 // Four steps in which all learn, then four in which the process with the last rows has nothing to learn from last, and so on.
-TEST("scale: a process without positions in its last micro-batch makes no difference, on two GPUs neither") {
+TEST("scale: a process without positions in its last micro-batch makes no difference") {
   if (std::string(MPIRUN).empty()) SKIP("this build has no MPI");
   const Site site;
   constexpr int kFew = 18;
   const auto words = losses_words("cpu-idle", kFew, recipes(site, "idle", "batch_size = 8\ngrad_accumulation = 2"));
   const std::string alone = output_of(site.run_alone(words));
   for (const int processes : {2, 4}) check_same_losses(output_of(site.run(processes, words)), alone, kFew);
+}
+
+TEST("scale: on two GPUs a process without positions in its last micro-batch makes no difference either") {
+  if (std::string(MPIRUN).empty()) SKIP("this build has no MPI");
   if (cuda_device_count() < 2) SKIP("fewer than two CUDA devices");
-  const auto on_gpus =
-      losses_words("cuda-idle", kFew, recipes(site, "idle-gpus", "batch_size = 8\ngrad_accumulation = 2\ndtype = \"f32\""));
-  const std::string two = output_of(site.run(2, on_gpus));
-  check_same_losses(two, output_of(site.run_alone(on_gpus)), kFew);
-  CHECK(output_of(site.run(2, on_gpus)) == two);
+  const Site site;
+  constexpr int kFew = 18;
+  const auto words = losses_words("cuda-idle", kFew, recipes(site, "idle", "batch_size = 8\ngrad_accumulation = 2\ndtype = \"f32\""));
+  const std::string two = output_of(site.run(2, words));
+  check_same_losses(two, output_of(site.run_alone(words)), kFew);
+  CHECK(output_of(site.run(2, words)) == two);
+}
+
+TEST("scale: a device that is not known is not taken for another one") {
+  const Site site;
+  for (const char* device : {"cpu-anything", "cuda-anything", "cpu-", "gpu"}) {
+    CAPTURE(device);
+    const ProcessResult refused = site.run_alone(losses_words(device, 1, {"mamba2.toml"}));
+    CHECK(refused.code == 2);
+    CHECK(refused.err.starts_with("usage: losses "));
+  }
 }
 
 TEST("scale: on a GPU, NCCL in a captured step and outside one changes no bit of what one process does") {
@@ -243,22 +258,30 @@ TEST("scale: a run of three processes writes the checkpoint, the metrics and the
   }
 }
 
-TEST("scale: the last rows of the validation count, also where they are fewer than a batch, and none is left for a process") {
+// 9 rows of 20 tokens: a batch of 6, one of 3.
+std::vector<std::string> with_short_validation(const Site& site, const std::string& val_batches) {
+  std::ofstream(site.file("val.jsonl")) << R"({"text": ")" << std::string(170, 'v') << "\"}\n";
+  return with_data({"data.val_files=val.jsonl", "train.steps=2", "train.val_batches=" + val_batches});
+}
+double val_loss_of(const Site& site, const std::string& run) {
+  return metrics_of(site.file("runs/" + run)).back()["val_loss"].get<double>();
+}
+
+TEST("scale: the last rows of the validation count, also where they are fewer than a batch") {
   const Site site;
-  std::ofstream(site.file("val.jsonl")) << R"({"text": ")" << std::string(170, 'v')
-                                        << "\"}\n";  // 9 rows of 20 tokens: a batch of 6, one of 3
-  const auto val_loss = [&](const std::string& run) { return metrics_of(site.file("runs/" + run)).back()["val_loss"].get<double>(); };
-  const auto settings = [](const std::string& val_batches) {
-    return with_data({"data.val_files=val.jsonl", "train.steps=2", "train.val_batches=" + val_batches});
-  };
-  output_of(site.run_alone(train_words("one", settings("9"))));
-  auto rows_alone = settings("99");
+  output_of(site.run_alone(train_words("one", with_short_validation(site, "9"))));
+  auto rows_alone = with_short_validation(site, "99");
   rows_alone.push_back("train.grad_accumulation=6");  // batches of one row
   output_of(site.run_alone(train_words("rows", rows_alone)));
-  check_close(val_loss("rows"), val_loss("one"));
+  check_close(val_loss_of(site, "rows"), val_loss_of(site, "one"));
+}
+
+TEST("scale: the last rows of the validation count, also where none is left for a process") {
   if (std::string(MPIRUN).empty()) SKIP("this build has no MPI");
-  output_of(site.run(3, train_words("three", settings("9"))));
-  check_close(val_loss("three"), val_loss("one"));
+  const Site site;
+  output_of(site.run_alone(train_words("one", with_short_validation(site, "9"))));
+  output_of(site.run(3, train_words("three", with_short_validation(site, "9"))));
+  check_close(val_loss_of(site, "three"), val_loss_of(site, "one"));
 }
 
 TEST("scale: a run of two processes goes on with three, and then alone, as if nothing had changed") {
@@ -381,14 +404,14 @@ TEST("scale: an evaluation by several processes is that of one; other commands d
 // --- what goes wrong -----------------------------------------------------------------------------------------------
 
 // The process of a job of the site that the launcher numbered `rank`.
-pid_t process_of(const Site& site, const std::string& rank) {
+pid_t process_of(const Site& site, const std::string& rank, const std::string& program = LONGHAND_BINARY) {
   for (const auto& entry : fs::directory_iterator("/proc")) {
     const std::string name = entry.path().filename().string();
     if (name.find_first_not_of("0123456789") != std::string::npos) continue;
     std::ifstream command(entry.path() / "cmdline"), environment(entry.path() / "environ");
     const std::string started((std::istreambuf_iterator<char>(command)), {}), variables((std::istreambuf_iterator<char>(environment)), {});
     std::error_code gone;
-    if (started.starts_with(LONGHAND_BINARY) && variables.find("OMPI_COMM_WORLD_RANK=" + rank + '\0') != std::string::npos &&
+    if (started.starts_with(program) && variables.find("OMPI_COMM_WORLD_RANK=" + rank + '\0') != std::string::npos &&
         fs::read_symlink(entry.path() / "cwd", gone) == fs::canonical(site.file(".")))
       return std::stoi(name);
   }
@@ -451,6 +474,22 @@ TEST("scale: where the launcher does not notice that a process is gone, the othe
   CHECK(ended.code != 0);
   CHECK(ended.err.find("process 1, id " + std::to_string(victim)) != std::string::npos);
   CHECK(ended.err.find("process 0 of 2 ends the run") != std::string::npos);
+}
+
+TEST("scale: a process that has finished and waits for the last one to, notices that it is gone") {
+  if (std::string(MPIRUN).empty()) SKIP("this build has no MPI");
+  const Site site;
+  ProcessOptions options = site.here();
+  options.patience = std::chrono::seconds(60);
+  Process job(Site::with_mpirun(2, losses_words("cpu-late", 1, {recipes(site, "late", "batch_size = 8").front()})), options);
+  REQUIRE(job.wait_until([&] { return fs::exists(site.file("late")); }));
+  const pid_t victim = process_of(site, "1", LOSSES);
+  REQUIRE(victim > 0);
+  job.send(SIGSTOP);
+  ::kill(victim, SIGKILL);
+  CHECK(job.wait_until([&] { return process_of(site, "0", LOSSES) == 0; }));
+  job.send(SIGCONT);
+  CHECK(job.finish().err.find("process 0 of 2 ends the run") != std::string::npos);
 }
 
 TEST("scale: processes that would not train the same thing are refused with what differs") {

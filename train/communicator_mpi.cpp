@@ -58,21 +58,24 @@ class MpiProcesses final : public Communicator {
     watch_.emplace(
         neighbours,
         [size, rank](const Neighbour& gone) {
-          fmt::print(
-              stderr,
-              "error: processes: another one of this machine has ended, and the launcher did not end the job\n  process {}, id {}\n"
-              "  try     look for what ended it; longhand train --resume goes on from the last checkpoint\nprocess {} of {} ends the run\n",
-              gone.rank, gone.id, rank, size);
+          fmt::print(stderr,
+                     "error: processes: another one of this machine has ended, and the launcher did not end the job\n  process {}, id {}\n"
+                     "  try     look for what ended it; a training goes on with longhand train --resume, all else begins again\n"
+                     "process {} of {} ends the run\n",
+                     gone.rank, gone.id, rank, size);
           std::_Exit(1);  // this process waits for the other one wherever it is, and cannot be made to go on
         },
         kLaunchersTime_ms);
+    for (const auto& [neighbour, reason] : watch_->unwatched())
+      fmt::print(stderr, "warning: process {}, id {}, is not watched ({}): if it dies, process {} may wait for it for ever\n",
+                 neighbour.rank, neighbour.id, reason, rank);
   }
   ~MpiProcesses() override {
     int done = 0;
-    watch_.reset();
     // While an error is on its way out the others may wait in a call: MPI_Finalize would wait for them.
     if (std::uncaught_exceptions() != 0 || MPI_Finalized(&done) != MPI_SUCCESS || done != 0) return;
-    MPI_Barrier(MPI_COMM_WORLD);  // nobody ends while another one still watches
+    MPI_Barrier(MPI_COMM_WORLD);  // nobody ends before all are here; who waits here for one that dies is told of it
+    watch_.reset();               // the first to end from now on leave the others the watch's patience to come to this line
     MPI_Finalize();
   }
   std::string describe() const override { return fmt::format("{} process{}, MPI", size(), size() == 1 ? "" : "es"); }

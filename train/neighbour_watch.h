@@ -3,9 +3,11 @@
 #pragma once
 #include <sys/types.h>
 
+#include <cstdint>
 #include <functional>
-#include <memory>
+#include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace longhand {
@@ -17,12 +19,16 @@ struct Neighbour {
 
 class NeighbourWatch {
  public:
-  /// gone  called once, by a thread of the watch, when the first of these has ended and `patience_ms` have gone by; not after the watch
-  /// needs  Linux 5.3; where the system does not let a process be looked at, that one is not watched
+  /// gone   called once, by a thread of the watch, when the first of these has ended, be it before the watch began, and `patience_ms` have
+  ///        gone by; not after the watch
+  /// needs  Linux 5.3; a process that the system does not let be looked at is not watched: see unwatched()
   NeighbourWatch(const std::vector<Neighbour>& neighbours, std::function<void(const Neighbour&)> gone, int patience_ms);
   ~NeighbourWatch();
   NeighbourWatch(const NeighbourWatch&) = delete;
   NeighbourWatch& operator=(const NeighbourWatch&) = delete;
+
+  /// Those that are not watched, and why: "pidfd_open: Operation not permitted".
+  const std::vector<std::pair<Neighbour, std::string>>& unwatched() const { return unwatched_; }
 
  private:
   void watch() const;
@@ -31,7 +37,9 @@ class NeighbourWatch {
   const std::function<void(const Neighbour&)> gone_;
   const int patience_ms_;
   int end_ = -1;            // an eventfd: becomes readable at the end of the watch
-  std::vector<int> files_;  // pidfds: become readable when their process ends
+  std::vector<int> files_;  // pidfds: become readable when their process ends; -1 without one
+  const Neighbour* ended_before_ = nullptr;
+  std::vector<std::pair<Neighbour, std::string>> unwatched_;
   std::thread thread_;
 };
 

@@ -2,6 +2,7 @@
 #include "train/neighbour_watch.h"
 
 #include <signal.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -55,13 +56,41 @@ TEST("neighbour watch: the process that ends is named, once its time is over and
   CHECK(gone == -1);  // the patient one was still waiting when it ended
 }
 
-TEST("neighbour watch: one that is not there is passed over") {
+TEST("neighbour watch: one that cannot be looked at is named with the reason, and the others are watched") {
   std::atomic<int64_t> gone = -1;
   const Idler other;
   const NeighbourWatch watch(
       {{0, -1}, {1, other.id()}}, [&](const Neighbour& neighbour) { gone = neighbour.rank; }, 1);
+  REQUIRE(watch.unwatched().size() == 1);
+  CHECK(watch.unwatched()[0].first.rank == 0);
+  CHECK(watch.unwatched()[0].second == "pidfd_open: Invalid argument");
   ::kill(other.id(), SIGKILL);
   CHECK(comes_to(gone, 1));
+}
+
+TEST("neighbour watch: one that was gone before the watch began is gone") {
+  pid_t before = 0;
+  { before = Idler().id(); }
+  std::atomic<int64_t> gone = -1;
+  const Idler other;
+  const NeighbourWatch watch(
+      {{1, other.id()}, {2, before}}, [&](const Neighbour& neighbour) { gone = neighbour.rank; }, 1);
+  CHECK(watch.unwatched().empty());
+  CHECK(comes_to(gone, 2));
+}
+
+TEST("neighbour watch: without a file left to watch with, all are named as not watched") {
+  const Idler first, second;
+  rlimit files{};
+  REQUIRE(::getrlimit(RLIMIT_NOFILE, &files) == 0);
+  const rlimit none{0, files.rlim_max};
+  REQUIRE(::setrlimit(RLIMIT_NOFILE, &none) == 0);
+  const NeighbourWatch watch(
+      {{4, first.id()}, {5, second.id()}}, [](const Neighbour&) {}, 1);
+  REQUIRE(::setrlimit(RLIMIT_NOFILE, &files) == 0);
+  REQUIRE(watch.unwatched().size() == 2);
+  CHECK(watch.unwatched()[1].first.rank == 5);
+  CHECK(watch.unwatched()[1].second == "eventfd: Too many open files");
 }
 
 }  // namespace

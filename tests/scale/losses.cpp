@@ -1,13 +1,17 @@
 // losses: trains the model of each recipe with every initial-state strategy, alone or as one of several processes, and has process 0 print
 // the loss of every step, exactly. Usage: losses DEVICE STEPS RECIPE.toml..., started by mpirun or by itself.
 //   DEVICE   cpu; cuda: a GPU each; nccl: a GPU joined by NCCL although it is alone; shared: one GPU for all, through the host.
-//            With -idle behind it: four steps of every eight lack the positions of the second half of the last micro-batch's rows
+//            With -idle behind it: four steps of every eight lack the positions of the second half of the last micro-batch's rows.
+//            With -late: process 1 makes the file `late` at the end and stays for a minute, while the others wait for it
 //   prints   mamba2 state-passing 17 0x1.52ab3ap+2     family, strategy, step, loss
 //            mamba2 state-passing weights 5f3a9c01     check sum of the weights that products read, at the end
 #include <fmt/format.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdio>
+#include <fstream>
 #include <string>
 
 #include "core/crc32.h"
@@ -105,11 +109,21 @@ void train(const std::string& file, const std::string& strategy, const Device& d
                trainer.queued());
 }
 
+constexpr std::array kKinds{"cpu", "cuda", "nccl", "shared"};
+constexpr std::array kManners{"", "-idle", "-late"};
+
+bool is_known(const std::string& device) {
+  for (const std::string kind : kKinds)
+    for (const char* manner : kManners)
+      if (device == kind + manner) return true;
+  return false;
+}
+
 int run(int argc, char** argv) {
   LocalPlace place;
   std::unique_ptr<Communicator> processes = join_processes(place);
   std::string kind = argv[1];
-  const bool idle = kind.ends_with("-idle");
+  const bool idle = kind.ends_with("-idle"), late = kind.ends_with("-late");
   kind = kind.substr(0, kind.find('-'));
   const bool shared = kind == "shared", together = !processes->alone() || kind == "nccl";
   const Device device = kind == "cpu" ? Device::cpu() : Device::cuda(shared ? 0 : static_cast<int>(place.rank));
@@ -123,6 +137,10 @@ int run(int argc, char** argv) {
     fmt::print(stderr, "process {}: {}\n", processes->rank(), error.what());
     processes->abort(1);
   }
+  if (late && processes->rank() == 1) {
+    std::ofstream("late").put('\n');
+    ::sleep(60);
+  }
   return 0;
 }
 
@@ -130,8 +148,8 @@ int run(int argc, char** argv) {
 }  // namespace longhand
 
 int main(int argc, char** argv) {
-  if (argc < 4) {
-    fmt::print(stderr, "usage: losses cpu|cuda|nccl|shared[-idle] STEPS RECIPE.toml...\n");
+  if (argc < 4 || !longhand::is_known(argv[1])) {
+    fmt::print(stderr, "usage: losses cpu|cuda|nccl|shared[-idle|-late] STEPS RECIPE.toml...\n");
     return 2;
   }
   try {
