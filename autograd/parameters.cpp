@@ -58,7 +58,9 @@ void ParameterSet::allocate(const Device& device, Dtype master_dtype, Dtype comp
     throw DtypeError("parameters: masters are f32 or f64", {{"asked", name_of(master_dtype)}});
   if (compute_dtype != master_dtype && !(compute_dtype == Dtype::bf16 && device.is_cuda()))
     throw DtypeError("parameters: this compute type is not available here",
-                     {{"asked", name_of(compute_dtype)}, {"device", device.name()}, {"try", "f32 on the CPU, f32 or bf16 on a GPU"}});
+                     {{"asked", name_of(compute_dtype)},
+                      {"device", device.name()},
+                      {"try", "f32 on the CPU, f32 or bf16 on a GPU; it is train.dtype of a recipe (auto: as the device has it)"}});
   std::vector<Parameter*> order;
   for (Parameter& p : parameters_) order.push_back(&p);
   const auto place_of = [](const Parameter* p) {  // the decayed before the others, and those of full precision on either side of the border

@@ -446,6 +446,9 @@ TEST("command line: a mistake in a recipe is named with its line, and leaves no 
   CHECK(shop.run({"train", "--device", "cpu"}).code == 1);
   CHECK(shop.run({"train", "--resume", "never", "--device", "cpu"}).code == 1);
   CHECK(shop.run({"train", "tiny.toml", "--resume", "never", "--device", "cpu"}).code == 1);
+  const ProcessResult for_a_gpu = shop.run({"train", "tiny.toml", "--device", "cpu", "--set", "train.dtype=bf16"});
+  CHECK(for_a_gpu.code == 1);
+  CHECK(holds(for_a_gpu.err, "train.dtype of a recipe"));
   CHECK_FALSE(fs::exists(shop.file("runs/tiny")));
   CHECK_FALSE(fs::exists(shop.file("runs/none")));
 }
