@@ -241,53 +241,6 @@ double loss_up_to(const PositionCurve& curve, int64_t last) {
   return covered == last ? sum / static_cast<double>(last) : std::numeric_limits<double>::quiet_NaN();
 }
 
-}  // namespace
-
-void add_generalisation_tables(const Runs& runs, std::vector<Figure>& figures) {
-  for (const auto& members : groups_of(runs, &RunData::curves)) {
-    const std::set<int64_t> lengths = training_lengths(runs, members);
-    // One text says little about positions: it may be hard here and easy there.
-    if (lengths.size() != 1 || std::any_of(members.begin(), members.end(), [](const auto& m) { return m.what->sequences == 1; })) continue;
-    const int64_t T = *lengths.begin();
-    std::set<int64_t> ends;  // of the ranges that all have
-    for (const int64_t times : {1, 8, 32, 64, 256, 1024, 4096})
-      if (std::all_of(members.begin(), members.end(), [&](const auto& m) { return range_to(*m.what, times * T) != nullptr; }))
-        ends.insert(times * T);
-    if (ends.size() < 2 || *ends.begin() != T) continue;
-    const bool bases = std::any_of(members.begin(), members.end(), [&](const auto& m) { return base_in(runs, members, m) != nullptr; });
-    const int64_t far = *ends.rbegin();
-    Table table{{"Run", "1\u00a0–\u2060\u00a0" + format_count(T)}, {}};
-    for (const int64_t end : ends) {
-      const PositionSpread& range = *range_to(*members.front().what, end);
-      table.header.push_back(range_text(range.first, range.last) + (end > T ? fmt::format(" ({} T)", format_count(end / T)) : " (T)"));
-    }
-    table.header.push_back(fmt::format("{} T / T", format_count(far / T)));
-    if (bases) table.header.insert(table.header.end(), {"Beside its base, 1\u00a0–\u2060\u00a0" + format_count(T), "Beside its base, T"});
-    for (const auto& m : members) {
-      const double inside = loss_up_to(*m.what, T), at_T = range_to(*m.what, T)->loss;
-      std::vector<std::string> row{m.name, format_aligned(std::exp(inside))};
-      for (const int64_t end : ends) row.push_back(format_aligned(std::exp(range_to(*m.what, end)->loss)));
-      row.push_back(fmt::format("{:.3f}", std::exp(range_to(*m.what, far)->loss - at_T)));
-      if (const auto* base = base_in(runs, members, m)) {
-        row.push_back(fmt::format("{:.3f}", std::exp(inside - loss_up_to(*base->what, T))));
-        row.push_back(fmt::format("{:.3f}", std::exp(at_T - range_to(*base->what, T)->loss)));
-      } else if (bases) {
-        row.insert(row.end(), {"–", "–"});
-      }
-      table.rows.push_back(std::move(row));
-    }
-    figures.push_back(
-        {fmt::format("Inside and beyond the training length: {}", members.front().what->data),
-         data_text(*members.front().what) +
-             fmt::format(" Perplexities. Training rows have T = {} tokens. {} T / T is 1 or less for a model that generalises",
-                         format_count(T), format_count(far / T)) +
-             (bases ? "; beside its base, less than 1 is better than the run it was started from." : "."),
-         "", "", table});
-  }
-}
-
-namespace {
-
 // Runs beside the base that they were started from: what the text does to both cancels.
 void add_perplexity_beside_base(const Runs& runs, const std::vector<Member<PositionCurve>>& members, const std::set<int64_t>& lengths,
                                 int64_t first_drawn, int64_t furthest, int64_t first, std::vector<Figure>& figures) {
@@ -335,7 +288,118 @@ void add_perplexity_beside_base(const Runs& runs, const std::vector<Member<Posit
        legend_html(plot.series), line_plot_svg(plot), std::move(finished)});
 }
 
+// One figure for each position at which magnitudes were counted.
+void add_magnitude_figures(const std::vector<Member<StateMeasurement>>& members, std::vector<Figure>& figures) {
+  std::set<int64_t> positions;
+  for (const auto& m : members)
+    for (const auto& [key, histogram] : m.what->histograms) positions.insert(key.position);
+  for (const int64_t position : positions) {
+    LinePlot plot{.id = fmt::format("magnitudes-{}", figures.size()),
+                  .title = fmt::format("Magnitudes of the state after {} tokens", format_count(position)),
+                  .x = {"|h|, from this value to its double (log scale)", Scale::log10},
+                  .y = {"percent of the elements"},
+                  .series = {},
+                  .markers = {},
+                  .height = 300};
+    ColumnTable table("|h| from", members.size());
+    for (std::size_t i = 0; i < members.size(); ++i) {
+      Series series{.name = members[i].name, .points = {}, .color = members[i].color, .dashed = members[i].dashed};
+      table.name(members[i].name);
+      const auto found = members[i].what->histograms.find({position, "ssm", kAllLayers});
+      if (found != members[i].what->histograms.end()) {
+        const MagnitudeHistogram& h = found->second;
+        const auto count = [&h](int bin) {
+          return static_cast<double>(h.negative[static_cast<std::size_t>(bin)] + h.positive[static_cast<std::size_t>(bin)]);
+        };
+        double all = 0;
+        for (int bin = 0; bin < MagnitudeHistogram::kBins; ++bin) all += count(bin);
+        int first = 0, last = MagnitudeHistogram::kBins - 1;
+        while (first < last && 100 * count(first) < kFewPercent * all) ++first;
+        while (last > first && 100 * count(last) < kFewPercent * all) --last;
+        for (int bin = first; bin <= last; ++bin) {
+          const double percent = 100 * count(bin) / all;
+          // The lowest bin begins at 0, which has no place on the axis: it is drawn as one more octave.
+          const double from = bin == 0 ? MagnitudeHistogram::from(1) / 2 : MagnitudeHistogram::from(bin);
+          series.points.emplace_back(from, percent);
+          table.set({bin, 0}, bin == 0 ? "0" : fmt::format("{:.3g}", from), i, fmt::format("{:.2f}", percent));
+        }
+      }
+      plot.series.push_back(std::move(series));
+    }
+    figures.push_back(
+        {plot.title,
+         data_text(*members.front().what) +
+             fmt::format(" How large the elements of the recurrent state of all layers are, of both signs together, counted in octaves; "
+                         "those at the ends with less than {}% are left out. A curve further right than at the training length "
+                         "is a state that the model was never trained with.",
+                         kFewPercent),
+         legend_html(plot.series), line_plot_svg(plot), table.finish()});
+  }
+}
+
+// A map, and which figure it goes into.
+struct MapOf {
+  std::size_t figure;
+  HeatMap map;
+};
+
+// The colours of all maps mean the same, so that one can be compared with the next.
+void draw_with_one_scale(std::vector<MapOf> maps, std::vector<Figure>& figures) {
+  double low = std::numeric_limits<double>::infinity(), high = -low;
+  for (const auto& [figure, map] : maps)
+    for (const auto& row : map.values)
+      for (const double value : row)
+        if (std::isfinite(value)) low = std::min(low, value), high = std::max(high, value);
+  for (auto& [figure, map] : maps) {
+    map.min = low, map.max = high;
+    figures[figure].svg = heat_map_svg(map);
+  }
+}
+
 }  // namespace
+
+void add_generalisation_tables(const Runs& runs, std::vector<Figure>& figures) {
+  for (const auto& members : groups_of(runs, &RunData::curves)) {
+    const std::set<int64_t> lengths = training_lengths(runs, members);
+    // One text says little about positions: it may be hard here and easy there.
+    if (lengths.size() != 1 || std::any_of(members.begin(), members.end(), [](const auto& m) { return m.what->sequences == 1; })) continue;
+    const int64_t T = *lengths.begin();
+    std::set<int64_t> ends;  // of the ranges that all have
+    for (const int64_t times : {1, 8, 32, 64, 256, 1024, 4096})
+      if (std::all_of(members.begin(), members.end(), [&](const auto& m) { return range_to(*m.what, times * T) != nullptr; }))
+        ends.insert(times * T);
+    if (ends.size() < 2 || *ends.begin() != T) continue;
+    const bool bases = std::any_of(members.begin(), members.end(), [&](const auto& m) { return base_in(runs, members, m) != nullptr; });
+    const int64_t far = *ends.rbegin();
+    Table table{{"Run", "1\u00a0–\u2060\u00a0" + format_count(T)}, {}};
+    for (const int64_t end : ends) {
+      const PositionSpread& range = *range_to(*members.front().what, end);
+      table.header.push_back(range_text(range.first, range.last) + (end > T ? fmt::format(" ({} T)", format_count(end / T)) : " (T)"));
+    }
+    table.header.push_back(fmt::format("{} T / T", format_count(far / T)));
+    if (bases) table.header.insert(table.header.end(), {"Beside its base, 1\u00a0–\u2060\u00a0" + format_count(T), "Beside its base, T"});
+    for (const auto& m : members) {
+      const double inside = loss_up_to(*m.what, T), at_T = range_to(*m.what, T)->loss;
+      std::vector<std::string> row{m.name, format_aligned(std::exp(inside))};
+      for (const int64_t end : ends) row.push_back(format_aligned(std::exp(range_to(*m.what, end)->loss)));
+      row.push_back(fmt::format("{:.3f}", std::exp(range_to(*m.what, far)->loss - at_T)));
+      if (const auto* base = base_in(runs, members, m)) {
+        row.push_back(fmt::format("{:.3f}", std::exp(inside - loss_up_to(*base->what, T))));
+        row.push_back(fmt::format("{:.3f}", std::exp(at_T - range_to(*base->what, T)->loss)));
+      } else if (bases) {
+        row.insert(row.end(), {"–", "–"});
+      }
+      table.rows.push_back(std::move(row));
+    }
+    figures.push_back(
+        {fmt::format("Inside and beyond the training length: {}", members.front().what->data),
+         data_text(*members.front().what) +
+             fmt::format(" Perplexities. Training rows have T = {} tokens. {} T / T is 1 or less for a model that generalises",
+                         format_count(T), format_count(far / T)) +
+             (bases ? "; beside its base, less than 1 is better than the run it was started from." : "."),
+         "", "", table});
+  }
+}
 
 void add_perplexity_figures(const Runs& runs, std::vector<Figure>& figures) {
   for (const auto& members : groups_of(runs, &RunData::curves)) {
@@ -425,73 +489,6 @@ void add_remembrance_figures(const Runs& runs, std::vector<Figure>& figures) {
   }
 }
 
-namespace {
-
-// One figure for each position at which magnitudes were counted.
-void add_magnitude_figures(const std::vector<Member<StateMeasurement>>& members, std::vector<Figure>& figures) {
-  std::set<int64_t> positions;
-  for (const auto& m : members)
-    for (const auto& [key, histogram] : m.what->histograms) positions.insert(key.position);
-  for (const int64_t position : positions) {
-    LinePlot plot{.id = fmt::format("magnitudes-{}", figures.size()),
-                  .title = fmt::format("Magnitudes of the state after {} tokens", format_count(position)),
-                  .x = {"|h|, from this value to its double (log scale)", Scale::log10},
-                  .y = {"percent of the elements"},
-                  .series = {},
-                  .markers = {},
-                  .height = 300};
-    ColumnTable table("|h| from", members.size());
-    for (std::size_t i = 0; i < members.size(); ++i) {
-      Series series{.name = members[i].name, .points = {}, .color = members[i].color, .dashed = members[i].dashed};
-      table.name(members[i].name);
-      const auto found = members[i].what->histograms.find({position, "ssm", kAllLayers});
-      if (found != members[i].what->histograms.end()) {
-        const MagnitudeHistogram& h = found->second;
-        const auto count = [&h](int bin) {
-          return static_cast<double>(h.negative[static_cast<std::size_t>(bin)] + h.positive[static_cast<std::size_t>(bin)]);
-        };
-        double all = 0;
-        for (int bin = 0; bin < MagnitudeHistogram::kBins; ++bin) all += count(bin);
-        int first = 0, last = MagnitudeHistogram::kBins - 1;
-        while (first < last && 100 * count(first) < kFewPercent * all) ++first;
-        while (last > first && 100 * count(last) < kFewPercent * all) --last;
-        for (int bin = first; bin <= last; ++bin) {
-          const double percent = 100 * count(bin) / all;
-          // The lowest bin begins at 0, which has no place on the axis: it is drawn as one more octave.
-          const double from = bin == 0 ? MagnitudeHistogram::from(1) / 2 : MagnitudeHistogram::from(bin);
-          series.points.emplace_back(from, percent);
-          table.set({bin, 0}, bin == 0 ? "0" : fmt::format("{:.3g}", from), i, fmt::format("{:.2f}", percent));
-        }
-      }
-      plot.series.push_back(std::move(series));
-    }
-    figures.push_back(
-        {plot.title,
-         data_text(*members.front().what) +
-             fmt::format(" How large the elements of the recurrent state of all layers are, of both signs together, counted in octaves; "
-                         "those at the ends with less than {}% are left out. A curve further right than at the training length "
-                         "is a state that the model was never trained with.",
-                         kFewPercent),
-         legend_html(plot.series), line_plot_svg(plot), table.finish()});
-  }
-}
-
-}  // namespace
-
-namespace {
-
-// The colours of all maps mean the same, so that one can be compared with the next.
-void share_scale(std::vector<HeatMap>& maps) {
-  double low = std::numeric_limits<double>::infinity(), high = -low;
-  for (const HeatMap& map : maps)
-    for (const auto& row : map.values)
-      for (const double value : row)
-        if (std::isfinite(value)) low = std::min(low, value), high = std::max(high, value);
-  for (HeatMap& map : maps) map.min = low, map.max = high;
-}
-
-}  // namespace
-
 void add_state_figures(const Runs& runs, std::vector<Figure>& figures) {
   for (const auto& members : groups_of(runs, &RunData::states)) {
     const StateMeasurement& any = *members.front().what;
@@ -529,8 +526,7 @@ void add_state_figures(const Runs& runs, std::vector<Figure>& figures) {
          legend_html(plot.series), line_plot_svg(plot), table.finish()});
     add_magnitude_figures(members, figures);
 
-    const std::size_t first_growth = figures.size();
-    std::vector<HeatMap> growth_maps;
+    std::vector<MapOf> growth_maps;
     // Layer by position, each layer relative to what it has at the training length (at the first position where that is unknown).
     for (const auto& m : members) {
       const int64_t reference = runs[m.run].train_length.value_or(0);
@@ -570,10 +566,9 @@ void add_state_figures(const Runs& runs, std::vector<Figure>& figures) {
            fmt::format("{} Standard deviation of each layer's state as a multiple of what it is at the training length, {} tokens.",
                        data_text(*m.what), format_count(reference)),
            "", "", growth});
-      growth_maps.push_back(std::move(map));
+      growth_maps.push_back({figures.size() - 1, std::move(map)});
     }
-    share_scale(growth_maps);
-    for (std::size_t k = 0; k < growth_maps.size(); ++k) figures[first_growth + k].svg = heat_map_svg(growth_maps[k]);
+    draw_with_one_scale(std::move(growth_maps), figures);
   }
 }
 
@@ -611,8 +606,7 @@ void add_forgetting_figures(const Runs& runs, std::vector<Figure>& figures) {
                "the end of the context. In the table, too: the last tokens that hold 90% of the state's weight (in parentheses)." +
                counts_text(members),
            legend_html(plot.series), line_plot_svg(plot), table.finish()});
-    const std::size_t first_heads = figures.size();
-    std::vector<HeatMap> head_maps;
+    std::vector<MapOf> head_maps;
     for (const auto& m : members) {
       std::map<int64_t, std::map<int64_t, double>> by_layer;
       std::set<int64_t> heads;
@@ -650,10 +644,9 @@ void add_forgetting_figures(const Runs& runs, std::vector<Figure>& figures) {
                              " Tokens after which half of an input is left in the head's state; ∞: more than half is left at the "
                              "end of the context.",
                          "", "", values});
-      head_maps.push_back(std::move(map));
+      head_maps.push_back({figures.size() - 1, std::move(map)});
     }
-    share_scale(head_maps);
-    for (std::size_t k = 0; k < head_maps.size(); ++k) figures[first_heads + k].svg = heat_map_svg(head_maps[k]);
+    draw_with_one_scale(std::move(head_maps), figures);
   }
 }
 

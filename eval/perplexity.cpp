@@ -45,7 +45,7 @@ double PositionSpread::perplexity_standard_error() const {
 namespace {
 
 // A sum whose order does not matter: of multiples of 2^-30, and of what they leave as multiples of 2^-62. f64 adds either without rounding
-// up to 2^53 of them: sums below 2^23, of at most 2^22 numbers, whose rests are 2^-31 at most.
+// up to 2^53 of them: sums below 2^23, of at most 2^22 numbers, whose rests are 2^-31 at most. Beyond that a sum rounds as any other does.
 struct ExactSum {
   double coarse = 0, fine = 0;
   void add(double x) {
@@ -57,7 +57,7 @@ struct ExactSum {
 };
 
 // Of the sequences that come to the end of a range: their mean losses there. What a square loses to rounding is added too, so that the
-// difference of these sums is as exact as they are.
+// difference of these sums is as exact as they are: two numbers a sequence, so exact up to 2^21 of them.
 struct RangeSums {
   ExactSum means, squares;
   double sequences = 0;  // a whole number

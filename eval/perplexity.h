@@ -58,7 +58,7 @@ struct PositionLossOptions {
 ///          position and five a range, however many sequences there are
 /// holds    chunk, batch and the number of parts do not change the result, but for the rounding of the model: the same losses of tokens
 ///          give the same bits, as long as those of a position, and the squares of the sequences' means over a range, come to less than
-///          2^23 of at most 2^22 sequences
+///          2^23, a position has at most 2^22 sequences and a range 2^21; beyond that the last bits may depend on them
 /// errors   ValueError for a sequence of fewer than 2 tokens, spread_ends that do not rise from 1, or a token outside the vocabulary;
 ///          NumericError naming sequence and position for a loss that is no number
 /// source   Buitrago Ruiz & Gu 2025, arXiv:2507.02782
