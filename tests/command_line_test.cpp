@@ -446,11 +446,17 @@ TEST("command line: a mistake in a recipe is named with its line, and leaves no 
   CHECK(shop.run({"train", "--device", "cpu"}).code == 1);
   CHECK(shop.run({"train", "--resume", "never", "--device", "cpu"}).code == 1);
   CHECK(shop.run({"train", "tiny.toml", "--resume", "never", "--device", "cpu"}).code == 1);
-  const ProcessResult for_a_gpu = shop.run({"train", "tiny.toml", "--device", "cpu", "--set", "train.dtype=bf16"});
-  CHECK(for_a_gpu.code == 1);
-  CHECK(holds(for_a_gpu.err, "train.dtype of a recipe"));
   CHECK_FALSE(fs::exists(shop.file("runs/tiny")));
   CHECK_FALSE(fs::exists(shop.file("runs/none")));
+}
+
+TEST("command line: a recipe for a GPU on the CPU is told which key to change, and leaves no run behind") {
+  const Workshop shop("dtype = \"bf16\"\n");
+  const ProcessResult refused = shop.run({"train", "tiny.toml", "--device", "cpu"});
+  CHECK(refused.code == 1);
+  CHECK(std::regex_search(refused.err, std::regex("asked +bf16\n")));
+  CHECK(holds(refused.err, "train.dtype of a recipe"));
+  CHECK_FALSE(fs::exists(shop.file("runs/tiny")));
 }
 
 TEST("command line: inspect reads recipes and switches, and says what is missing") {
