@@ -19,7 +19,7 @@
 // moves   the sums in, x in, s x out, 2 * R*d * 2 bytes: 0.1 ms for the shape above
 // split   a block for 32 rows; a row that has to be formed anew takes the whole block (V * d multiply-adds, twice)
 //
-// agrees  with float64: kCrossEntropyToleranceBf16, without a gradient kCrossEntropyToleranceF32; ex2.approx is good to 2^-22 relative
+// agrees  with float64: kCrossEntropyToleranceExponentials, losses to kCrossEntropyToleranceF32; ex2.approx is good to 2^-22 relative
 // order   fixed: a lane's columns, its quad, tiles sixteen apart, those sixteen; no atomics
 #include <algorithm>
 #include <cstdio>

@@ -8,6 +8,9 @@ namespace longhand {
 // own rounding (f32 sums of d products; bf16 storage), a term of the softmax by as much again relative to itself.
 inline constexpr double kCrossEntropyToleranceF32 = 2e-6;
 inline constexpr double kCrossEntropyToleranceBf16 = 0x1p-8;
+// Gradients out of exponentials (below), relative to the largest, whatever the logits: e, s x, grad_x and grad_x once more are rounded to
+// bf16. Losses there come from f32 sums: kCrossEntropyToleranceF32.
+inline constexpr double kCrossEntropyToleranceExponentials = 4 * 0x1p-9;
 
 /// One chunk of rows between the products that make its logits and those that use their gradient.
 struct LossChunk {
