@@ -138,7 +138,7 @@ TEST("task training: every task goes on from a trained base with every initial s
 }
 
 // The published folders have models of 96 ids, too few for bytes: they learn to copy.
-TEST("post-training: starts from the published checkpoints of every library, with every initial state") {
+TEST("post-training: starts from folders in every published format, with every initial state") {
   const auto golden = folder_from("LONGHAND_GOLDEN");
   if (!golden) SKIP("LONGHAND_GOLDEN is not set");
   const ScratchFolder scratch;
