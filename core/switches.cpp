@@ -13,7 +13,7 @@
 namespace longhand {
 namespace {
 
-constexpr std::array<SwitchRow, 11> kTable{{
+constexpr std::array<SwitchRow, 12> kTable{{
     {"LONGHAND_TRACE", "0, 1, 2", "each op in order; 2 adds shapes, dtypes and milliseconds"},
     {"LONGHAND_MEMORY", "0, 1", "live and peak bytes, and the ops whose tensors were alive at the peak"},
     {"LONGHAND_CHECK", "0, 1", "domain checks; stops at the first NaN or infinity and names op, tensor, index and layer"},
@@ -22,6 +22,7 @@ constexpr std::array<SwitchRow, 11> kTable{{
     {"LONGHAND_DATA", "folder", "real data for the tests (without it those tests are skipped)"},
     {"LONGHAND_GOLDEN", "folder", "reference cases for the tests (without it those tests are skipped)"},
     {"LONGHAND_KILLS", "a number", "how many times the crash test kills a run (8 without it)"},
+    {"LONGHAND_CRASH_DEVICE", "cpu, cuda", "where the runs that the crash test kills compute (cpu without it)"},
     {"LONGHAND_PARITY_EVERY", "a number", "which comparisons with the CPU the tests make: 11 makes every eleventh (1 without it)"},
     {"LONGHAND_FUZZ_INPUTS", "a number", "how many damaged files of each kind the fuzz test reads (1500 without it)"},
     {"LONGHAND_SOAK_STEPS", "a number", "how many steps the soak test trains (2000 without it)"},

@@ -21,10 +21,10 @@ bool holds(const std::string& text, const std::string& part) {
   return text.find(part) != std::string::npos;
 }
 
-// A folder with a shard and recipes of tiny models; commands run inside it.
+// A folder with a shard and recipes of tiny models; commands run inside it, and train on `device`.
 class Site {
  public:
-  Site() {
+  explicit Site(std::string device = "cpu") : device_(std::move(device)) {
     write_shard(file("shard.jsonl"));
     for (const char* family : {"mamba2", "mamba1", "gla"}) std::ofstream(file(family) + std::string(".toml")) << tiny_text(family);
   }
@@ -33,14 +33,14 @@ class Site {
 
   std::vector<std::string> start_words(const std::string& run, std::vector<std::string> settings,
                                        const std::string& family = "mamba2") const {
-    std::vector<std::string> words{LONGHAND_BINARY, "train", family + ".toml", "--device", "cpu", "--name", run};
+    std::vector<std::string> words{LONGHAND_BINARY, "train", family + ".toml", "--device", device_, "--name", run};
     settings.push_back("data.files=shard.jsonl");
     settings.push_back("train.log_every=1");
     for (const std::string& setting : settings) words.insert(words.end(), {"--set", setting});
     return words;
   }
   std::vector<std::string> resume_words(const std::string& run) const {
-    return {LONGHAND_BINARY, "train", "--device", "cpu", "--resume", run};
+    return {LONGHAND_BINARY, "train", "--device", device_, "--resume", run};
   }
   ProcessOptions here() const { return {.folder = folder_.path(), .input = {}, .environment = {}}; }
   ProcessResult run(const std::vector<std::string>& words) const { return run_process(words, here()); }
@@ -52,6 +52,7 @@ class Site {
 
  private:
   ScratchFolder folder_;
+  std::string device_;
 };
 
 nlohmann::json without_times(nlohmann::json row) {
@@ -102,6 +103,12 @@ int64_t kills_wanted() {
   return given == nullptr ? 8 : std::stoll(given);
 }
 
+// Where the runs that are killed compute.
+std::string crash_device() {
+  const char* given = std::getenv("LONGHAND_CRASH_DEVICE");
+  return given == nullptr ? "cpu" : given;
+}
+
 // --- killed -------------------------------------------------------------------------------------------------------
 
 struct Killed {
@@ -148,7 +155,7 @@ TEST("crash: a run killed again and again, also while it writes checkpoints, equ
   };
   constexpr int64_t kSteps = 200;
   const int64_t wanted = kills_wanted();
-  const Site site;
+  const Site site(crash_device());
   Killed count;
   int64_t runs = 0;
   std::vector<std::chrono::microseconds> spans;
@@ -168,8 +175,8 @@ TEST("crash: a run killed again and again, also while it writes checkpoints, equ
     check_same(site.run_folder(whole), site.run_folder(parts), kSteps);
     ++runs;
   }
-  MESSAGE(count.kills << " kills in " << runs << " runs: " << count.in_checkpoint << " inside a checkpoint, " << count.before_first
-                      << " before the first");
+  MESSAGE(count.kills << " kills in " << runs << " runs on " << crash_device() << ": " << count.in_checkpoint << " inside a checkpoint, "
+                      << count.before_first << " before the first");
   CHECK(count.in_checkpoint > 0);
 }
 
