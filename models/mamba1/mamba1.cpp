@@ -102,7 +102,8 @@ class Mamba1Mixer final : public Mixer {
 
   bool has_step(int64_t /*rows*/, Dtype compute) const override {
     const int64_t pack = 16 / size_of(compute);
-    return in_bias_ == nullptr && mamba1_token_fits(sizes_.d_state) && sizes_.d_model % pack == 0 && sizes_.d_inner % pack == 0;
+    return in_bias_ == nullptr && mamba1_token_fits(sizes_.d_state, sizes_.dt_rank) && sizes_.d_model % pack == 0 &&
+           sizes_.d_inner % pack == 0;
   }
 
   Tensor step(const Step& step, const LayerState& state) const override {

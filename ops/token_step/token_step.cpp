@@ -102,8 +102,8 @@ Tensor norm_projection(const NormProjection& p) {
   return sum;
 }
 
-bool mamba1_token_fits(int64_t d_state) {
-  return d_state % 4 == 0 && d_state <= 64;
+bool mamba1_token_fits(int64_t d_state, int64_t rank) {
+  return d_state % 4 == 0 && d_state <= 64 && rank <= 320;
 }
 
 void mamba1_token(const Mamba1Token& p) {
@@ -114,9 +114,10 @@ void mamba1_token(const Mamba1Token& p) {
   if (!p.x.defined()) refuse(name, "x", p.x, "[B, E]");
   const int64_t B = p.state.dim(0), E = p.state.dim(1), N = p.state.dim(2), rank = p.dt_weight.dim(1);
   const Device& device = p.state.device();
-  if (!mamba1_token_fits(N))
-    throw ValueError("mamba1_token: sizes beyond the limits",
-                     {{"state", p.state.describe()}, {"expected", "N a multiple of 4 and at most 64"}});
+  if (!mamba1_token_fits(N, rank))
+    throw ValueError("mamba1_token: sizes beyond the limits", {{"state", p.state.describe()},
+                                                               {"dt_weight", p.dt_weight.describe()},
+                                                               {"expected", "N a multiple of 4 and at most 64, rank at most 320"}});
   require_float(name, "x", p.x);
   require(name, "x", p.x, {B, E}, p.x.dtype(), device);
   require(name, "selected", p.selected, {B, rank + 2 * N}, p.x.dtype(), device);
@@ -133,7 +134,7 @@ void mamba1_token(const Mamba1Token& p) {
 }
 
 bool gla_token_fits(int64_t Dk, int64_t Dv, int64_t rank) {
-  return Dk <= 256 && Dv % 4 == 0 && Dk * rank % 8 == 0;
+  return Dk <= 256 && Dv % 4 == 0 && Dk * rank % 8 == 0 && Dk * rank <= 16384;
 }
 
 void gla_token(const GlaToken& p) {
@@ -149,7 +150,7 @@ void gla_token(const GlaToken& p) {
     throw ValueError("gla_token: sizes beyond the limits",
                      {{"state", p.state.describe()},
                       {"gate_weight", p.gate_weight.describe()},
-                      {"expected", "Dk at most 256, Dk rank a multiple of 8, Dv a multiple of 4, a normalizer above 0"}});
+                      {"expected", "Dk at most 256, Dk rank a multiple of 8 and at most 16384, Dv a multiple of 4, a normalizer above 0"}});
   require_float(name, "q", p.q);
   require(name, "q", p.q, {B, H * Dk}, dtype, device);
   require(name, "k", p.k, {B, H * Dk}, dtype, device);

@@ -74,10 +74,10 @@ struct Mamba1Token {
   Tensor state;                   // [B, E, N] f32: replaced by the state after the token
   Tensor y;                       // [B, E] dtype of x
 };
-/// limits  N <= 64 and a multiple of 4
+/// limits  N <= 64 and a multiple of 4; rank <= 320: dt_weight's rows of 64 channels lie in 99 KB of shared memory, which every GPU has
 /// errors  ShapeError, DtypeError, DeviceError; ValueError beyond the limits
 void mamba1_token(const Mamba1Token&);
-bool mamba1_token_fits(int64_t d_state);
+bool mamba1_token_fits(int64_t d_state, int64_t rank);
 
 /// The middle of a Mamba-2 layer: convolution, one step of every head's recurrence, skip; causal_conv1d.h and ssd.h have the formulas.
 struct Mamba2Token {
@@ -108,7 +108,7 @@ struct GlaToken {
   Tensor state;  // [B, H, Dk, Dv] f32: replaced by the state after the token
   Tensor y;      // [B, H Dv] dtype of q
 };
-/// limits  Dk <= 256, Dk rank a multiple of 8, Dv a multiple of 4
+/// limits  Dk <= 256, Dk rank a multiple of 8 and at most 16,384 (64 KB of shared memory in f32), Dv a multiple of 4
 /// errors  ShapeError, DtypeError, DeviceError; ValueError beyond the limits
 void gla_token(const GlaToken&);
 bool gla_token_fits(int64_t Dk, int64_t Dv, int64_t rank);

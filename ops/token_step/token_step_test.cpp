@@ -295,16 +295,18 @@ TEST("token step: what does not fit is named, and a CPU has none") {
   CHECK_THROWS_AS(norm_projection({x, {}, norm, 1e-5, w, out}), DeviceError);
   CHECK_THROWS_WITH_AS(norm_projection({x, {}, norm, 1e-5, w, x}), doctest::Contains("[1, 4]"), ShapeError);
   CHECK_THROWS_AS(gated_projection({x, x, norm, 1e-5, 16, false, w, out, {}, {}}), ValueError);  // groups of a single column
-  CHECK_FALSE(mamba1_token_fits(6));
-  CHECK_FALSE(mamba1_token_fits(68));
-  CHECK(mamba1_token_fits(16));
+  CHECK_FALSE(mamba1_token_fits(6, 48));
+  CHECK_FALSE(mamba1_token_fits(68, 48));
+  CHECK_FALSE(mamba1_token_fits(16, 321));
+  CHECK(mamba1_token_fits(16, 320));
   CHECK_FALSE(mamba2_token_fits(24, 128));
   CHECK_FALSE(mamba2_token_fits(64, 260));
   CHECK(mamba2_token_fits(64, 128));
   CHECK_FALSE(gla_token_fits(257, 256, 16));
   CHECK_FALSE(gla_token_fits(128, 6, 16));
   CHECK_FALSE(gla_token_fits(4, 8, 1));
-  CHECK(gla_token_fits(128, 256, 16));
+  CHECK_FALSE(gla_token_fits(256, 256, 72));
+  CHECK(gla_token_fits(256, 256, 64));
 }
 
 }  // namespace
