@@ -1,5 +1,5 @@
-// Communicator: the processes that train one model together, each with a part of every batch. Three implementations: a process of its own
-// (communicator.cpp), MPI between CPUs (communicator_mpi.cpp) and NCCL between GPUs (communicator_nccl_cuda.cpp). docs/scale.md says how
+// Communicator: the processes that train one model together, each with a part of every batch. Three implementations: a process by itself
+// (single_process.h), MPI between CPUs (communicator_mpi.cpp) and NCCL between GPUs (communicator_nccl_cuda.cpp). docs/scale.md says how
 // processes are started.
 //
 // Every call but size(), rank() and abort() is one that all processes make, in the same order, with tensors of the same size and dtype.

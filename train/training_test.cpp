@@ -15,7 +15,7 @@
 #include "data/tokenizer.h"
 #include "models/checkpoint.h"
 #include "tests/support/tiny_training.h"
-#include "train/communicator.h"
+#include "train/single_process.h"
 
 namespace longhand {
 namespace {
@@ -119,21 +119,10 @@ TEST("training: a step of another form than the recorded one is not replayed, bu
 }
 
 // Looks at what it sums, for which the host has to wait: no graph can hold that.
-class WatchingProcess final : public Communicator {
+class WatchingProcess final : public SingleProcess {
  public:
-  WatchingProcess() : Communicator(1, 0) {}
-  std::string describe() const override { return "1 process"; }
   void all_reduce_sum(const Tensor& t) override { (void)t.to_vector<double>(); }
   void reduce_scatter_sum(const Tensor& t, int64_t) override { all_reduce_sum(t); }
-  void all_gather(const Tensor&, std::span<const int64_t>) override {}
-  void broadcast(const Tensor&, int64_t) override {}
-  Tensor gather(const Tensor& part) override { return part; }
-  std::vector<std::string> all_texts(const std::string& own_text) override { return {own_text}; }
-  int64_t all_reduce_max(int64_t value) override { return value; }
-  void barrier() override {}
-
- protected:
-  void end_all(int code) override { std::exit(code); }
 };
 
 TEST("training: a step that no graph can hold is queued launch by launch, to the same bits, and the reason is said") {

@@ -217,11 +217,21 @@ __device__ __forceinline__ void multiply_panels(float (&acc)[16][4], const Left<
 
 #endif  // LONGHAND_WARPGROUP_INSTRUCTIONS
 
-/// What load_matrices reads, written: the elements of four 8 x 8 matrices that a lane has, and the address of the row it names.
-__device__ __forceinline__ void store_matrices(void* row, const uint32_t (&r)[4]) {
+/// What load_matrices reads, written: the elements of four 8 x 8 matrices that a lane has, and the shared address of the row it names.
+__device__ __forceinline__ void store_matrices(unsigned row, const uint32_t (&r)[4]) {
 #if LONGHAND_WARPGROUP_INSTRUCTIONS
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)), "r"(r[0]), "r"(r[1]),
-               "r"(r[2]), "r"(r[3])
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+#endif
+}
+__device__ __forceinline__ void store_matrices(void* row, const uint32_t (&r)[4]) {
+  store_matrices(shared_address(row), r);
+}
+/// The same with the rows of each matrix written as columns.
+__device__ __forceinline__ void store_matrices_transposed(unsigned row, const uint32_t (&r)[4]) {
+#if LONGHAND_WARPGROUP_INSTRUCTIONS
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(r[0]), "r"(r[1]), "r"(r[2]),
+               "r"(r[3])
                : "memory");
 #endif
 }

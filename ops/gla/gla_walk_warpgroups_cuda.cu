@@ -51,16 +51,6 @@ __device__ __forceinline__ uint4 load_16(unsigned from) {
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from) : "memory");
   return v;
 }
-/// The reverse of load_matrices (matrix_instructions.cuh).
-__device__ __forceinline__ void store_matrices(unsigned row, const uint32_t (&r)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
-               : "memory");
-}
-__device__ __forceinline__ void store_matrices_transposed(unsigned row, const uint32_t (&r)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(r[0]), "r"(r[1]), "r"(r[2]),
-               "r"(r[3])
-               : "memory");
-}
 
 /// The place 16 * n columns behind one in the first 16 columns.
 __device__ __forceinline__ unsigned columns_behind(unsigned place, int n) {
