@@ -10,10 +10,9 @@
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
+#include <limits>
 #include <string_view>
 #include <vector>
-
-#include "core/error.h"
 
 namespace longhand {
 namespace {
@@ -25,10 +24,14 @@ struct DecoderFreer {
   void operator()(ZSTD_DCtx* decoder) const { ZSTD_freeDCtx(decoder); }
 };
 
+// The four bytes that a frame begins with; 0 where there are not so many.
+uint32_t magic_number(std::string_view head) {
+  uint32_t magic = 0;
+  if (head.size() >= sizeof magic) std::memcpy(&magic, head.data(), sizeof magic);
+  return magic;
+}
 bool starts_zstd(std::string_view head) {
-  if (head.size() < 4) return false;
-  uint32_t magic;
-  std::memcpy(&magic, head.data(), 4);
+  const uint32_t magic = magic_number(head);
   return magic == ZSTD_MAGICNUMBER || (magic & ZSTD_MAGIC_SKIPPABLE_MASK) == ZSTD_MAGIC_SKIPPABLE_START;
 }
 
@@ -54,6 +57,21 @@ std::string hex(std::string_view bytes) {
   return out;
 }
 
+// What a frame's header says of the window; RFC 8878, 3.1.1.1. The first byte of the window stands behind magic number and descriptor.
+constexpr std::size_t kDescriptorAt = 4, kWindowAt = 5, kLongestHeader = 18;
+constexpr unsigned kSingleSegment = 0x20;  // no window byte: the window is the frame's text, whose size is given
+constexpr uint64_t window_of(char byte) {
+  const auto bits = static_cast<unsigned char>(byte);
+  return (uint64_t{1} << (10 + (bits >> 3))) / 8 * (8 + (bits & 7));
+}
+char largest_window_below(uint64_t bytes) {
+  char byte = 0;
+  while (window_of(static_cast<char>(byte + 1)) <= bytes) ++byte;
+  return byte;
+}
+
+constexpr int64_t kNoLimit = std::numeric_limits<int64_t>::max() / 2;
+
 constexpr const char* kFetchAgain = "copy or download the file again, then compare its checksum";
 
 }  // namespace
@@ -68,6 +86,8 @@ struct ByteSource::State {
   int64_t file_bytes = 0, read_bytes = 0, text_at = 0;
   int64_t frame = 0, frame_at = 0;  // number of the current frame from 1, and where it begins
   bool in_frame = false;
+  int64_t frame_text = 0;  // what came out of the current frame, and how much may: less than its window where that was made smaller
+  int64_t frame_may_give = kNoLimit;
 
   int64_t file_at() const { return read_bytes - static_cast<int64_t>(filled - used); }
 
@@ -84,17 +104,57 @@ struct ByteSource::State {
     throw FileError("shard: " + sentence, std::move(rows));
   }
 
-  // Fills `stored` when it is used up; false at the end of the file.
-  bool refill() {
-    if (used < filled) return true;
+  int64_t may_hold() const {
+    if (!decoder || file_bytes == 0) return kNoLimit;
+    return std::max(kAlwaysHeld, kHeldPerStoredByte * file_bytes);
+  }
+  std::vector<ErrorRow> rows_of_may_hold() const {
+    return {{"file", path},
+            {"limit", fmt::format("{} bytes at once: {} for each of the file's {} bytes, at least {}", may_hold(), kHeldPerStoredByte,
+                                  file_bytes, kAlwaysHeld)},
+            {"try", "where the text is meant so: zstd -d < FILE > TEXT.jsonl, which is read whatever its size"}};
+  }
+
+  // Sees to `least` bytes that are not used yet, where the file has so many; false at its end.
+  bool refill(std::size_t least = 1) {
+    if (filled - used >= least) return true;
+    std::memmove(stored.data(), stored.data() + used, filled - used);
+    filled -= used;
     used = 0;
-    filled = std::fread(stored.data(), 1, stored.size(), file.get());
-    read_bytes += static_cast<int64_t>(filled);
-    if (filled == 0 && std::ferror(file.get())) fail("the file cannot be read", std::strerror(errno), "check the disk");
-    if (filled == 0 && file_bytes > 0 && read_bytes != file_bytes)
+    const std::size_t got = std::fread(stored.data() + filled, 1, stored.size() - filled, file.get());
+    filled += got;
+    read_bytes += static_cast<int64_t>(got);
+    if (got == 0 && std::ferror(file.get())) fail("the file cannot be read", std::strerror(errno), "check the disk");
+    if (got == 0 && file_bytes > 0 && read_bytes != file_bytes)
       fail("the file changed while it was read", fmt::format("{} bytes when it was opened, {} were there", file_bytes, read_bytes),
            "put the whole file back; write new data under another name");
-    return filled > 0;
+    return filled > used;
+  }
+
+  // The decoder takes memory for a whole window at once, also for a frame that never fills it. So it is told of a smaller one, where this
+  // file may not hold so much: the same text comes out until there is more of it than that, and then no more is asked for.
+  void begin_frame() {
+    refill(kLongestHeader);
+    in_frame = true;
+    ++frame;
+    frame_at = file_at();
+    frame_text = 0;
+    frame_may_give = kNoLimit;
+    const std::string_view header(stored.data() + used, std::min(filled - used, kLongestHeader));
+    if (magic_number(header) != ZSTD_MAGICNUMBER || header.size() <= kWindowAt) return;
+    const auto held = static_cast<uint64_t>(may_hold()), most = uint64_t{1} << options.window_log;  // above that the decoder refuses
+    if ((static_cast<unsigned char>(header[kDescriptorAt]) & kSingleSegment) != 0) {
+      const uint64_t text = ZSTD_getFrameContentSize(header.data(), header.size());
+      if (text > held && text <= most) refuse_frame();
+      return;
+    }
+    char& window = stored[used + kWindowAt];
+    if (const uint64_t asked = window_of(window); asked <= held || asked > most) return;
+    window = largest_window_below(held);
+    frame_may_give = static_cast<int64_t>(window_of(window)) - 2 * ZSTD_BLOCKSIZE_MAX;  // the decoder is up to a block ahead
+  }
+  [[noreturn]] void refuse_frame() const {
+    throw FileError(fmt::format("shard: frame {} unpacks to more than a file of this size may hold at once", frame), rows_of_may_hold());
   }
 
   void open() {
@@ -142,16 +202,15 @@ struct ByteSource::State {
         if (in_frame) fail("the file is truncated", fmt::format("it ends at stored byte {}, inside a zstd frame", file_at()), kFetchAgain);
         return 0;
       }
-      if (!in_frame) {
-        in_frame = true;
-        ++frame;
-        frame_at = file_at();
-      }
+      if (!in_frame) begin_frame();
+      to.size = static_cast<std::size_t>(std::min(static_cast<int64_t>(size), frame_may_give - frame_text + 1));
       ZSTD_inBuffer from{stored.data(), filled, used};
       const std::size_t left = ZSTD_decompressStream(decoder.get(), &to, &from);
       used = from.pos;
       if (ZSTD_isError(left)) refuse(left);
       in_frame = left != 0;
+      frame_text += static_cast<int64_t>(to.pos);
+      if (frame_text > frame_may_give) refuse_frame();
     }
     return to.pos;
   }
@@ -189,9 +248,17 @@ ByteSource& ByteSource::operator=(ByteSource&&) noexcept = default;
 std::size_t ByteSource::read(char* out, std::size_t size) {
   const std::size_t n = state_->decoder ? state_->read_zstd(out, size) : state_->read_plain(out, size);
   state_->text_at += static_cast<int64_t>(n);
+  if (state_->options.held_whole && state_->text_at > may_hold())
+    throw FileError("shard: the text is longer than a file of this size may hold", rows_of_may_hold());
   return n;
 }
 
+int64_t ByteSource::may_hold() const {
+  return state_->may_hold();
+}
+std::vector<ErrorRow> ByteSource::rows_of_may_hold() const {
+  return state_->rows_of_may_hold();
+}
 int64_t ByteSource::file_bytes() const {
   return state_->file_bytes;
 }

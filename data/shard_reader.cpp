@@ -73,7 +73,7 @@ struct ShardReader::State {
       begin = 0;
     }
     if (end == buffer.size()) {
-      const auto limit = static_cast<std::size_t>(options.max_line_bytes);
+      const auto limit = static_cast<std::size_t>(longest_line());
       if (end >= limit) refuse_long_line();
       buffer.resize(std::min(2 * buffer.size(), std::max(limit, buffer.size() + 1)));
     }
@@ -99,7 +99,7 @@ struct ShardReader::State {
   }
 
   std::string_view take(std::size_t length, std::size_t with_newline, int64_t& starts_at) {
-    if (length > static_cast<std::size_t>(options.max_line_bytes)) refuse_long_line();
+    if (length > static_cast<std::size_t>(longest_line())) refuse_long_line();
     std::string_view text(buffer.data() + begin, length);
     starts_at = byte_offset;
     begin += with_newline;
@@ -112,7 +112,14 @@ struct ShardReader::State {
     return text;
   }
 
+  int64_t longest_line() const { return std::min(options.max_line_bytes, source.may_hold()); }
+
   [[noreturn]] void refuse_long_line() const {
+    if (source.may_hold() < options.max_line_bytes) {
+      std::vector<ErrorRow> rows = source.rows_of_may_hold();
+      rows.insert(rows.begin() + 1, {"line", fmt::format("{}, begins at byte {} of the text", line + 1, byte_offset)});
+      throw FileError("shard: a line is longer than a file of this size may hold", std::move(rows));
+    }
     throw FileError("shard: a line is longer than the limit",
                     {{"file", path},
                      {"line", fmt::format("{}, begins at byte {} of the text", line + 1, byte_offset)},

@@ -36,11 +36,11 @@ class BadLines {
 struct ShardOptions {
   BadLines* skip_bad_lines = nullptr;  // null: the first bad line stops the reader; else bad lines are left out and noted here
   int64_t max_line_bytes = int64_t{256} << 20;
-  ByteSourceOptions source;
+  ByteSourceOptions source = {};
 };
 
-/// Reads the documents of a shard in order. Memory: the zstd window, plus twice the longest line (at most max_line_bytes), whatever the
-/// size of the shard. Blank lines, CR LF, a byte order mark and a missing last newline are accepted.
+/// Reads the documents of a shard in order. Memory: the zstd window, plus twice the longest line (at most max_line_bytes and may_hold() of
+/// the file), whatever the size of the shard. Blank lines, CR LF, a byte order mark and a missing last newline are accepted.
 /// errors   FileError with file, line, byte and rule for a line that is not strict JSON with a string `text` (see json_line.h);
 ///          FileError for a damaged container (see byte_source.h), which always stops
 class ShardReader {

@@ -2,9 +2,11 @@
 #include "data/shard_reader.h"
 
 #include <fmt/format.h>
+#include <malloc.h>
 #include <sys/resource.h>
 #include <zstd.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <fstream>
 #include <map>
@@ -31,7 +33,8 @@ std::string frame(const std::string& text) {
 }
 
 std::string skippable_frame(const std::string& content) {
-  std::string out = {'\x5A', '\x2A', '\x4D', '\x18', static_cast<char>(content.size()), 0, 0, 0};
+  std::string out = {'\x5A', '\x2A', '\x4D', '\x18'};
+  for (int byte = 0; byte < 4; ++byte) out += static_cast<char>(content.size() >> 8 * byte);
   return out + content;
 }
 
@@ -142,6 +145,103 @@ TEST("a line over the limit is refused before the rest of it is read, and also w
   write_file(scratch.file("short.jsonl"), "{\"text\": \"" + std::string(500, 'x') + "\"}\n");
   options.max_line_bytes = 400;
   CHECK(contains(read_all(scratch.file("short.jsonl"), options).error, "longer than the limit"));
+}
+
+// A frame whose header has no size of the text, and a window of 2^window_log bytes.
+std::string frame_with_window(const std::string& text, int window_log) {
+  std::unique_ptr<ZSTD_CCtx, decltype(&ZSTD_freeCCtx)> encoder(ZSTD_createCCtx(), &ZSTD_freeCCtx);
+  ZSTD_CCtx_setParameter(encoder.get(), ZSTD_c_checksumFlag, 1);
+  ZSTD_CCtx_setParameter(encoder.get(), ZSTD_c_windowLog, window_log);
+  std::string out(ZSTD_compressBound(text.size()), '\0');
+  ZSTD_inBuffer from{text.data(), text.size(), 0};
+  ZSTD_outBuffer to{out.data(), out.size(), 0};
+  REQUIRE(ZSTD_compressStream2(encoder.get(), &to, &from, ZSTD_e_flush) == 0);
+  REQUIRE(ZSTD_compressStream2(encoder.get(), &to, &from, ZSTD_e_end) == 0);
+  out.resize(to.pos);
+  return out;
+}
+
+// What malloc has handed out; 0 where a sanitizer took its place.
+std::size_t bytes_held() {
+  const struct mallinfo2 now = ::mallinfo2();
+  return now.uordblks + now.hblkhd;
+}
+
+std::string lines_of(int64_t bytes) {
+  const std::string line = "{\"text\": \"" + std::string(1000, 'x') + "\"}\n";
+  std::string out;
+  while (std::ssize(out) < bytes) out += line;
+  return out;
+}
+
+TEST("a line of a compressed shard may be as long as the shard's size allows") {
+  const ScratchFolder scratch;
+  const std::string path = scratch.file("tiny.jsonl.zst"), sentence = "a line is longer than a file of this size may hold";
+  const auto long_line = [](int64_t bytes) { return "{\"text\": \"" + std::string(static_cast<std::size_t>(bytes), 'x') + "\"}\n"; };
+  const std::string start = frame("{\"text\": \"a\"}\n");
+  write_file(path, start + frame(long_line(kAlwaysHeld - 100)));
+  CHECK(read_all(path).documents.size() == 2);
+  write_file(path, start + frame(long_line(kAlwaysHeld)));
+  const Reading refused = read_all(path);
+  CHECK(refused.documents.size() == 1);
+  for (const std::string& part :
+       {sentence, path, std::string("2, begins at byte 14"), std::string("8388608 bytes at once"), std::string("zstd -d")})
+    CHECK_MESSAGE(contains(refused.error, part), refused.error);
+  BadLines bad_lines;  // this is no line to be left out: the rest of it would have to be read
+  CHECK(contains(read_all(path, {.skip_bad_lines = &bad_lines}).error, sentence));
+  write_file(scratch.file("tiny.jsonl"), long_line(kAlwaysHeld));
+  CHECK(read_all(scratch.file("tiny.jsonl")).documents.size() == 1);
+  // 200,000 bytes that cannot be compressed allow a line of 12.8 million.
+  write_file(path, start + skippable_frame(std::string(200'000, 'x')) + frame(long_line(12'000'000)));
+  CHECK(read_all(path).documents.size() == 2);
+  write_file(path, start + skippable_frame(std::string(100'000, 'x')) + frame(long_line(12'000'000)));
+  CHECK(contains(read_all(path).error, sentence));
+}
+
+TEST("a small shard may ask for a large window, and has it only where its size allows") {
+  const ScratchFolder scratch;
+  const std::string path = scratch.file("wide.jsonl.zst"), sentence = "frame 2 unpacks to more than a file of this size may hold at once";
+  const std::string start = frame("{\"text\": \"a\"}\n");
+  const auto documents_of = [](const std::string& text) { return static_cast<std::size_t>(std::count(text.begin(), text.end(), '\n')); };
+  const std::string much = lines_of(20'000'000), some = lines_of(7'000'000);
+  write_file(path, start + frame_with_window(some, 27));
+  const Reading reading = read_all(path);
+  CHECK(reading.error.empty());
+  CHECK(reading.documents.size() == 1 + documents_of(some));
+  {
+    const std::size_t before = bytes_held();
+    ShardReader reader(path);
+    Document document;
+    for (int i = 0; i < 2; ++i) REQUIRE(reader.next(document));
+    CHECK(bytes_held() - before < 24 << 20);  // of 128 MiB
+  }
+  write_file(path, start + frame_with_window(much, 27));
+  const Reading refused = read_all(path);
+  CHECK_MESSAGE(contains(refused.error, sentence), refused.error);
+  CHECK(refused.documents.size() > documents_of(some));
+  write_file(path, start + frame_with_window(much, 23));  // 8 MiB, what zstd takes when nobody asks for more
+  CHECK(read_all(path).documents.size() == 1 + documents_of(much));
+  write_file(path, start + skippable_frame(std::string(400'000, 'x')) + frame_with_window(much, 27));
+  CHECK(read_all(path).documents.size() == 1 + documents_of(much));
+  // A frame that says how much text it has, and has it in one piece.
+  std::unique_ptr<ZSTD_CCtx, decltype(&ZSTD_freeCCtx)> encoder(ZSTD_createCCtx(), &ZSTD_freeCCtx);
+  ZSTD_CCtx_setParameter(encoder.get(), ZSTD_c_windowLog, 27);
+  std::string whole(ZSTD_compressBound(much.size()), '\0');
+  whole.resize(ZSTD_compress2(encoder.get(), whole.data(), whole.size(), much.data(), much.size()));
+  write_file(path, start + whole);
+  CHECK(contains(read_all(path).error, sentence));
+}
+
+TEST("the header of a frame is found wherever a piece of the file ends") {
+  const ScratchFolder scratch;
+  const std::string path = scratch.file("pieces.jsonl.zst"), too_much = frame_with_window(lines_of(9'000'000), 27);
+  const auto piece = static_cast<int64_t>(ZSTD_DStreamInSize());
+  for (int64_t before = -20; before <= 2; ++before) {
+    write_file(path, skippable_frame(std::string(static_cast<std::size_t>(piece - 8 + before), 'x')) + too_much);
+    const Reading reading = read_all(path);
+    CHECK_MESSAGE(contains(reading.error, "frame 2 unpacks to more"), before, ": ", reading.error);
+    CHECK(reading.documents.size() > 7000);
+  }
 }
 
 TEST("a bad line stops the reader or, when asked, is left out and counted") {

@@ -16,10 +16,9 @@ namespace {
 constexpr int64_t kLongestStory = 1000;  // lines, where published ones have some hundreds: each of its questions holds the facts before it
 constexpr std::size_t kLargestFile = std::size_t{32} << 20;  // of text: the largest of the published files has 20 MB
 constexpr std::size_t kPiece = std::size_t{1} << 16;
-constexpr int kWindowLog = 23;  // 8 MiB, the largest window that zstd writes unless asked for more
 
 std::string read_all(const std::string& path) {
-  ByteSource source(path, {.window_log = kWindowLog});
+  ByteSource source(path, {.held_whole = true});
   std::string text;
   for (std::size_t got = 1; got > 0;) {
     const std::size_t at = text.size();

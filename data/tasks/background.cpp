@@ -35,7 +35,7 @@ std::string fingerprint_of(const std::vector<std::string>& books) {
 Background::Background(const BackgroundOptions& options) {
   int64_t bytes = 0;
   for (const std::string& file : expand_shards(options.files)) {
-    ShardReader reader(file);
+    ShardReader reader(file, {.source = {.held_whole = true}});
     for (Document document; bytes < options.most_bytes && reader.next(document);) {
       if (std::ssize(document.text) < options.min_bytes) continue;
       if (!options.set_name.empty() && document.set_name != options.set_name) continue;

@@ -16,7 +16,7 @@ LambadaSample split_last_word(const std::string& text) {
 
 std::vector<LambadaSample> read_lambada(const std::string& path) {
   std::vector<LambadaSample> samples;
-  ShardReader reader(path, {.max_line_bytes = 1 << 20, .source = {.window_log = 23}});  // of passages of a page, in windows of 8 MiB
+  ShardReader reader(path, {.max_line_bytes = 1 << 20, .source = {.held_whole = true}});  // of passages of a page
   for (Document document; reader.next(document);) {
     try {
       samples.push_back(split_last_word(document.text));

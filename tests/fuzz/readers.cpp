@@ -200,8 +200,7 @@ void write_cursor_samples(const std::string& folder) {
 void read_documents(const std::string& path) {
   for (const bool skip : {true, false}) {
     BadLines bad;
-    ShardOptions options{.skip_bad_lines = skip ? &bad : nullptr, .max_line_bytes = 1 << 16, .source = {.window_log = 20}};
-    ShardReader reader(path, options);
+    ShardReader reader(path, {.skip_bad_lines = skip ? &bad : nullptr});
     Document document;
     std::size_t bytes = 0;
     while (bytes < (std::size_t{64} << 20) && reader.next(document)) bytes += document.text.size() + 16;
