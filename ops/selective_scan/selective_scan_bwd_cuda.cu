@@ -15,11 +15,11 @@
 //         too few of, and eight states in a lane leave room for a third warp on every scheduler where sixteen do not
 // needs   N <= 256; any strides over B and T (how far tokens may be apart: scan_rows)
 // agrees  with the CPU reference: kSelectiveScanToleranceF32; bf16 adds one rounding of each result
-// order   sums over channels: lanes, then warps, then blocks of 64 channels (sum_blocks_kernel), each in a fixed order; sums over tokens:
-//         one partial per segment, then sum_partials. No atomics; the number of segments depends on the GPU
+// order   sums over channels: lanes, then warps, then blocks of 64 channels, each in a fixed order; sums over tokens: one partial per
+//         segment, then the segments of all rows (selective_scan_bwd_sums_kernel adds blocks and segments). No atomics; the number of
+//         segments depends on the GPU
 #include <algorithm>
 
-#include "ops/common/sum_partials.h"
 #include "ops/selective_scan/selective_scan_cuda.cuh"
 
 namespace longhand {
@@ -82,6 +82,9 @@ struct WalkBackShared {
   static constexpr int kSlots = (kRuns - 1) * kSlot + (kShares > kSlot ? kShares : kSlot);
   static constexpr int kRawChunkAt = kSlots - static_cast<int>(sizeof(RawChunk) / sizeof(float)), kArrivesAt = kRuns / 2 - 1;
   static_assert(kArrivesAt * kSlot + kShares <= kRawChunkAt && (kRuns - 2) * kSlot <= kRawChunkAt);
+  // In front of them, where there is room: the state in front of the chunk, and 16 bytes of B_t or C_t for each lane.
+  static constexpr int kStateAt = kRawChunkAt - kSlot, kEntriesAt = kStateAt - kWarp * 4;
+  static constexpr bool kStateArrives = sizeof(T) == 2 && kN == 16 && kArrivesAt * kSlot + kShares <= kEntriesAt;
   alignas(16) float slots[kScanWarps][kSlots];
   alignas(16) float B_t[kScanChunk][kN], C_t[kScanChunk][kN];
   float dt[kScanWarps][kScanChunk][kC];  // after bias and softplus
@@ -206,6 +209,17 @@ __global__ void __launch_bounds__(kScanThreads, kWalkBackBlocks<Split>)
     second_source.move(-kRun);
   };
   RawChunk& raw_chunk = *reinterpret_cast<RawChunk*>(slots + Shared::kRawChunkAt);
+  const bool state_arrives = Shared::kStateArrives && copies && p.N == kN && p.B_t.sixteens && p.C_t.sixteens;
+  constexpr int kEntryCopies = kScanChunk * kN / 8;                  // of B_t
+  const auto fetch_state = [&](int64_t begin, const float* state) {  // of the chunk that begins there
+    const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(slots)) + static_cast<uint32_t>(lane) * 16;
+    const float* const from = state + first_channel * kN + lane * 4;
+#pragma unroll
+    for (int i = 0; i < kSlot / (kWarp * 4); ++i) copy_16_bytes(to + (Shared::kStateAt + i * kWarp * 4) * 4, from + i * kWarp * 4);
+    const int copy = tid % kEntryCopies;
+    copy_16_bytes(to + Shared::kEntriesAt * 4,
+                  (tid < kEntryCopies ? p.B_t : p.C_t).at(place.b, begin + copy / (kN / 8)) + copy % (kN / 8) * 8);
+  };
   const auto fetch_chunk = [&](int64_t begin, int tokens) {
     if (copies && tokens == kScanChunk) {
       x_copy.start(raw_chunk.x);
@@ -260,11 +274,23 @@ __global__ void __launch_bounds__(kScanThreads, kWalkBackBlocks<Split>)
           for (int e = 0; e < kEntries; ++e) h[j][e] = exp2_approx(step.x * A2[j][e]) * h[j][e] + step.y * B_t[e];
         }
       };
-      load_states<Split>(in_global_memory(border), channel, p.channels, h);
-      stage_entries<Split>(p.B_t, p, place.b, begin, place.end, kScanChunk, shared.B_t[0]);  // everybody has done with the chunk before
-      stage_entries<Split>(p.C_t, p, place.b, begin, place.end, kScanChunk, shared.C_t[0]);
+      const bool arrived = state_arrives && chunk < last_chunk;
+      if (!arrived) {
+        load_states<Split>(in_global_memory(border), channel, p.channels, h);
+        stage_entries<Split>(p.B_t, p, place.b, begin, place.end, kScanChunk, shared.B_t[0]);  // everybody has done with the chunk before
+        stage_entries<Split>(p.C_t, p, place.b, begin, place.end, kScanChunk, shared.C_t[0]);
+      }
       wait_for_copies<1>();  // x and dt are there
       __syncwarp();
+      if (arrived) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) read_floats(slots + Shared::kStateAt + (own ^ j) * kN + n0, h[j]);
+        const auto words = load_pack<4>(reinterpret_cast<const uint32_t*>(slots + Shared::kEntriesAt) + lane * 4);
+        float wide[8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) wide[i] = __uint_as_float(i % 2 == 0 ? words.at[i / 2] << 16 : words.at[i / 2] & 0xffff0000u);
+        write_floats((tid < kEntryCopies ? shared.B_t[0] : shared.C_t[0]) + tid % kEntryCopies * 8, wide);
+      }
 #pragma unroll
       for (int i = 0; i < kForwardOwned; ++i) form_forward(i, 0, 0);
       __syncthreads();
@@ -410,7 +436,10 @@ __global__ void __launch_bounds__(kScanThreads, kWalkBackBlocks<Split>)
     for (int run = runs - 1; run >= 0; --run) {
       __syncwarp();  // everybody has done with the run behind
       if (run > 0) fetch_run(begin + (run - 1) * kRun, kRun, steps.back.raw[(run - 1) % 2]);
-      if (run == min(runs - 1, Shared::kArrivesAt) && begin > place.begin) fetch_chunk(begin - kScanChunk, kScanChunk);
+      if (run == min(runs - 1, Shared::kArrivesAt) && begin > place.begin) {
+        fetch_chunk(begin - kScanChunk, kScanChunk);
+        if (state_arrives) fetch_state(begin - kScanChunk, border - p.channels * kN);
+      }
       commit_copies();
       wait_for_copies<1>();  // this run's inputs are there
       __syncwarp();
@@ -457,20 +486,46 @@ __global__ void __launch_bounds__(kScanThreads, kWalkBackBlocks<Split>)
     }
 }
 
-// --- sums over blocks of channels -----------------------------------------------------------------------------
+// --- sums over blocks of channels, and over segments ------------------------------------------------------------
+
+/// A gradient summed over rows and segments; width 0: not wanted.
+struct SegmentSums {
+  const float* partials = nullptr;  // [count, width]
+  float* destination = nullptr;
+  int64_t width = 0;
+  float beta = 0;
+};
 
 template <class T>
-struct BlockSums {
+struct Sums {
   const float* partials;  // [count, rows, 2, N4]
   float* totals;          // [rows, 2, N4]: sums of the launches before, null when there is one launch only
   ScanRows<T> grad_B_t, grad_C_t;
   int64_t count, rows, tokens, N, N4;
   bool first, last;
+  SegmentSums by_segment[3];  // of A_log, D_skip and dt_bias, with the last launch
+  int64_t segments;           // of all rows
 };
 
+/// A sum for each thread, in the order of the partial ones.
 template <class T>
-__global__ void sum_blocks_kernel(const BlockSums<T> a) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, width = a.rows * 2 * a.N4;
+__global__ void selective_scan_bwd_sums_kernel(const Sums<T> a) {
+  const int64_t width = a.rows * 2 * a.N4, blocks = (width + kScanThreads - 1) / kScanThreads;
+  int64_t i = static_cast<int64_t>(blockIdx.x) * kScanThreads + threadIdx.x;
+  if (blockIdx.x >= blocks) {
+    i -= blocks * kScanThreads;
+#pragma unroll
+    for (const SegmentSums& of : a.by_segment) {
+      if (i >= 0 && i < of.width) {
+        float sum = of.beta == 0 ? 0.0f : of.beta * of.destination[i];
+#pragma unroll 8
+        for (int64_t k = 0; k < a.segments; ++k) sum += of.partials[k * of.width + i];
+        of.destination[i] = sum;
+      }
+      i -= of.width;
+    }
+    return;
+  }
   if (i >= width) return;
   float sum = a.first ? 0.0f : a.totals[i];
 #pragma unroll 8
@@ -485,6 +540,15 @@ __global__ void sum_blocks_kernel(const BlockSums<T> a) {
   if (to == nullptr || n >= a.N) return;
   const int64_t batch = is_B ? a.grad_B_t.batch : a.grad_C_t.batch, token = is_B ? a.grad_B_t.token : a.grad_C_t.token;
   to[row / a.tokens * batch + row % a.tokens * token + n] = static_cast<T>(sum);
+}
+
+SegmentSums segment_sums(const Tensor& partials, const std::optional<Accumulation>& target, const char* name) {
+  if (!target) return {};
+  const Tensor& to = target->destination;
+  if (to.numel() != partials.dim(1) || to.dtype() != Dtype::f32 || !to.is_contiguous())
+    throw ShapeError("selective_scan: a gradient's destination does not fit",
+                     {{"gradient of", name}, {"destination", to.describe()}, {"partial sums", partials.describe()}});
+  return {partials.data<float>(), to.data<float>(), partials.dim(1), static_cast<float>(target->beta)};
 }
 
 template <class T, class Split>
@@ -529,22 +593,29 @@ void backward(const SelectiveScanBackward& g) {
     w.groups = std::min(at_once, groups - first);
     launch_scan(selective_scan_bwd_walk_kernel<T, Split>, "selective_scan_bwd_walk_kernel", w.groups * p.segments * B,
                 sizeof(WalkBackShared<T, Split>), cuda, p, w);
-    const BlockSums<T> sums{BC_partials.data<float>(),
-                            address_of<float>(BC_totals),
-                            scan_rows<T>(g.grad_B_t),
-                            scan_rows<T>(g.grad_C_t),
-                            w.groups,
-                            B * tokens,
-                            tokens,
-                            N,
-                            N4,
-                            first == 0,
-                            first + w.groups == groups};
-    launch_scan(sum_blocks_kernel<T>, "sum_blocks_kernel", (per_group + kScanThreads - 1) / kScanThreads, 0, cuda, sums);
+    const bool last = first + w.groups == groups;
+    Sums<T> sums{BC_partials.data<float>(),
+                 address_of<float>(BC_totals),
+                 scan_rows<T>(g.grad_B_t),
+                 scan_rows<T>(g.grad_C_t),
+                 w.groups,
+                 B * tokens,
+                 tokens,
+                 N,
+                 N4,
+                 first == 0,
+                 last,
+                 {},
+                 B * p.segments};
+    int64_t blocks = (per_group + kScanThreads - 1) / kScanThreads;
+    if (last) {
+      sums.by_segment[0] = segment_sums(A_partials, g.grad_A_log, "A_log");
+      sums.by_segment[1] = segment_sums(D_partials, g.grad_D_skip, "D_skip");
+      sums.by_segment[2] = segment_sums(bias_partials, g.grad_dt_bias, "dt_bias");
+      blocks += (D * (N + 2) + kScanThreads - 1) / kScanThreads;
+    }
+    launch_scan(selective_scan_bwd_sums_kernel<T>, "selective_scan_bwd_sums_kernel", blocks, 0, cuda, sums);
   }
-  if (g.grad_A_log) sum_partials_cuda(A_partials, *g.grad_A_log);
-  if (g.grad_D_skip) sum_partials_cuda(D_partials, *g.grad_D_skip);
-  if (g.grad_dt_bias) sum_partials_cuda(bias_partials, *g.grad_dt_bias);
 }
 
 }  // namespace

@@ -22,8 +22,9 @@
 // With keep_borders the state in front of every 32 tokens goes out as well, N / 8 bytes per token and channel.
 //
 // connect_segments_kernel
-// moves   two f32 per segment and state; a thread per state walks over the segments
+// moves   two f32 per segment and state; a thread per state walks over the segments, or 8 threads where segments are many
 #include <algorithm>
+#include <bit>
 
 #include "ops/selective_scan/selective_scan_cuda.cuh"
 
@@ -288,35 +289,61 @@ struct ConnectArgs {
   float *ends, *grads;  // [B, segments, D, kN]; one of them null
   const float *dt_sum, *A_log;
   const float* outer;  // [B, D, N]: h0, or grad_h_T; null for zeros
-  int64_t batch, segments, needed, channels, N, kN;
+  int64_t batch, segments, needed, channels, N;
+  int kN_log2;
+  unsigned blocks_per_row;
 };
 
 /// What a segment does to a state (ends) or, from the last to the first, to the gradient of one (grads): after this, what reaches it.
-__global__ void connect_segments_kernel(const ConnectArgs a) {
-  constexpr int kAhead = 16;  // segments whose loads are in flight together
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, per_row = a.channels * a.kN;
-  if (i >= a.batch * per_row) return;
-  const int64_t b = i / per_row, d = i % per_row / a.kN, n = i % a.kN;
-  const bool real = n < a.N, forwards = a.ends != nullptr;
+/// Several threads of a block share a state where segments are many: each puts `ahead` of them together, and takes what those in front of
+/// it make.
+template <int stripes, int ahead>
+__global__ void __launch_bounds__(kScanThreads, stripes > 1 ? 4 : 6) connect_segments_kernel(const ConnectArgs a) {
+  constexpr int kStates = kScanThreads / stripes;
+  __shared__ float2 effects[stripes][kStates];  // decay, and what is added
+  const int stripe = static_cast<int>(threadIdx.x) / kStates, column = static_cast<int>(threadIdx.x) % kStates;
+  const int64_t b = blockIdx.x / a.blocks_per_row, i = static_cast<int64_t>(blockIdx.x % a.blocks_per_row) * kStates + column;
+  const int64_t d = i >> a.kN_log2, n = i - (d << a.kN_log2);
+  const bool there = d < a.channels, real = there && n < a.N, forwards = a.ends != nullptr;
   const float A2 = real ? -expf(a.A_log[d * a.N + n]) * kLog2e : 0.0f;
-  float* const values = forwards ? a.ends : a.grads;
-  const auto segment = [&](int64_t turn) { return forwards ? turn : a.segments - 1 - turn; };
-  const auto at = [&](int64_t turn) { return ((b * a.segments + segment(turn)) * a.channels + d) * a.kN + n; };
-  const auto decay = [&](int64_t turn) { return exp2_approx(A2 * a.dt_sum[(b * a.segments + segment(turn)) * a.channels + d]); };
+  // From turn to turn, on and on or back from the last one.
+  const int64_t start = (b * a.segments + (forwards ? 0 : a.segments - 1)) * a.channels, step = forwards ? a.channels : -a.channels;
+  float* value = (forwards ? a.ends : a.grads) + ((start + stripe * ahead * step) << a.kN_log2) + i;
+  const float* dt_sum = a.dt_sum + start + stripe * ahead * step + d;
+  const int64_t value_step = step << a.kN_log2;
 
   float reached = real && a.outer != nullptr ? a.outer[(b * a.channels + d) * a.N + n] : 0.0f;
-  for (int64_t turn = 0; turn < a.needed; turn += kAhead) {
-    float own[kAhead], kept[kAhead];
+  for (int64_t base = 0; base < a.needed; base += stripes * ahead) {
+    const int64_t first = base + stripe * ahead;
+    float own[ahead], kept[ahead];
 #pragma unroll
-    for (int k = 0; k < kAhead; ++k) {  // what the last one does reaches nobody, and need not be known
-      own[k] = turn + k + 1 < a.needed ? values[at(turn + k)] : 0.0f;
-      kept[k] = turn + k + 1 < a.needed ? decay(turn + k) : 0.0f;
+    for (int k = 0; k < ahead; ++k) {  // what the last one does reaches nobody, and need not be known
+      const bool counts = there && first + k + 1 < a.needed;
+      own[k] = counts ? value[k * value_step] : 0.0f;
+      kept[k] = counts ? exp2_approx(A2 * dt_sum[k * step]) : 0.0f;
+    }
+    float here = reached;
+    if constexpr (stripes > 1) {
+      float2 effect = make_float2(1, 0);
+#pragma unroll
+      for (int k = 0; k < ahead; ++k) effect = make_float2(kept[k] * effect.x, own[k] + kept[k] * effect.y);
+      effects[stripe][column] = effect;
+      __syncthreads();
+#pragma unroll
+      for (int s = 0; s < stripes; ++s) {
+        if (s == stripe) here = reached;
+        reached = effects[s][column].y + effects[s][column].x * reached;
+      }
+      __syncthreads();
     }
 #pragma unroll
-    for (int k = 0; k < kAhead; ++k) {
-      if (turn + k < a.needed) values[at(turn + k)] = reached;
-      reached = own[k] + kept[k] * reached;
+    for (int k = 0; k < ahead; ++k) {
+      if (there && first + k < a.needed) value[k * value_step] = here;
+      here = own[k] + kept[k] * here;
     }
+    if constexpr (stripes == 1) reached = here;
+    value += stripes * ahead * value_step;
+    dt_sum += stripes * ahead * step;
   }
 }
 
@@ -361,19 +388,25 @@ void forward(const SelectiveScanInputs& in, const SelectiveScanResult& out) {
 
 void connect_segments(const ScanSegments& segments, const Tensor& A_log, const Tensor& outer, int64_t needless) {
   const Tensor& values = segments.ends.defined() ? segments.ends : segments.grads;
-  const ConnectArgs a{address_of<float>(segments.ends),
-                      address_of<float>(segments.grads),
-                      segments.dt_sum.data<float>(),
-                      A_log.data<float>(),
-                      address_of<float>(outer),
-                      values.dim(0),
-                      values.dim(1),
-                      values.dim(1) - needless,
-                      values.dim(2),
-                      A_log.dim(1),
-                      values.dim(3)};
-  launch_scan(connect_segments_kernel, "connect_segments_kernel", (a.batch * a.channels * a.kN + kScanThreads - 1) / kScanThreads, 0,
-              values.device().cuda_context(), a);
+  const auto kN = static_cast<unsigned>(values.dim(3));
+  ConnectArgs a{address_of<float>(segments.ends),
+                address_of<float>(segments.grads),
+                segments.dt_sum.data<float>(),
+                A_log.data<float>(),
+                address_of<float>(outer),
+                values.dim(0),
+                values.dim(1),
+                values.dim(1) - needless,
+                values.dim(2),
+                A_log.dim(1),
+                std::countr_zero(kN),
+                0};
+  const auto run = [&](auto kernel, int64_t stripes) {
+    const int64_t states = kScanThreads / stripes, blocks_per_row = (a.channels * kN + states - 1) / states;
+    a.blocks_per_row = static_cast<unsigned>(blocks_per_row);
+    launch_scan(kernel, "connect_segments_kernel", a.batch * blocks_per_row, 0, values.device().cuda_context(), a);
+  };
+  a.needed > 16 ? run(connect_segments_kernel<8, 16>, 8) : run(connect_segments_kernel<1, 8>, 1);
 }
 
 SegmentGrads selective_scan_segment_grads(const SelectiveScanInputs& in, const Tensor& grad_y, const Tensor& grad_h_T, int64_t segments,

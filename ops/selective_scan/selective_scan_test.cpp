@@ -483,6 +483,15 @@ TEST("selective_scan on CUDA in segments: a long sequence of few channels") {
     expect_cuda_parity({s, {}, 0, -0.5});
 }
 
+TEST("selective_scan on CUDA agrees with the CPU whether rows and channels fill the GPU or not") {
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  const SwitchScope scope = poison();
+  // On a GPU of 132 multiprocessors: four lanes for each channel, for two channels, two lanes for two channels; and segments of several
+  // pieces.
+  for (const Sizes& s : {Sizes{8, 21, 1536, 16}, Sizes{16, 33, 1536, 16}, Sizes{32, 17, 1500, 16}, Sizes{8, 1024, 1536, 2}})
+    expect_cuda_parity({s, {}, 0, -0.5});
+}
+
 TEST("selective_scan on CUDA agrees with the CPU at sixty shapes drawn at random") {
   if (cuda_device_count() == 0) SKIP("no CUDA device");
   const SwitchScope scope = poison();
