@@ -4,9 +4,9 @@
 // moves   the weight once: 2*R*D bytes in bf16 (9.0 MB for 4384 x 1024); the rows of activations stay in L2
 // flops   1 multiply-add per element of weight and row: memory bound
 // floor   9.0 MB / 4.3 TB/s = 2.1 us on an H200
-// split   a block owns a few rows of weight, 32 to 64 KB, which are on their way to shared memory long before the kernel in front has
-// ended;
-//         then every block forms the rows of activations beside them and its warps multiply
+// split   a block owns some rows of weight, up to kWeightBytes where that leaves kFewestBlocks, but always eight. They are on their way to
+//         shared memory long before the kernel in front has ended; then every block forms the rows of activations beside them and its
+//         warps multiply
 // needs   weights of whole packs of 16 bytes a row; the shared memory that few_rows_fit() counts
 // order   sums over parts of the columns, then over the parts: the same bits whatever the grid and the number of rows
 // agrees  with the ops that they join: kTokenStepToleranceF32, kTokenStepToleranceBf16
@@ -30,11 +30,11 @@ constexpr int kBlocksOfRegisters = 4;  // room for the blocks of the next kernel
 
 // --- a product of few rows ------------------------------------------------------------------------------------
 
-constexpr int kTile = 8;                                // rows of weight of a tensor-core product
-constexpr int kWindow = 32;                             // columns of two of them
-constexpr int kPartialFloats = kWarps * kRows * kTile;  // what the warps of a block have to add up
-constexpr int64_t kWeightBytes = 68 * 1024;             // of a block, where rows are not longer
-constexpr int64_t kFewestBlocks = 100;                  // fewer leave too much of a GPU idle; each more delays the next kernel by 5 ns
+constexpr int kTile = 8;                                    // rows of weight of a tensor-core product
+constexpr int kWindow = 32;                                 // columns of two of them
+constexpr int kPartialFloats = kWarps * kRows * 2 * kTile;  // what the warps of a block have to add up
+constexpr int64_t kWeightBytes = 68 * 1024;                 // of a block, where rows are not longer
+constexpr int64_t kFewestBlocks = 100;                      // fewer leave too much of a GPU idle; the next kernel waits for the end of each
 
 /// out = x weight^T
 struct Product {
@@ -91,35 +91,63 @@ __device__ void load_weight(const Product& p, T* to, int64_t block) {
   close_copies();
 }
 
-/// bf16 on the tensor cores: eight rows of weight by all rows of x at once; the warps of a tile share out the columns. An instruction takes
-/// 16 columns in whatever order, so that a lane's 16 bytes of a row go into two of them.
-/// partial [warp, row of x, row of the tile]
+/// How many warps, as a power of two, share out the columns of two tiles, or of the only one.
+__device__ inline int share_log2(const Product& p) {
+  return kWarpsLog2 - (p.tiles_log2 > 0 ? p.tiles_log2 - 1 : 0);
+}
+
+/// bf16 on the tensor cores: sixteen rows of weight by eight rows of x an instruction; the warps of two tiles share out the columns. An
+/// instruction takes 16 columns in whatever order, so that a lane's 16 bytes of a row go into two of them. Even and odd windows are summed
+/// apart: no instruction waits for the one before. Where a block has a single tile and four rows of x at most, the odd windows are what the
+/// instruction has as rows 8 to 15 of weight and 4 to 7 of x: half as many instructions, and the same sums.
+/// partial [warp, row of two tiles, row of x]
 __device__ inline void multiply_part(const Product& p, const BlockMemory<__nv_bfloat16>& memory) {
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp, row = lane / 4;
-  const int share_log2 = kWarpsLog2 - p.tiles_log2, tile = warp >> share_log2, part = warp - (tile << share_log2);
-  const int windows = (p.width + kWindow - 1) / kWindow, begin = windows * part >> share_log2, end = windows * (part + 1) >> share_log2;
+  const int share = share_log2(p), tiles = warp >> share, part = warp - (tiles << share);
+  const int windows = (p.width + kWindow - 1) / kWindow, begin = windows * part >> share, end = windows * (part + 1) >> share;
   const int stride = shared_stride<__nv_bfloat16>(p.width);
-  const __nv_bfloat16 *weight = memory.weight + (tile * kTile + row) * stride, *x = memory.x + row * stride;
-  float sums[4][4] = {};  // apart, so that no instruction waits for the one before
-  auto multiply = [&](int window, float(&first)[4], float(&second)[4]) {
+  const __nv_bfloat16* const weight = memory.weight + (tiles * 2 * kTile + row) * stride;
+  const auto pack = [&](const __nv_bfloat16* from, int window, bool there) {
     const int column = window * kWindow + lane % 4 * 8;
-    const bool inside = column < p.width;
-    const uint4 w = inside ? *reinterpret_cast<const uint4*>(weight + column) : uint4{0, 0, 0, 0};
-    const uint4 in = inside && row < p.batch ? *reinterpret_cast<const uint4*>(x + column) : uint4{0, 0, 0, 0};
-    multiply_bf16(first, {in.x, 0, in.y, 0}, w.x, w.y);
-    multiply_bf16(second, {in.z, 0, in.w, 0}, w.z, w.w);
+    return there && window < end && column < p.width ? *reinterpret_cast<const uint4*>(from + column) : uint4{0, 0, 0, 0};
   };
-  int window = begin;
-#pragma unroll 2
-  for (; window + 1 < end; window += 2) {
-    multiply(window, sums[0], sums[1]);
-    multiply(window + 1, sums[2], sums[3]);
+  float* const to = memory.partial + warp * 2 * kTile * kRows;
+  const auto put = [&](int of_tiles, int of_x, float first, float second) {
+    *reinterpret_cast<float2*>(to + of_tiles * kRows + of_x) = float2{first, second};
+  };
+  float even[2][4] = {}, odd[2][4] = {};  // columns that one, and that the other instruction takes
+  if (p.tiles_log2 == 0 && p.batch <= 4) {
+    const __nv_bfloat16* const x = memory.x + row % 4 * stride;
+#pragma unroll 4
+    for (int window = begin; window < end; window += 2) {
+      const uint4 w = pack(weight, window, true), next = pack(weight, window + 1, true), in = pack(x, window + row / 4, row % 4 < p.batch);
+      multiply_bf16(even[0], {w.x, next.x, w.y, next.y}, in.x, in.y);
+      multiply_bf16(even[1], {w.z, next.z, w.w, next.w}, in.z, in.w);
+    }
+    float sums[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) sums[j] = even[0][j] + even[1][j];
+    const float first = sums[0] + __shfl_down_sync(0xffffffffu, sums[2], 2), second = sums[1] + __shfl_down_sync(0xffffffffu, sums[3], 2);
+    if (lane % 4 < 2) put(row, lane % 4 * 2, first, second);
+    return;
   }
-  if (window < end) multiply(window, sums[0], sums[1]);
-  float2 of_lane;  // row l / 4 of x by rows 2 (l % 4) and the next of weight
-  of_lane.x = (sums[0][0] + sums[1][0]) + (sums[2][0] + sums[3][0]);
-  of_lane.y = (sums[0][1] + sums[1][1]) + (sums[2][1] + sums[3][1]);
-  *reinterpret_cast<float2*>(memory.partial + (warp * kRows + row) * kTile + lane % 4 * 2) = of_lane;
+  const bool both = p.tiles_log2 > 0;  // tiles
+  const __nv_bfloat16* const x = memory.x + row * stride;
+#pragma unroll 2
+  for (int window = begin; window < end; window += 2) {
+    const auto multiply = [&](int at, float(&sums)[2][4]) {
+      const uint4 w = pack(weight, at, true), below = pack(weight + kTile * stride, at, both), in = pack(x, at, row < p.batch);
+      multiply_bf16(sums[0], {w.x, below.x, w.y, below.y}, in.x, in.y);
+      multiply_bf16(sums[1], {w.z, below.z, w.w, below.w}, in.z, in.w);
+    };
+    multiply(window, even);
+    multiply(window + 1, odd);
+  }
+  float sums[4];
+#pragma unroll
+  for (int j = 0; j < 4; ++j) sums[j] = (even[0][j] + even[1][j]) + (odd[0][j] + odd[1][j]);
+  put(row, lane % 4 * 2, sums[0], sums[1]);
+  if (both) put(kTile + row, lane % 4 * 2, sums[2], sums[3]);
 }
 
 /// f32: a warp takes a row of weight after the other, its lanes share the columns.
@@ -151,11 +179,11 @@ __device__ float sum_of_parts(const Product& p, const float* partial, int b, int
   if constexpr (sizeof(T) == 4) {
     return partial[r * kRows + b];
   } else {
-    const int share_log2 = kWarpsLog2 - p.tiles_log2;
+    const int share = share_log2(p), of_tiles = p.tiles_log2 > 0 ? r % (2 * kTile) : r;
     float sum = 0;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w)
-      if (w < 1 << share_log2) sum += partial[(((r / kTile << share_log2) + w) * kRows + b) * kTile + r % kTile];
+      if (w < 1 << share) sum += partial[(((r / (2 * kTile) << share) + w) * 2 * kTile + of_tiles) * kRows + b];
     return sum;
   }
 }
@@ -172,7 +200,7 @@ __device__ void multiply_all(const Product& p, const BlockMemory<T>& memory, int
     __syncthreads();
     if (block + blocks_apart < blocks) load_weight(p, memory.weight, block + blocks_apart);
     for (int i = static_cast<int>(threadIdx.x); i < p.block_rows * p.batch; i += kThreads) {
-      const int b = i / kTile >> p.tiles_log2, r = i - b * p.block_rows;  // no division: each is a tenth of a microsecond
+      const int b = i / kTile >> p.tiles_log2, r = i - b * p.block_rows;  // no division
       const int64_t row = block * p.block_rows + r;
       if (row < p.out_rows)
         static_cast<Out*>(p.out)[b * p.out_rows + row] = static_cast<Out>(scale(b) * sum_of_parts<T>(p, memory.partial, b, r));
@@ -216,11 +244,22 @@ struct WindowMove {
 
 template <class T>
 __device__ void move_window(const WindowMove& m, int64_t block) {
-  const int64_t i = block * blockDim.x + threadIdx.x, b = i / m.channels, c = i % m.channels;
-  if (b >= m.batch) return;
-  T* const window = static_cast<T*>(m.window) + b * m.taps * m.channels + c;
-  for (int k = 0; k + 1 < m.taps; ++k) window[static_cast<int64_t>(k) * m.channels] = window[static_cast<int64_t>(k + 1) * m.channels];
-  window[static_cast<int64_t>(m.taps - 1) * m.channels] = static_cast<const T*>(m.now)[b * m.now_stride + c];
+  constexpr int kAhead = 7;  // what models have at most; the kernel in front still reads the window, and nobody writes it
+  const int64_t i = block * blockDim.x + threadIdx.x, b = i / m.channels, c = i % m.channels, C = m.channels;
+  const bool mine = b < m.batch;
+  T* const window = static_cast<T*>(m.window) + b * m.taps * C + c;
+  T later[kAhead];
+#pragma unroll
+  for (int k = 0; k < kAhead; ++k)
+    if (mine && k + 1 < m.taps) later[k] = window[(k + 1) * C];
+  wait_for_kernel_in_front();
+  if (!mine) return;
+  const T now = static_cast<const T*>(m.now)[b * m.now_stride + c];
+#pragma unroll
+  for (int k = 0; k < kAhead; ++k)
+    if (k + 1 < m.taps) window[k * C] = later[k];
+  for (int k = kAhead; k + 1 < m.taps; ++k) window[k * C] = window[(k + 1) * C];
+  window[(m.taps - 1) * C] = now;
 }
 
 struct NormArgs {
@@ -248,10 +287,7 @@ template <class T, class Out, int n>
 __global__ void __launch_bounds__(kThreads, kBlocksOfRegisters)
     norm_projection_kernel(NormArgs p, int64_t blocks, unsigned product_blocks) {
   let_next_kernel_start();
-  if (blockIdx.x >= product_blocks) {
-    wait_for_kernel_in_front();
-    return move_window<T>(p.move, blockIdx.x - product_blocks);
-  }
+  if (blockIdx.x >= product_blocks) return move_window<T>(p.move, blockIdx.x - product_blocks);
   using Rows = RowsOfBlock<n>;
   __shared__ float scratch[n * kWarps];
   const int D = p.product.width, b = Rows::row();
@@ -318,10 +354,7 @@ template <class T, int n>
 __global__ void __launch_bounds__(kThreads, kBlocksOfRegisters)
     gated_projection_kernel(GateArgs p, int64_t blocks, unsigned product_blocks) {
   let_next_kernel_start();
-  if (blockIdx.x >= product_blocks) {
-    wait_for_kernel_in_front();
-    return move_window<T>(p.move, blockIdx.x - product_blocks);
-  }
+  if (blockIdx.x >= product_blocks) return move_window<T>(p.move, blockIdx.x - product_blocks);
   using Rows = RowsOfBlock<n>;
   __shared__ float scratch[2][n * kWarps];
   const int group = p.product.width / p.groups;
@@ -473,7 +506,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfRegisters) convolved_projec
         last = load_pack<vec>(last_taps + c);
       } else {
 #pragma unroll
-        for (int j = 0; j < vec; ++j) sums.at[j] = earlier(b, c + j), last.at[j] = p.conv_weight[(c + j) * p.taps + p.taps - 1];
+        for (int j = 0; j < vec; ++j) {
+          sums.at[j] = earlier(b, c + j);
+          last.at[j] = p.conv_weight[(c + j) * p.taps + p.taps - 1];
+        }
       }
 #pragma unroll
       for (int j = 0; j < vec; ++j) y.at[j] = static_cast<T>(silu(fmaf(last.at[j], to_f32(y.at[j]), sums.at[j])));
@@ -485,6 +521,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfRegisters) convolved_projec
 
 template <class T>
 __global__ void shift_window_kernel(WindowMove move) {
+  let_next_kernel_start();
   move_window<T>(move, blockIdx.x);
 }
 
@@ -633,9 +670,9 @@ void shift_window_cuda(const Tensor& window, const Tensor& now) {
   if (move.window == nullptr) return;
   const dim3 grid(blocks_of(move));
   with_type(window.dtype(), [&](auto element) {
-    shift_window_kernel<decltype(element)><<<grid, kThreads, 0, window.device().cuda_context().stream>>>(move);
+    launch_overlapping(&shift_window_kernel<decltype(element)>, "shift_window_kernel", grid, kThreads, 0, window.device().cuda_context(),
+                       move);
   });
-  launch_check("shift_window_kernel", grid, kThreads);
 }
 
 }  // namespace longhand

@@ -3,7 +3,7 @@
 // mamba1_token_kernel, mamba2_token_kernel, gla_token_kernel
 // moves   the state in and out once: 8*H*P*N bytes a row (2.1 MB at H 32, P 64, N 128)
 // split   mamba1: four lanes a channel, which share N and the columns of dt's projection
-//         mamba2: a block owns 16 channels of one head of one row, a warp four of them; lanes share N. The convolution of B and C is
+//         mamba2: a block owns 64 channels (16) of one head of one row, a warp four of them; lanes share N. The convolution of B and C is
 //                 computed again by every block
 //         gla:    a block owns 16 columns of the state of one head of one row; a thread has a quad of columns of every 32nd key
 //         Until the kernel in front has ended, states, windows, filters and small parameters are loaded
@@ -368,8 +368,8 @@ void mamba2_token_cuda(const Mamba2Token& p) {
                         static_cast<int>(p.conv_weight.dim(0)),
                         p.D_skip.rank() == 2,
                         p.gate};
-  // Many rows: a whole head's channels in one block, so that less of the convolution is done again.
-  const bool wide = B >= 4 && headdim % (16 * kChannelsOfWarp) == 0;
+  // A whole head's channels in one block: less of the convolution is done again, and fewer blocks read the same lines at the same time.
+  const bool wide = headdim % (16 * kChannelsOfWarp) == 0;
   const auto start = [&](auto kernel, int warps) {
     const dim3 grid(static_cast<unsigned>(headdim / (warps * kChannelsOfWarp)), H, B);
     launch_overlapping(kernel, "mamba2_token_kernel", grid, static_cast<unsigned>(warps * kWarp), 0, cuda, args);
