@@ -58,7 +58,8 @@ struct RowSplit {
 
 /// Calls f(RowSplit<...>, threads per block) with the split for rows of `width`, which is a multiple of vec and at most kRowMaxWidth.
 /// one_pack  rows of up to 256 packs that are too wide for a warp are dealt out pack by pack: few registers a thread, many threads a row
-template <int vec, bool one_pack = false, class F>
+/// warp_columns  up to which width a warp has the whole row
+template <int vec, bool one_pack = false, int warp_columns = 32 * kWarp, class F>
 void split_row(int64_t width, F&& f) {
   const auto threads = [&](int64_t per_thread) {
     return static_cast<unsigned>((width + per_thread * kWarp - 1) / (per_thread * kWarp) * kWarp);
@@ -71,7 +72,9 @@ void split_row(int64_t width, F&& f) {
     if (width <= kWarp * 8) return f(RowSplit<vec, 8 / vec, true>{}, warps);
     if (width <= kWarp * 16) return f(RowSplit<vec, 16 / vec, true>{}, warps);
     if (width <= kWarp * 24) return f(RowSplit<vec, 24 / vec, true>{}, warps);
-    if (width <= kWarp * 32) return f(RowSplit<vec, 32 / vec, true>{}, warps);
+    if constexpr (warp_columns >= kWarp * 32) {
+      if (width <= kWarp * 32) return f(RowSplit<vec, 32 / vec, true>{}, warps);
+    }
     if constexpr (one_pack) {
       if (width <= kRowMaxThreads / 2 * vec) return f(RowSplit<vec, 1, false>{}, threads(vec));
     }

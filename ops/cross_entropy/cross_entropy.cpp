@@ -16,11 +16,12 @@ namespace {
 
 // How much memory the logits of a chunk may take. Large chunks spare passes over grad_weight, which every chunk adds to.
 constexpr int64_t kLogitsBytesCpu = int64_t{64} << 20;
-constexpr int64_t kLogitsBytesGpu = int64_t{544} << 20;  // 5632 rows of 50304 in bf16: with 768 features, 132 tiles of 128 x 256 for grad_x
-constexpr int64_t kRowsInCache = 8192;                   // whose x a GPU's cache holds; where no memory for logits sets a limit
-constexpr int64_t kRowMultiple = 128;                    // the tile of the matrix products
-constexpr int64_t kRowAlignment = 128;                   // bytes: one memory transaction
-constexpr int64_t kPackBytes = 16;                       // of a GPU; cuBLASLt takes four times as long for columns that do not fill packs
+constexpr int64_t kLogitsBytesGpu = int64_t{544} << 20;    // 5632 rows of 50304 in bf16
+constexpr int64_t kRowsInCache = 8192;                     // whose x a GPU's cache holds; where no memory for logits sets a limit
+constexpr int64_t kRowMultiple = 128, kTileColumns = 256;  // the tile of the matrix products
+constexpr int64_t kTilesAtOnce = 132;                      // on an H100 or H200: one an SM
+constexpr int64_t kRowAlignment = 128;                     // bytes: one memory transaction
+constexpr int64_t kPackBytes = 16;                         // of a GPU; cuBLASLt takes four times as long for columns that do not fill packs
 
 int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
@@ -36,10 +37,14 @@ Tensor head_of(const Tensor& weight, int64_t vocab, int64_t columns) {
   return head;
 }
 
-/// Chunks of about equal size that fit the budget.
-int64_t choose_chunk_rows(int64_t rows, int64_t row_bytes, bool gpu) {
-  const int64_t most = std::max(kRowMultiple, (gpu ? kLogitsBytesGpu : kLogitsBytesCpu) / row_bytes / kRowMultiple * kRowMultiple);
-  const int64_t chunks = std::max<int64_t>(1, (rows + most - 1) / most);
+/// Chunks of about equal size that fit the budget; on a GPU in as many rows as fill it with tiles of grad_x once, or some times over.
+int64_t choose_chunk_rows(int64_t rows, int64_t row_bytes, int64_t width, bool gpu) {
+  int64_t tiles = std::max<int64_t>(1, (gpu ? kLogitsBytesGpu : kLogitsBytesCpu) / row_bytes / kRowMultiple);
+  if (gpu) {
+    const int64_t at_once = std::max<int64_t>(1, kTilesAtOnce / std::max<int64_t>(1, (width + kTileColumns - 1) / kTileColumns));
+    if (tiles > at_once) tiles -= tiles % at_once;
+  }
+  const int64_t most = tiles * kRowMultiple, chunks = std::max<int64_t>(1, (rows + most - 1) / most);
   return std::min(most, round_up((rows + chunks - 1) / chunks, kRowMultiple));
 }
 
@@ -119,7 +124,7 @@ CrossEntropyOutput linear_cross_entropy(const Variable& x, const Variable& weigh
   const Dtype logits_dtype = gradient ? dtype : wide;
   const int64_t stride = round_up(vocab, kRowAlignment / size_of(logits_dtype));
   const int64_t chosen_rows =
-      exponentials && !gradient ? kRowsInCache : choose_chunk_rows(count, stride * size_of(logits_dtype), device.is_cuda());
+      exponentials && !gradient ? kRowsInCache : choose_chunk_rows(count, stride * size_of(logits_dtype), rows.dim(1), device.is_cuda());
   const int64_t chunk_rows = std::min(count, options.chunk_rows > 0 ? options.chunk_rows : chosen_rows);
   const auto empty_f32 = [&](bool wanted, Shape shape) { return wanted ? Tensor::empty(device, Dtype::f32, shape) : Tensor(); };
   const Tensor target_logits = empty_f32(exponentials, {count}), row_factors = empty_f32(exponentials && gradient, {count});
