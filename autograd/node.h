@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "autograd/late_value.h"
 #include "autograd/recompute.h"
 #include "autograd/tape.h"
 
@@ -35,15 +36,18 @@ struct GradEdge {
 
 struct Variable::State {
   Tensor value;
-  std::shared_ptr<GradEdge> edge;  // null for a constant
-  std::shared_ptr<Remade> remade;  // null for a value that is kept as it is
+  std::shared_ptr<GradEdge> edge;   // null for a constant
+  std::shared_ptr<Remade> remade;   // null for a value that is kept as it is
+  std::shared_ptr<LateValue> late;  // null unless the backward of its op can leave it, in the shape that the op gave it
 };
 
 /// The op of nodes that run a part of the forward again; what they do counts for the ops inside.
 inline constexpr const char* kRecomputedOp = "recomputed";
 
-class Node {
+class Node : public std::enable_shared_from_this<Node> {
  public:
+  static Node& of(BackwardCall& call) { return call.node_; }
+
   std::string op, layer;
   uint64_t order = 0;
   std::vector<std::shared_ptr<GradEdge>> inputs;  // null where no gradient is wanted
@@ -64,12 +68,20 @@ class Node {
   std::vector<Tensor> handed;
   std::vector<std::pair<Tensor, Slot*>> given;
 
+  int waiting = 0;                   // parts that have not run
   std::vector<int> summed_in_place;  // accumulate() results of parameters, with LONGHAND_CHECK=1 searched for NaN and infinity
 
   void run();
+  /// A part of the backward has to wait: the node keeps its inputs until go_on() has run it, inside of the run of another node.
+  std::shared_ptr<Node> wait();
+  void go_on(const std::function<void(BackwardCall&)>& rest);
+  bool waits() const { return waiting > 0; }
+  std::function<void()> when_done;  // called after the last go_on()
+
   GradEdge& wanted(int input) const;  // ValueError when input wants no gradient
   Slot* slot_of(int input) const;     // where its gradient goes; null for a leaf
   void deliver(int input, const Tensor& grad, bool owned);
+  void settle();       // delivers what a part of the backward has given
   void own_buffers();  // slots whose gradient nobody else can hold may be added to in place
 };
 

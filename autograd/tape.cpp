@@ -55,12 +55,12 @@ bool same_place(const Tensor& a, const Tensor& b) {
 
 Variable Tape::make(Tensor value, std::shared_ptr<GradEdge> edge) {
   Variable v;
-  v.state_ = std::make_shared<Variable::State>(Variable::State{std::move(value), std::move(edge), nullptr});
+  v.state_ = std::make_shared<Variable::State>(Variable::State{std::move(value), std::move(edge), nullptr, nullptr});
   return v;
 }
 
 Variable::Variable(Tensor value) {
-  if (value.defined()) state_ = std::make_shared<State>(State{std::move(value), nullptr, nullptr});
+  if (value.defined()) state_ = std::make_shared<State>(State{std::move(value), nullptr, nullptr, nullptr});
 }
 
 namespace {
@@ -305,14 +305,38 @@ void Node::run() {
     }
     BackwardCall call(*this);
     if (incoming.defined()) function(call);
-    own_buffers();
-    for (auto& [input, grad] : pending) deliver(input, grad, true);
-    for (int input : summed_in_place) require_finite(wanted(input).grad, op, layer, "gradient of input " + std::to_string(input));
+    settle();
   }
   function = nullptr;  // frees what it kept
-  pending.clear();
-  inputs.clear();
+  if (waiting == 0) inputs.clear();
   for (Slot& slot : outputs) slot.grad = Tensor();
+}
+
+void Node::settle() {
+  own_buffers();
+  for (auto& [input, grad] : pending) deliver(input, grad, true);
+  pending.clear();
+  for (int input : summed_in_place) require_finite(wanted(input).grad, op, layer, "gradient of input " + std::to_string(input));
+  summed_in_place.clear();
+}
+
+std::shared_ptr<Node> Node::wait() {
+  ++waiting;
+  return shared_from_this();
+}
+
+void Node::go_on(const std::function<void(BackwardCall&)>& rest) {
+  {
+    const std::string name = op + "_backward";
+    const LayerPath layer_path(layer);
+    const OpScope scope(name.c_str());
+    BackwardCall call(*this);
+    rest(call);
+    settle();
+  }
+  if (--waiting > 0) return;
+  inputs.clear();
+  if (when_done) when_done();
 }
 
 namespace {
@@ -385,12 +409,17 @@ void walk(const std::vector<Variable>& roots, const std::vector<Tensor>& grads, 
   OpenParameters* const open = open_parameters;
   if (open != nullptr)
     for (const auto& node : order) open->add(*node);
+  std::vector<std::shared_ptr<Node>> waited;
   for (auto& node : order) {
     const auto parameters = open != nullptr ? OpenParameters::of(*node) : std::vector<std::shared_ptr<GradEdge>>();
     node->run();
+    if (node->waits()) waited.push_back(node);
+    if (open != nullptr && node->waits()) node->when_done = [open, parameters] { open->close(parameters); };
+    else if (open != nullptr) open->close(parameters);
     node.reset();
-    if (open != nullptr) open->close(parameters);
   }
+  for (const auto& node : waited)
+    if (node->waits()) throw ValueError(node->op + ": backward waited for a value that nobody gave", {{"layer", node->layer}});
 }
 
 }  // namespace
@@ -486,6 +515,7 @@ Variable reshape(const Variable& x, Shape shape) {
       return place.defined() ? place.reshape(shape) : place;
     };
   }
+  if (result.requires_grad()) result.state()->late = x.state()->late;
   if (result.requires_grad() && x.state()->remade)
     result.state()->remade = std::make_shared<Remade>(Remade{[all = x.state()->remade, shape] { return all->get().reshape(shape); }, {}});
   return result;

@@ -8,6 +8,9 @@
 namespace longhand {
 namespace {
 
+// cuBLASLt adds a row at once where the columns fill its packs.
+constexpr int64_t kBiasWidths = 8;
+
 void require_gemm_dtypes(const Tensor& a, const Tensor& b, const Tensor& c) {
   const bool gpu = a.device().is_cuda();
   const bool known = gpu ? a.dtype() == Dtype::f32 || a.dtype() == Dtype::bf16 : a.dtype() == Dtype::f32 || a.dtype() == Dtype::f64;
@@ -20,9 +23,8 @@ void require_gemm_dtypes(const Tensor& a, const Tensor& b, const Tensor& c) {
                     {"expected", gpu ? "a and b both f32 or both bf16, c the same or f32" : "a, b and c all f32 or all f64"}});
 }
 
-}  // namespace
-
-void gemm(bool transpose_a, const Tensor& a, bool transpose_b, const Tensor& b, const Tensor& c, double alpha, double beta) {
+void run_gemm(bool transpose_a, const Tensor& a, bool transpose_b, const Tensor& b, const Tensor& c, double alpha, double beta,
+              const Tensor& added_row) {
   const bool matrices = a.rank() == 2 && b.rank() == 2 && c.rank() == 2;
   const int row = transpose_a ? 1 : 0, column = transpose_b ? 0 : 1;
   if (!matrices || a.dim(1 - row) != b.dim(1 - column) || c.dim(0) != a.dim(row) || c.dim(1) != b.dim(column))
@@ -37,7 +39,24 @@ void gemm(bool transpose_a, const Tensor& a, bool transpose_b, const Tensor& b, 
   if (shape.m == 0 || shape.n == 0) return;
   OpLedger::note(0, 2.0 * static_cast<double>(shape.m) * static_cast<double>(shape.n) * static_cast<double>(shape.k));
   if (shape.k == 0) return beta == 0 ? fill(c, 0) : multiply(c, beta);
-  on_device(a.device(), &gemm_cpu, LONGHAND_CUDA_IMPL(gemm_cuda))(shape, transpose_a, a, transpose_b, b, c, alpha, beta);
+  on_device(a.device(), &gemm_cpu, LONGHAND_CUDA_IMPL(gemm_cuda))(shape, transpose_a, a, transpose_b, b, c, alpha, beta, added_row);
+}
+
+}  // namespace
+
+void gemm(bool transpose_a, const Tensor& a, bool transpose_b, const Tensor& b, const Tensor& c, double alpha, double beta) {
+  run_gemm(transpose_a, a, transpose_b, b, c, alpha, beta, {});
+}
+
+void gemm_add_row(const Tensor& a, bool transpose_b, const Tensor& b, const Tensor& row, const Tensor& c) {
+  const bool fits = row.rank() == 1 && c.rank() == 2 && row.dim(0) == c.dim(1) && row.is_contiguous();
+  if (!fits || row.dtype() != a.dtype() || c.dtype() != a.dtype() || !(row.device() == a.device()))
+    throw ShapeError("gemm: the row does not fit the product",
+                     {{"row", row.describe()}, {"c", c.describe()}, {"expected", "row [n] of the dtype and device of a and c [m, n]"}});
+  const bool at_once = a.dim(1) > 0 && (!a.device().is_cuda() || row.dim(0) % kBiasWidths == 0);
+  if (at_once) return run_gemm(false, a, transpose_b, b, c, 1.0, 0.0, row);
+  gemm(true, Tensor::full(a.device(), a.dtype(), {1, a.dim(0)}, 1.0), false, row.reshape({1, row.dim(0)}), c);
+  gemm(false, a, transpose_b, b, c, 1.0, 1.0);
 }
 
 Tensor as_matrix(const Tensor& t) {

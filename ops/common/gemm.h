@@ -16,16 +16,21 @@ namespace longhand {
 /// errors   ShapeError, DtypeError, DeviceError naming the tensors
 void gemm(bool transpose_a, const Tensor& a, bool transpose_b, const Tensor& b, const Tensor& c, double alpha = 1.0, double beta = 0.0);
 
+/// The same with a row added to every row of the product, before the one rounding: C = A op(B) + ones row
+/// row      [n]    dtype of a, contiguous
+/// c        [m, n] dtype of a
+void gemm_add_row(const Tensor& a, bool transpose_b, const Tensor& b, const Tensor& row, const Tensor& c);
+
 /// The tensor as a matrix [rows, last axis]: a view where the leading axes have one common stride, else a contiguous copy.
 Tensor as_matrix(const Tensor& t);
 
-// The implementations; their arguments have been checked and no size is 0.
+// The implementations; their arguments have been checked and no size is 0. row: as in gemm_add_row(), or undefined.
 struct GemmShape {
   int64_t m, n, k;
 };
 void gemm_cpu(const GemmShape&, bool transpose_a, const Tensor& a, bool transpose_b, const Tensor& b, const Tensor& c, double alpha,
-              double beta);
+              double beta, const Tensor& row);
 void gemm_cuda(const GemmShape&, bool transpose_a, const Tensor& a, bool transpose_b, const Tensor& b, const Tensor& c, double alpha,
-               double beta);
+               double beta, const Tensor& row);
 
 }  // namespace longhand

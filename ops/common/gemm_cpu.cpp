@@ -85,10 +85,13 @@ void tiled_gemm(const GemmShape& shape, bool transpose_a, const Tensor& a, bool 
 }  // namespace
 
 void gemm_cpu(const GemmShape& shape, bool transpose_a, const Tensor& a, bool transpose_b, const Tensor& b, const Tensor& c, double alpha,
-              double beta) {
+              double beta, const Tensor& row) {
   static const bool single_threaded = (openblas_set_num_threads(1), true);
   (void)single_threaded;
   for (const Tensor* matrix : {&a, &b, &c}) require_blas_size(*matrix);
+  if (row)
+    for (int64_t r = 0; r < shape.m; ++r) copy(c.slice(0, r, r + 1), row.reshape({1, shape.n}));
+  if (row) beta = 1;
   if (a.dtype() == Dtype::f64) tiled_gemm<double>(shape, transpose_a, a, transpose_b, b, c, alpha, beta);
   else tiled_gemm<float>(shape, transpose_a, a, transpose_b, b, c, static_cast<float>(alpha), static_cast<float>(beta));
 }

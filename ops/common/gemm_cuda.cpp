@@ -28,6 +28,7 @@ struct Operand {
 struct GemmKey {
   Operand a, b, c;
   bool transpose_a, transpose_b;
+  bool adds_row;
   auto operator<=>(const GemmKey&) const = default;
 };
 
@@ -70,6 +71,7 @@ GemmPlan make_plan(const CudaContext& cuda, const GemmKey& key) {
   cublas_check(cublasLtMatmulDescInit(&plan.product, CUBLAS_COMPUTE_32F, CUDA_R_32F), "cublasLtMatmulDescInit");
   set(&plan.product, CUBLASLT_MATMUL_DESC_TRANSA, key.transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N);
   set(&plan.product, CUBLASLT_MATMUL_DESC_TRANSB, key.transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N);
+  if (key.adds_row) set(&plan.product, CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS);  // along our columns, which are its rows
   plan.a = layout_of(key.a);
   plan.b = layout_of(key.b);
   plan.c = layout_of(key.c);
@@ -117,16 +119,17 @@ const GemmPlan& plan_for(CudaContext& cuda, const GemmKey& key) {
 }  // namespace
 
 void gemm_cuda(const GemmShape&, bool transpose_a, const Tensor& a, bool transpose_b, const Tensor& b, const Tensor& c, double alpha,
-               double beta) {
+               double beta, const Tensor& row) {
   CudaContext& cuda = a.device().cuda_context();
-  const GemmPlan& plan = plan_for(cuda, {operand_of(a), operand_of(b), operand_of(c), transpose_a, transpose_b});
+  const GemmPlan& plan = plan_for(cuda, {operand_of(a), operand_of(b), operand_of(c), transpose_a, transpose_b, row.defined()});
   const auto scale = static_cast<float>(alpha), keep = static_cast<float>(beta);
+  cublasLtMatmulDescOpaque_t product = plan.product;
+  if (row) set(&product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, static_cast<const void*>(row.raw()));
   // The opaque structs are only read; the API takes them without const.
-  auto* product = const_cast<cublasLtMatmulDescOpaque_t*>(&plan.product);
   auto* layout_a = const_cast<cublasLtMatrixLayoutOpaque_t*>(&plan.a);
   auto* layout_b = const_cast<cublasLtMatrixLayoutOpaque_t*>(&plan.b);
   auto* layout_c = const_cast<cublasLtMatrixLayoutOpaque_t*>(&plan.c);
-  cublas_check(cublasLtMatmul(cuda.blas_lt, product, &scale, b.raw(), layout_b, a.raw(), layout_a, &keep, c.raw(), layout_c, c.raw(),
+  cublas_check(cublasLtMatmul(cuda.blas_lt, &product, &scale, b.raw(), layout_b, a.raw(), layout_a, &keep, c.raw(), layout_c, c.raw(),
                               layout_c, &plan.algorithm, cuda.workspace, cuda.workspace_bytes, cuda.stream),
                "cublasLtMatmul");
 }

@@ -101,6 +101,26 @@ TEST("gemm: the number of threads does not change a bit") {
   CHECK(one == product(5));
 }
 
+TEST("gemm: a row is added to every row of a product, at once or, where the columns are odd, before it") {
+  std::vector<std::pair<Device, Dtype>> places{{Device::cpu(), Dtype::f64}, {Device::cpu(), Dtype::f32}};
+  if (cuda_device_count() > 0) places.insert(places.end(), {{Device::cuda(), Dtype::f32}, {Device::cuda(), Dtype::bf16}});
+  for (const auto& [device, dtype] : places)
+    for (const Sizes& s : {Sizes{1, 1, 1}, {5, 97, 33}, {1, 64, 128}, {300, 512, 16}, {7, 24, 1}, {130, 72, 48}, {6, 40, 0}})
+      for (const int64_t extra : {0, 3, 8}) {
+        const Tensor a = matrix(device, dtype, s.m, s.k, 1, extra), b = matrix(device, dtype, s.n, s.k, 2, extra),
+                     row = random_tensor(device, dtype, {s.n}, 3), c = matrix(device, dtype, s.m, s.n, 4, extra);
+        const Tensor rows = Tensor::empty(device, dtype, {s.m, s.n});
+        for (int64_t r = 0; r < s.m; ++r) copy(rows.slice(0, r, r + 1), row.reshape({1, s.n}));
+        const auto expected = product_by_hand(false, a, true, b, rows, 1.0, 1.0);
+        gemm_add_row(a, true, b, row, c);
+        const double tolerance = dtype == Dtype::bf16 ? 0x1p-7 : dtype == Dtype::f32 ? 1e-5 : 1e-13;
+        expect_close(c.to_vector<double>(), expected, tolerance, 1e-3, c.describe() + " k " + std::to_string(s.k));
+      }
+  const Tensor a = Tensor::zeros(Device::cpu(), Dtype::f32, {2, 3}), c = Tensor::zeros(Device::cpu(), Dtype::f32, {2, 2});
+  CHECK_THROWS_WITH_AS(gemm_add_row(a, false, Tensor::zeros(Device::cpu(), Dtype::f32, {3, 2}), a.slice(0, 0, 1), c),
+                       doctest::Contains("the row does not fit"), ShapeError);
+}
+
 TEST("gemm: without an inner axis C is only scaled") {
   const Tensor a = Tensor::zeros(Device::cpu(), Dtype::f64, {2, 0}), b = Tensor::zeros(Device::cpu(), Dtype::f64, {0, 3});
   const Tensor c = Tensor::full(Device::cpu(), Dtype::f64, {2, 3}, 4.0);

@@ -1,4 +1,5 @@
 // Argument checks and the tape node of gated_rmsnorm.
+#include "autograd/late_value.h"
 #include "autograd/recompute.h"
 #include "core/error.h"
 #include "core/op_scope.h"
@@ -54,24 +55,28 @@ Variable gated_rmsnorm(const Variable& y, const Variable& z, const Variable& wei
             LONGHAND_CUDA_IMPL(gated_rmsnorm_fwd_cuda))({form, groups, options.eps, y_rows, z_rows, w, out, rstd});
 
   const Kept kept_y(y), kept_z(z);
-  const Variable result = record("gated_rmsnorm", out, {y, z, weight}, [form, groups, kept_y, kept_z, w, rstd](BackwardCall& call) {
+  const auto late_out = std::make_shared<LateValue>();
+  const Variable result = record("gated_rmsnorm", out, {y, z, weight}, [=](BackwardCall& call) {  // keeps y, z, w, rstd
     const Tensor y_again = with_strided_rows(kept_y.get()), z_again = with_strided_rows(kept_z.get());
-    GatedRmsnormBackward b{form, groups, with_strided_rows(call.grad(0)), y_again, z_again, w, rstd, {}, {}, {}};
+    GatedRmsnormBackward b{form, groups, with_strided_rows(call.grad(0)), y_again, z_again, w, rstd, {}, {}, {}, {}};
+    if (late_out->wanted()) b.out = Tensor::empty(y_again.device(), y_again.dtype(), y_again.shape());
     if (call.needs(0)) b.grad_y = writable_strided_rows(call.buffer(0));
     if (call.needs(1)) b.grad_z = writable_strided_rows(call.buffer(1));
     if (call.needs(2)) b.grad_weight = call.accumulate(2);
     on_device(y_again.device(), &gated_rmsnorm_bwd_cpu, LONGHAND_CUDA_IMPL(gated_rmsnorm_bwd_cuda))(b);
     call.set(0, b.grad_y);
     call.set(1, b.grad_z);
+    late_out->give(b.out);
   });
-  return remade(result, [form, groups, eps = options.eps, kept_y, kept_z, w, rstd, device] {
+  const auto make_again = [form, groups, eps = options.eps, kept_y, kept_z, w, rstd, device] {
     const Tensor y_again = with_strided_rows(kept_y.get()), z_again = with_strided_rows(kept_z.get());
     const OpScope scope("gated_rmsnorm", {&y_again, &z_again, &w});
     Tensor out_again = Tensor::empty(device, y_again.dtype(), y_again.shape());
     on_device(device, &gated_rmsnorm_fwd_cpu,  // writes the same rstd once more
               LONGHAND_CUDA_IMPL(gated_rmsnorm_fwd_cuda))({form, groups, eps, y_again, z_again, w, out_again, rstd});
     return out_again;
-  });
+  };
+  return remade(result, make_again, late_out);
 }
 
 }  // namespace longhand

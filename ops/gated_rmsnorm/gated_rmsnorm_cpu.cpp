@@ -60,6 +60,7 @@ void backward(const GatedRmsnormBackward& b) {
         const T* grad_out = b.grad_out.data<T>() + grad_out_rows.begin(row) + first;
         T* grad_y = b.grad_y.defined() ? b.grad_y.data<T>() + grad_y_rows.begin(row) + first : nullptr;
         T* grad_z = b.grad_z.defined() ? b.grad_z.data<T>() + grad_z_rows.begin(row) + first : nullptr;
+        T* out = b.out ? b.out.data<T>() + row * E + first : nullptr;
         T* grad_weight = b.grad_weight ? partials.data() + chunk * E + first : nullptr;
         const auto n = static_cast<int64_t>(size);
 
@@ -68,6 +69,8 @@ void backward(const GatedRmsnormBackward& b) {
             for (int64_t c = 0; c < n; ++c) grad_y[c] = grad_out[c] * silu(z[c]);
           if (grad_z != nullptr)
             for (int64_t c = 0; c < n; ++c) grad_z[c] = grad_out[c] * y[c] * silu_slope(z[c]);
+          if (out != nullptr)
+            for (int64_t c = 0; c < n; ++c) out[c] = y[c] * silu(z[c]);
           continue;
         }
 
@@ -78,6 +81,8 @@ void backward(const GatedRmsnormBackward& b) {
         for (int64_t c = 0; c < n; ++c) g[c] = silu(z[c]);
         for (int64_t c = 0; c < n; ++c) a[c] = rstd * (gate_first ? y[c] * g[c] : y[c]);
         for (int64_t c = 0; c < n; ++c) v[c] = weight[c] * (gate_first ? grad_out[c] : grad_out[c] * g[c]);
+        if (out != nullptr)
+          for (int64_t c = 0; c < n; ++c) out[c] = weight[c] * a[c] * (gate_first ? T(1) : g[c]);
         T dot = 0;
 #pragma omp simd reduction(+ : dot)
         for (int64_t c = 0; c < n; ++c) dot += a[c] * v[c];

@@ -12,7 +12,8 @@
 // order   fixed shuffle tree, no atomics: the same input gives the same bits
 //
 // gated_rmsnorm_bwd_kernel
-// moves   y, z, grad_out in, grad_y, grad_z out: 10 bytes per element in bf16; floor 0.33 ms at the shape above
+// moves   y, z, grad_out in, grad_y, grad_z out: 10 bytes per element in bf16; floor 0.33 ms at the shape above. 2 bytes more where out is
+//         left once more
 // split   as forward, but for each group (grid.y) a grid that fits the GPU walks over the rows, so that weight gradients stay in registers;
 //         each block leaves one partial row and sum_partials adds them. Where a thread has one pack of a row, the next two rows are on
 //         their way through shared memory
@@ -98,6 +99,7 @@ struct BackwardArgs {
   const T *grad_out, *y, *z;
   const float *weight, *rstd;  // null in gate_only
   T *grad_y, *grad_z;          // may be null: not wanted
+  T* out;                      // [rows, groups * group_size]; may be null: not wanted
   float* partials;             // [gridDim.x, groups * group_size]; may be null: not wanted
   StridedRows grad_out_rows, y_rows, z_rows, grad_y_rows, grad_z_rows;
   GatedNorm form;
@@ -197,11 +199,12 @@ __global__ void __launch_bounds__(Split::kMaxThreads) gated_rmsnorm_bwd_kernel(c
       const int c = Split::column(k);
       if (c >= a.group_size) continue;
       const Pack<float, vec> weight = ahead ? own_weights : weights_of(k);
-      float grad_y[vec], grad_z[vec];
+      float grad_y[vec], grad_z[vec], out[vec];
 #pragma unroll
       for (int i = 0; i < vec; ++i) {
         const float yi = to_f32(y_in[k].at[i]), zi = to_f32(z_in[k].at[i]), gate = zi * s[k][i];
         const float slope = s[k][i] + gate * (1.0f - s[k][i]);  // d silu / dz
+        out[i] = weight.at[i] * normed[k][i];                   // the products of the forward, in its order
         const float weighted = rstd * (weight.at[i] * to_f32(grad_in[k].at[i]));
         if (gate_first) {  // out = weight * norm(y * gate)
           const float grad_a = weighted - normed[k][i] * shared;
@@ -214,6 +217,7 @@ __global__ void __launch_bounds__(Split::kMaxThreads) gated_rmsnorm_bwd_kernel(c
       }
       if (a.grad_y != nullptr) store_pack(a.grad_y + a.grad_y_rows.begin(row) + first + c, round_to<T>(grad_y));
       if (a.grad_z != nullptr) store_pack(a.grad_z + a.grad_z_rows.begin(row) + first + c, round_to<T>(grad_z));
+      if (a.out != nullptr) store_pack(a.out + (row * a.groups + blockIdx.y) * a.group_size + c, round_to<T>(out));
     }
   }
   if (a.partials != nullptr)
@@ -259,15 +263,13 @@ void backward(const GatedRmsnormBackward& b) {
     if (b.grad_weight) sum_partials_cuda(Tensor::empty(b.y.device(), Dtype::f32, {0, width}), *b.grad_weight);
     return;
   }
-  BackwardArgs<T> args{address_of<T>(b.grad_out),   address_of<T>(b.y),
-                       address_of<T>(b.z),          address_of<float>(b.weight),
-                       address_of<float>(b.rstd),   address_of<T>(b.grad_y),
-                       address_of<T>(b.grad_z),     nullptr,
-                       strided_rows_of(b.grad_out), strided_rows_of(b.y),
-                       strided_rows_of(b.z),        strided_rows_of(b.grad_y),
-                       strided_rows_of(b.grad_z),   b.form,
+  BackwardArgs<T> args{address_of<T>(b.grad_out),   address_of<T>(b.y),          address_of<T>(b.z),
+                       address_of<float>(b.weight), address_of<float>(b.rstd),   address_of<T>(b.grad_y),
+                       address_of<T>(b.grad_z),     address_of<T>(b.out),        nullptr,
+                       strided_rows_of(b.grad_out), strided_rows_of(b.y),        strided_rows_of(b.z),
+                       strided_rows_of(b.grad_y),   strided_rows_of(b.grad_z),   b.form,
                        static_cast<int>(b.groups),  static_cast<int>(group_size)};
-  split_groups<T, true>({&b.grad_out, &b.y, &b.z, &b.weight, &b.grad_y, &b.grad_z}, group_size, [&](auto split, unsigned threads) {
+  split_groups<T, true>({&b.grad_out, &b.y, &b.z, &b.weight, &b.grad_y, &b.grad_z, &b.out}, group_size, [&](auto split, unsigned threads) {
     using Split = decltype(split);
     const auto kernel = &gated_rmsnorm_bwd_kernel<T, Split>;
     const std::size_t shared = kAhead<Split> ? kStages * 3 * threads * sizeof(Pack<T, Split::kVec>) : 0;

@@ -34,6 +34,7 @@ struct GatedRmsnormBackward {
   Tensor grad_out;  // rows at two strides
   Tensor y, z, weight, rstd;
   Tensor grad_y, grad_z;                    // written; undefined: not wanted
+  Tensor out;                               // [.., E] contiguous; written with the bits of the forward; undefined: not wanted
   std::optional<Accumulation> grad_weight;  // absent: not wanted
 };
 

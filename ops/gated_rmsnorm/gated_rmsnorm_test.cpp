@@ -6,6 +6,7 @@
 #include "core/switches.h"
 #include "ops/gated_rmsnorm/gated_rmsnorm_kernels.h"
 #include "tests/support/draws.h"
+#include "tests/support/left_value.h"
 #include "tests/support/parity.h"
 
 using namespace longhand;
@@ -143,6 +144,23 @@ TEST("gated_rmsnorm of no rows") {
   const Variable o = gated_rmsnorm(y, Tensor::empty(Device::cpu(), Dtype::f64, {2, 0, 4}), weight, {});
   backward({o}, {Tensor::empty(Device::cpu(), Dtype::f64, {2, 0, 4})});
   CHECK(weight.grad().to_vector<double>() == std::vector<double>(4, 0.0));
+}
+
+TEST("gated_rmsnorm leaves its output behind the backward with the same bits") {
+  const Poison poison;
+  for (const auto& [device, dtype] : places_of_activations())
+    for (const int64_t width : {4, 12, 64, 100, 1536, 2056, 4100})
+      for (const GatedRmsnormOptions& options : kForms)
+        for (const bool gate_only : {false, true}) {
+          const auto f = [&](const std::vector<Variable>& in) {
+            return gated_rmsnorm(in[0], in[1], gate_only ? Variable() : in[2], options);
+          };
+          expect_left("gated_rmsnorm", f,
+                      {random_tensor(device, dtype, {37, width}, 1), random_tensor(device, dtype, {37, width}, 2, 3.0),
+                       random_tensor(device, dtype == Dtype::f64 ? dtype : Dtype::f32, {width}, 3)},
+                      device.name() + " " + name_of(dtype) + " width " + std::to_string(width) + " " + name_of_form(options) +
+                          (gate_only ? " gate only" : ""));
+        }
 }
 
 TEST("gated_rmsnorm in f32 on the CPU agrees with f64") {

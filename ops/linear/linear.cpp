@@ -1,8 +1,9 @@
-// linear: everything is a matrix product, the bias too: y starts as ones times bias, and grad_bias is ones^T grad_y. The same code serves
-// every device; see linear.h for the formulas and ops/common/gemm.h for the products.
+// linear: everything is a matrix product, the gradient of the bias too: ones^T grad_y. The same code serves every device; see linear.h for
+// the formulas and ops/common/gemm.h for the products.
 #include "ops/linear/linear.h"
 
 #include "autograd/aligned_rows.h"
+#include "autograd/late_value.h"
 #include "autograd/recompute.h"
 #include "autograd/tape.h"
 #include "core/error.h"
@@ -48,8 +49,8 @@ Tensor product(const Tensor& x, const Tensor& w, const Tensor& bias) {
   shape[-1] = w.dim(0);
   Tensor y = empty_with_aligned_rows(rows.device(), rows.dtype(), shape);
   const Tensor y_rows = y.reshape({rows.dim(0), w.dim(0)});
-  if (bias) gemm(true, ones_row(rows, rows.dim(0)), false, row_vector(bias.to(rows.dtype())), y_rows);
-  gemm(false, rows, true, w, y_rows, 1.0, bias ? 1.0 : 0.0);
+  if (bias) gemm_add_row(rows, true, w, bias.to(rows.dtype()).contiguous(), y_rows);
+  else gemm(false, rows, true, w, y_rows);
   return y;
 }
 
@@ -59,25 +60,25 @@ Variable linear(const Variable& x, const Variable& weight, const Variable& bias)
   const OpScope op("linear", {&x.value(), &weight.value()});
   require_linear_args(x, weight, bias);
   const Tensor w = weight.value(), b = bias.value();  // [out, in], [out]
-  const Kept kept_x(x);
-  const Variable y = record("linear", product(x.value(), w, b), {x, weight, bias}, [kept_x, w](BackwardCall& call) {
-    const Tensor rows = as_matrix(kept_x.get());    // [R, in]
+  const Awaited x_later(x);                           // for the gradient of the weight, which nothing else in the backward needs
+  const Variable y = record("linear", product(x.value(), w, b), {x, weight, bias}, [x_later, w](BackwardCall& call) {
     const Tensor grad_y = as_matrix(call.grad(0));  // [R, out]
     if (call.needs(0)) {
       const auto [grad_x, beta] = call.accumulate(0);
-      gemm(false, grad_y, false, w, grad_x.reshape({rows.dim(0), rows.dim(1)}), 1.0, beta);
+      gemm(false, grad_y, false, w, grad_x.reshape({grad_y.dim(0), w.dim(1)}), 1.0, beta);
     }
-    if (call.needs(1)) {
-      const auto [grad_weight, beta] = call.accumulate(1);
-      gemm(true, grad_y, false, rows, grad_weight, 1.0, beta);
-    }
+    if (call.needs(1))
+      x_later.then(call, 1, [grad_y](BackwardCall& then, const Tensor& x_again) {
+        const auto [grad_weight, beta] = then.accumulate(1);
+        gemm(true, grad_y, false, as_matrix(x_again), grad_weight, 1.0, beta);
+      });
     if (call.needs(2)) {
       const auto [grad_bias, beta] = call.accumulate(2);
       gemm(false, ones_row(grad_y, grad_y.dim(0)), false, grad_y, row_vector(grad_bias), 1.0, beta);
     }
   });
   if (w.dim(1) > kNarrow && recompute_level() < Recompute::projections) return y;
-  return remade(y, [kept_x, w, b] {
+  return remade(y, [kept_x = Kept(x), w, b] {
     const OpScope again("linear", {&kept_x.get(), &w});
     return product(kept_x.get(), w, b);
   });

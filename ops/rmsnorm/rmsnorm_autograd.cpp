@@ -1,4 +1,5 @@
 // Argument checks and tape nodes of rmsnorm and add_rmsnorm.
+#include "autograd/late_value.h"
 #include "autograd/recompute.h"
 #include "core/error.h"
 #include "core/op_scope.h"
@@ -67,18 +68,22 @@ Variable rmsnorm(const Variable& x, const Variable& weight, double eps) {
   on_device(rows.device(), &rmsnorm_fwd_cpu, LONGHAND_CUDA_IMPL(rmsnorm_fwd_cuda))({rows, {}, w, eps, {}, y, rstd});
 
   const Kept kept_x(x);
-  const Variable out = record("rmsnorm", y, {x, weight}, [kept_x, w, rstd](BackwardCall& call) {
+  const auto late_y = std::make_shared<LateValue>();
+  const Variable out = record("rmsnorm", y, {x, weight}, [kept_x, w, rstd, late_y](BackwardCall& call) {
     const Tensor again = with_strided_rows(kept_x.get());
-    RmsnormBackward b{with_strided_rows(call.grad(0)), {}, again, w, rstd, {}, {}, {}};
+    RmsnormBackward b{with_strided_rows(call.grad(0)), {}, again, w, rstd, {}, {}, {}, {}};
+    if (late_y->wanted()) b.y = Tensor::empty(again.device(), again.dtype(), again.shape());
     if (call.needs(0)) b.grad_base = writable_strided_rows(call.buffer(0));
     if (call.needs(1)) b.grad_weight = call.accumulate(1);
     on_device(again.device(), &rmsnorm_bwd_cpu, LONGHAND_CUDA_IMPL(rmsnorm_bwd_cuda))(b);
     call.set(0, b.grad_base);
+    late_y->give(b.y);
   });
-  return remade(out, [kept_x, w, eps] {
+  const auto make_again = [kept_x, w, eps] {
     const Tensor again = with_strided_rows(kept_x.get());
     return normed_again("rmsnorm", again, w, eps, again.dtype());
-  });
+  };
+  return remade(out, make_again, late_y);
 }
 
 AddRmsnormOutput add_rmsnorm(const Variable& x, const Variable& residual, const Variable& weight, double eps, Dtype y_dtype) {
@@ -105,14 +110,16 @@ AddRmsnormOutput add_rmsnorm(const Variable& x, const Variable& residual, const 
   const Tensor rstd = new_rstd(r, sums);                                     // [rows]
   on_device(r.device(), &rmsnorm_fwd_cpu, LONGHAND_CUDA_IMPL(rmsnorm_fwd_cuda))({base, addend, w, eps, x ? sum : Tensor(), y, rstd});
 
-  auto outputs = record("add_rmsnorm", {y, sum}, {x, residual, weight}, [sum, w, rstd, y_dtype](BackwardCall& call) {
+  const auto late_y = std::make_shared<LateValue>();
+  auto outputs = record("add_rmsnorm", {y, sum}, {x, residual, weight}, [sum, w, rstd, y_dtype, late_y](BackwardCall& call) {
     const bool shared = y_dtype == sum.dtype();  // then x and residual take the same gradient tensor
     if (!call.grad(0).defined()) {               // only the sum was used further on
       call.set(0, call.grad(1).to(y_dtype));
       call.set(1, call.grad(1));
       return;
     }
-    RmsnormBackward b{with_strided_rows(call.grad(0)), with_strided_rows(call.grad(1)), sum, w, rstd, {}, {}, {}};
+    RmsnormBackward b{with_strided_rows(call.grad(0)), with_strided_rows(call.grad(1)), sum, w, rstd, {}, {}, {}, {}};
+    if (late_y->wanted()) b.y = Tensor::empty(sum.device(), y_dtype, sum.shape());
     if (call.needs(1)) b.grad_base = writable_strided_rows(call.buffer(1));
     else if (call.needs(0) && shared) b.grad_base = writable_strided_rows(call.buffer(0));
     if (call.needs(0) && !shared) b.grad_addend = writable_strided_rows(call.buffer(0));
@@ -120,8 +127,10 @@ AddRmsnormOutput add_rmsnorm(const Variable& x, const Variable& residual, const 
     on_device(sum.device(), &rmsnorm_bwd_cpu, LONGHAND_CUDA_IMPL(rmsnorm_bwd_cuda))(b);
     call.set(0, shared ? b.grad_base : b.grad_addend);
     call.set(1, b.grad_base);
+    late_y->give(b.y);
   });
-  return {remade(outputs[0], [sum, w, eps, y_dtype] { return normed_again("add_rmsnorm", sum, w, eps, y_dtype); }), outputs[1]};
+  const auto make_again = [sum, w, eps, y_dtype] { return normed_again("add_rmsnorm", sum, w, eps, y_dtype); };
+  return {remade(outputs[0], make_again, late_y), outputs[1]};
 }
 
 }  // namespace longhand

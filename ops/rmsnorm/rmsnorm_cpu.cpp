@@ -59,6 +59,8 @@ void backward(const RmsnormBackward& b) {
       const T mean = dot / static_cast<T>(width);
       if (grad_weight != nullptr)
         for (int64_t c = 0; c < width; ++c) grad_weight[c] += grad_y[c] * (rstd * x[c]);
+      if (b.y.defined())
+        for (int64_t c = 0; c < width; ++c) b.y.data<T>()[row * width + c] = weight[c] * (rstd * x[c]);
       if (!b.grad_base.defined()) continue;
       T* grad_base = b.grad_base.data<T>() + grad_base_rows.begin(row);
       for (int64_t c = 0; c < width; ++c) grad_base[c] = rstd * (weight[c] * grad_y[c] - (rstd * x[c]) * mean);

@@ -4,7 +4,7 @@
 // moves   add form: x and residual in, their sum and y out: 12 bytes per element with bf16 activations; alone: 4 bytes
 // flops   5 per element: memory bound
 // floor   65536 x 768, add form: 604 MB / 3.0 TB/s = 0.20 ms on an H100 SXM
-// split   a warp per row up to 1024 columns, a block of up to 512 threads per row beyond; the row stays in registers between the sum of
+// split   a warp per row up to 768 columns, a block of up to 512 threads per row beyond; the row stays in registers between the sum of
 //         squares and the product. Packs of 4 elements: 16-byte accesses of the f32 stream, 8-byte ones of bf16, all coalesced
 // needs   packs: width, row strides and addresses in multiples of 4 elements; otherwise the same kernel runs element by element with a
 // block
@@ -13,7 +13,8 @@
 // order   fixed shuffle tree, no atomics: the same input gives the same bits
 //
 // rmsnorm_bwd_kernel
-// moves   grad_y, base (and grad_sum) in, grad_base (and grad_addend) out: 12 bytes per element, 16 with grad_sum
+// moves   grad_y, base (and grad_sum) in, grad_base (and grad_addend) out: 12 bytes per element, 16 with grad_sum, 2 more where y is left
+//         once more
 // split   as forward, but a grid that fits the GPU walks over the rows, so that weight gradients stay in registers; each block leaves one
 //         partial row and sum_partials adds them
 // order   rows are dealt to blocks by the grid's size: fixed for a build and a GPU
@@ -30,6 +31,7 @@ namespace longhand {
 namespace {
 
 constexpr int kVec = 4;
+constexpr int kWarpColumns = 24 * kWarp;  // of wider rows a warp's threads would hold so much that too few of them are there at a time
 
 template <class Base, class Act>
 struct ForwardArgs {
@@ -100,6 +102,7 @@ struct BackwardArgs {
   const float* rstd;
   Base* grad_base;   // may be null: not wanted
   Act* grad_addend;  // may be null: not wanted
+  Act* y;            // contiguous; may be null: not wanted
   float* partials;   // [gridDim.x, width]; may be null: not wanted
   StridedRows grad_y_rows, grad_sum_rows, base_rows, grad_base_rows, grad_addend_rows;
   int width;
@@ -147,14 +150,16 @@ __global__ void __launch_bounds__(Split::kMaxThreads) rmsnorm_bwd_kernel(const B
       const int c = Split::column(k);
       if (c >= a.width) continue;
       const Pack<float, vec> weight = load_pack<vec>(a.weight + c);
-      float grad[vec];
+      float grad[vec], y[vec];
 #pragma unroll
       for (int i = 0; i < vec; ++i) {
+        y[i] = weight.at[i] * (rstd * to_f32(base_in[k].at[i]));
         grad[i] = rstd * (weight.at[i] * to_f32(grad_y_in[k].at[i]) - (rstd * to_f32(base_in[k].at[i])) * mean);
         if (a.grad_sum != nullptr) grad[i] += to_f32(grad_sum_in[k].at[i]);
       }
       if (a.grad_base != nullptr) store_pack(a.grad_base + a.grad_base_rows.begin(row) + c, round_to<Base>(grad));
       if (a.grad_addend != nullptr) store_pack(a.grad_addend + a.grad_addend_rows.begin(row) + c, round_to<Act>(grad));
+      if (a.y != nullptr) store_pack(a.y + row * a.width + c, round_to<Act>(y));
     }
   }
   if (a.partials != nullptr) Split::write_partial(grad_weight, a.width, a.partials + static_cast<int64_t>(blockIdx.x) * a.width);
@@ -165,7 +170,7 @@ template <class F>
 void split_rows(std::initializer_list<const Tensor*> tensors, int64_t width, F&& f) {
   const bool packs =
       width % kVec == 0 && std::all_of(tensors.begin(), tensors.end(), [](const Tensor* t) { return rows_are_aligned(*t, kVec); });
-  packs ? split_row<kVec>(width, f) : split_row<1>(width, f);
+  packs ? split_row<kVec, true, kWarpColumns>(width, f) : split_row<1>(width, f);
 }
 
 template <class Base, class Act>
@@ -185,18 +190,18 @@ void forward(const RmsnormForward& f) {
 
 template <class Base, class Act>
 void backward(const RmsnormBackward& b) {
-  BackwardArgs<Base, Act> args{
-      address_of<Act>(b.grad_y),      address_of<Base>(b.grad_sum),    address_of<Base>(b.base),       address_of<float>(b.weight),
-      address_of<float>(b.rstd),      address_of<Base>(b.grad_base),   address_of<Act>(b.grad_addend), nullptr,
-      strided_rows_of(b.grad_y),      strided_rows_of(b.grad_sum),     strided_rows_of(b.base),        strided_rows_of(b.grad_base),
-      strided_rows_of(b.grad_addend), static_cast<int>(b.base.dim(-1))};
+  BackwardArgs<Base, Act> args{address_of<Act>(b.grad_y),      address_of<Base>(b.grad_sum),   address_of<Base>(b.base),
+                               address_of<float>(b.weight),    address_of<float>(b.rstd),      address_of<Base>(b.grad_base),
+                               address_of<Act>(b.grad_addend), address_of<Act>(b.y),           nullptr,
+                               strided_rows_of(b.grad_y),      strided_rows_of(b.grad_sum),    strided_rows_of(b.base),
+                               strided_rows_of(b.grad_base),   strided_rows_of(b.grad_addend), static_cast<int>(b.base.dim(-1))};
   const CudaContext& cuda = b.base.device().cuda_context();
   const int64_t width = b.base.dim(-1);
   if (b.base.numel() == 0) {
     if (b.grad_weight) sum_partials_cuda(Tensor::empty(b.base.device(), Dtype::f32, {0, width}), *b.grad_weight);
     return;
   }
-  split_rows({&b.grad_y, &b.grad_sum, &b.base, &b.weight, &b.grad_base, &b.grad_addend}, width, [&](auto split, unsigned threads) {
+  split_rows({&b.grad_y, &b.grad_sum, &b.base, &b.weight, &b.grad_base, &b.grad_addend, &b.y}, width, [&](auto split, unsigned threads) {
     using Split = decltype(split);
     const auto kernel = &rmsnorm_bwd_kernel<Base, Act, Split>;
     int resident = 0;  // blocks that one SM holds at a time

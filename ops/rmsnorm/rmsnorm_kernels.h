@@ -29,6 +29,7 @@ struct RmsnormBackward {
   Tensor base, weight, rstd;                // base is what was normalised
   Tensor grad_base;                         // written; undefined: not wanted
   Tensor grad_addend;                       // the same rounded to grad_y's dtype; undefined: not wanted
+  Tensor y;                                 // [.., D] dtype of grad_y; written with the bits of the forward; undefined: not wanted
   std::optional<Accumulation> grad_weight;  // absent: not wanted
 };
 

@@ -6,6 +6,7 @@
 #include "core/switches.h"
 #include "ops/rmsnorm/rmsnorm_kernels.h"
 #include "tests/support/draws.h"
+#include "tests/support/left_value.h"
 #include "tests/support/parity.h"
 
 using namespace longhand;
@@ -167,6 +168,21 @@ TEST("rmsnorm of no rows") {
   CHECK(outputs[0].shape() == Shape{0, 3, 4});
   backward({outputs[0]}, {Tensor::empty(Device::cpu(), Dtype::f64, {0, 3, 4})});
   CHECK(weight.grad().to_vector<double>() == std::vector<double>(4, 0.0));
+}
+
+TEST("rmsnorm and add_rmsnorm leave their output behind the backward with the same bits") {
+  const Poison poison;
+  for (const auto& [device, dtype] : places_of_activations())
+    for (const int64_t width : {1, 7, 64, 768, 1030, 2056}) {
+      const Dtype wide = dtype == Dtype::f64 ? dtype : Dtype::f32;
+      const Tensor x = random_tensor(device, dtype, {37, width}, 1), weight = random_tensor(device, wide, {width}, 2),
+                   residual = random_tensor(device, wide, {37, width}, 3);
+      const std::string what = device.name() + " " + name_of(dtype) + " width " + std::to_string(width);
+      expect_left(
+          "rmsnorm", [](const std::vector<Variable>& in) { return rmsnorm(in[0], in[1], 1e-5); }, {x, weight}, what);
+      const auto add = [&](const std::vector<Variable>& in) { return add_rmsnorm(in[0], in[2], in[1], 1e-5, dtype).y; };
+      expect_left("add_rmsnorm", add, {x, weight, residual}, what + " with a residual");
+    }
 }
 
 TEST("rmsnorm in f32 on the CPU agrees with f64") {

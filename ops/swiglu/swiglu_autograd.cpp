@@ -1,4 +1,5 @@
 // Argument checks and the tape node of swiglu.
+#include "autograd/late_value.h"
 #include "autograd/recompute.h"
 #include "autograd/tape.h"
 #include "core/error.h"
@@ -35,22 +36,26 @@ Variable swiglu(const Variable& gate, const Variable& up) {
   on_device(gate_rows.device(), &swiglu_fwd_cpu, LONGHAND_CUDA_IMPL(swiglu_fwd_cuda))({gate_rows, up_rows, y});
 
   const Kept kept_gate(gate), kept_up(up);
-  const Variable result = record("swiglu", y, {gate, up}, [kept_gate, kept_up](BackwardCall& call) {  // y is not kept
+  const auto late_y = std::make_shared<LateValue>();
+  const Variable result = record("swiglu", y, {gate, up}, [kept_gate, kept_up, late_y](BackwardCall& call) {  // y is not kept
     const Tensor gate_again = with_strided_rows(kept_gate.get()), up_again = with_strided_rows(kept_up.get());
-    SwigluBackward b{with_strided_rows(call.grad(0)), gate_again, up_again, {}, {}};
+    SwigluBackward b{with_strided_rows(call.grad(0)), gate_again, up_again, {}, {}, {}};
+    if (late_y->wanted()) b.y = Tensor::empty(gate_again.device(), gate_again.dtype(), gate_again.shape());
     if (call.needs(0)) b.grad_gate = writable_strided_rows(call.buffer(0));
     if (call.needs(1)) b.grad_up = writable_strided_rows(call.buffer(1));
     on_device(gate_again.device(), &swiglu_bwd_cpu, LONGHAND_CUDA_IMPL(swiglu_bwd_cuda))(b);
     call.set(0, b.grad_gate);
     call.set(1, b.grad_up);
+    late_y->give(b.y);
   });
-  return remade(result, [kept_gate, kept_up] {
+  const auto make_again = [kept_gate, kept_up] {
     const Tensor gate_again = with_strided_rows(kept_gate.get()), up_again = with_strided_rows(kept_up.get());
     const OpScope scope("swiglu", {&gate_again, &up_again});
     Tensor y_again = Tensor::empty(gate_again.device(), gate_again.dtype(), gate_again.shape());
     on_device(gate_again.device(), &swiglu_fwd_cpu, LONGHAND_CUDA_IMPL(swiglu_fwd_cuda))({gate_again, up_again, y_again});
     return y_again;
-  });
+  };
+  return remade(result, make_again, late_y);
 }
 
 }  // namespace longhand

@@ -35,6 +35,10 @@ void backward(const SwigluBackward& b) {
       T* grad_up = b.grad_up.data<T>() + grad_up_rows.begin(row);
       for (int64_t c = 0; c < gate_rows.width; ++c) grad_up[c] = grad_y[c] * silu(gate[c]);
     }
+    if (b.y) {
+      T* y = b.y.data<T>() + row * gate_rows.width;
+      for (int64_t c = 0; c < gate_rows.width; ++c) y[c] = silu(gate[c]) * up[c];
+    }
   }
 }
 

@@ -17,6 +17,7 @@ struct SwigluForward {
 struct SwigluBackward {
   Tensor grad_y, gate, up;    // rows at two strides
   Tensor grad_gate, grad_up;  // written; undefined: not wanted
+  Tensor y;                   // [.., E] contiguous; written with the bits of the forward; undefined: not wanted
 };
 
 void swiglu_fwd_cpu(const SwigluForward&);

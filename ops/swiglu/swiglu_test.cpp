@@ -6,6 +6,7 @@
 #include "core/switches.h"
 #include "ops/swiglu/swiglu_kernels.h"
 #include "tests/support/draws.h"
+#include "tests/support/left_value.h"
 #include "tests/support/parity.h"
 
 using namespace longhand;
@@ -51,6 +52,16 @@ TEST("swiglu of a worked case") {
   // sigmoid of log 3 is 3/4
   expect_close(swiglu(gate, up).value().to_vector<double>(), {0, 2 / (1 + std::exp(-1.0)), -6 / (1 + std::exp(2.0)), 3 * std::log(3.0)},
                1e-15);
+}
+
+TEST("swiglu leaves its output behind the backward with the same bits") {
+  const Poison poison;
+  for (const auto& [device, dtype] : places_of_activations())
+    for (const int64_t width : {1, 7, 8, 100, 1032})
+      expect_left(
+          "swiglu", [](const std::vector<Variable>& in) { return swiglu(in[0], in[1]); },
+          {random_tensor(device, dtype, {37, width}, 1, 3.0), random_tensor(device, dtype, {37, width}, 2)},
+          device.name() + " " + name_of(dtype) + " width " + std::to_string(width));
 }
 
 TEST("swiglu gradients agree with differences, for both halves of one projection too") {
