@@ -65,6 +65,10 @@ class MpiProcesses final : public Communicator {
                      gone.rank, gone.id, rank, size);
           std::_Exit(1);  // this process waits for the other one wherever it is, and cannot be made to go on
         },
+        [rank](const std::string& reason) {
+          fmt::print(stderr, "warning: process {} no longer watches the others of its machine ({}): if one dies, it may wait for ever\n",
+                     rank, reason);
+        },
         kLaunchersTime_ms);
     for (const auto& [neighbour, reason] : watch_->unwatched())
       fmt::print(stderr, "warning: process {}, id {}, is not watched ({}): if it dies, process {} may wait for it for ever\n",

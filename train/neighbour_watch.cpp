@@ -19,8 +19,13 @@ std::string failure_of(const char* call) {
 
 }  // namespace
 
-NeighbourWatch::NeighbourWatch(const std::vector<Neighbour>& neighbours, std::function<void(const Neighbour&)> gone, int patience_ms)
-    : neighbours_(neighbours), gone_(std::move(gone)), patience_ms_(patience_ms), end_(::eventfd(0, EFD_CLOEXEC)) {
+NeighbourWatch::NeighbourWatch(const std::vector<Neighbour>& neighbours, std::function<void(const Neighbour&)> gone,
+                               std::function<void(const std::string&)> blind, int patience_ms)
+    : neighbours_(neighbours),
+      gone_(std::move(gone)),
+      blind_(std::move(blind)),
+      patience_ms_(patience_ms),
+      end_(::eventfd(0, EFD_CLOEXEC)) {
   if (end_ < 0) {
     const std::string reason = failure_of("eventfd");
     for (const Neighbour& neighbour : neighbours_) unwatched_.emplace_back(neighbour, reason);
@@ -52,13 +57,26 @@ NeighbourWatch::~NeighbourWatch() {
 
 void NeighbourWatch::watch() const {
   std::vector<pollfd> looked_at{{end_, POLLIN, 0}};
-  for (const int file : files_) looked_at.push_back({file, POLLIN, 0});  // -1 is passed over
-  if (ended_before_ == nullptr && ::poll(looked_at.data(), looked_at.size(), -1) < 0) return;
-  if (looked_at[0].revents != 0) return;
-  if (::poll(looked_at.data(), 1, patience_ms_) != 0) return;
-  if (ended_before_ != nullptr) return gone_(*ended_before_);
-  for (std::size_t i = 0; i < neighbours_.size(); ++i)
-    if (looked_at[i + 1].revents != 0) return gone_(neighbours_[i]);
+  std::vector<const Neighbour*> whose{nullptr};
+  for (std::size_t i = 0; i < neighbours_.size(); ++i) {
+    if (files_[i] < 0) continue;  // poll counts what it passes over against the files that a process may have
+    looked_at.push_back({files_[i], POLLIN, 0});
+    whose.push_back(&neighbours_[i]);
+  }
+  const auto wait = [&](std::size_t files, int patience_ms) {
+    int ready = 0;
+    do ready = ::poll(looked_at.data(), files, patience_ms);
+    while (ready < 0 && errno == EINTR);
+    if (ready < 0) blind_(failure_of("poll"));
+    return ready;
+  };
+  const Neighbour* ended = ended_before_;
+  if (ended == nullptr) {
+    if (wait(looked_at.size(), -1) < 0 || looked_at[0].revents != 0) return;
+    for (std::size_t i = looked_at.size(); --i > 0;)
+      if (looked_at[i].revents != 0) ended = whose[i];
+  }
+  if (wait(1, patience_ms_) <= 0) gone_(*ended);  // else the watch has ended
 }
 
 }  // namespace longhand

@@ -34,6 +34,10 @@ class Idler {
   pid_t id_;
 };
 
+void not_blind(const std::string& reason) {
+  FAIL_CHECK("the watch went blind: " << reason);
+}
+
 bool comes_to(const std::atomic<int64_t>& value, int64_t wanted) {
   for (int tries = 0; tries < 5000 && value != wanted; ++tries) std::this_thread::sleep_for(std::chrono::milliseconds(1));
   return value == wanted;
@@ -45,8 +49,8 @@ TEST("neighbour watch: the process that ends is named, once its time is over and
   const std::vector<Neighbour> all{{4, first.id()}, {5, second.id()}, {7, third.id()}};
   const auto note = [&](const Neighbour& neighbour) { gone = neighbour.rank; };
   {
-    const NeighbourWatch patient(all, note, 60'000);
-    const NeighbourWatch watch(all, note, 1);
+    const NeighbourWatch patient(all, note, not_blind, 60'000);
+    const NeighbourWatch watch(all, note, not_blind, 1);
     std::this_thread::sleep_for(std::chrono::milliseconds(20));
     CHECK(gone == -1);
     ::kill(second.id(), SIGKILL);
@@ -60,7 +64,7 @@ TEST("neighbour watch: one that cannot be looked at is named with the reason, an
   std::atomic<int64_t> gone = -1;
   const Idler other;
   const NeighbourWatch watch(
-      {{0, -1}, {1, other.id()}}, [&](const Neighbour& neighbour) { gone = neighbour.rank; }, 1);
+      {{0, -1}, {1, other.id()}}, [&](const Neighbour& neighbour) { gone = neighbour.rank; }, not_blind, 1);
   REQUIRE(watch.unwatched().size() == 1);
   CHECK(watch.unwatched()[0].first.rank == 0);
   CHECK(watch.unwatched()[0].second == "pidfd_open: Invalid argument");
@@ -74,7 +78,7 @@ TEST("neighbour watch: one that was gone before the watch began is gone") {
   std::atomic<int64_t> gone = -1;
   const Idler other;
   const NeighbourWatch watch(
-      {{1, other.id()}, {2, before}}, [&](const Neighbour& neighbour) { gone = neighbour.rank; }, 1);
+      {{1, other.id()}, {2, before}}, [&](const Neighbour& neighbour) { gone = neighbour.rank; }, not_blind, 1);
   CHECK(watch.unwatched().empty());
   CHECK(comes_to(gone, 2));
 }
@@ -86,11 +90,51 @@ TEST("neighbour watch: without a file left to watch with, all are named as not w
   const rlimit none{0, files.rlim_max};
   REQUIRE(::setrlimit(RLIMIT_NOFILE, &none) == 0);
   const NeighbourWatch watch(
-      {{4, first.id()}, {5, second.id()}}, [](const Neighbour&) {}, 1);
+      {{4, first.id()}, {5, second.id()}}, [](const Neighbour&) {}, not_blind, 1);
   REQUIRE(::setrlimit(RLIMIT_NOFILE, &files) == 0);
   REQUIRE(watch.unwatched().size() == 2);
   CHECK(watch.unwatched()[1].first.rank == 5);
   CHECK(watch.unwatched()[1].second == "eventfd: Too many open files");
+}
+
+TEST("neighbour watch: those for whom a file was left are watched, however many are not") {
+  const Idler first, second;
+  rlimit files{};
+  REQUIRE(::getrlimit(RLIMIT_NOFILE, &files) == 0);
+  const int next = ::dup(0);  // of the watch, for its end; the one behind is the first neighbour's
+  REQUIRE(next >= 0);
+  ::close(next);
+  std::vector<Neighbour> all{{0, first.id()}};
+  for (int64_t rank = 1; rank < next + 20; ++rank) all.push_back({rank, second.id()});
+  const rlimit few{static_cast<rlim_t>(next + 2), files.rlim_max};
+  std::atomic<int64_t> gone = -1;
+  REQUIRE(::setrlimit(RLIMIT_NOFILE, &few) == 0);
+  {
+    const NeighbourWatch watch(
+        all, [&](const Neighbour& neighbour) { gone = neighbour.rank; }, not_blind, 1);
+    CHECK(watch.unwatched().size() == all.size() - 1);
+    ::kill(first.id(), SIGKILL);
+    CHECK(comes_to(gone, 0));
+  }
+  REQUIRE(::setrlimit(RLIMIT_NOFILE, &files) == 0);
+}
+
+TEST("neighbour watch: when it can no longer wait it says so, and names who had ended") {
+  const Idler other;
+  rlimit files{};
+  REQUIRE(::getrlimit(RLIMIT_NOFILE, &files) == 0);
+  std::atomic<int64_t> gone = -1;
+  std::string why;  // written before gone is
+  const NeighbourWatch watch(
+      {{3, other.id()}}, [&](const Neighbour& neighbour) { gone = neighbour.rank; }, [&](const std::string& reason) { why = reason; },
+      60'000);
+  std::this_thread::sleep_for(std::chrono::milliseconds(50));  // it waits for the other
+  const rlimit none{0, files.rlim_max};
+  REQUIRE(::setrlimit(RLIMIT_NOFILE, &none) == 0);
+  ::kill(other.id(), SIGKILL);
+  CHECK(comes_to(gone, 3));
+  REQUIRE(::setrlimit(RLIMIT_NOFILE, &files) == 0);
+  CHECK(why == "poll: Invalid argument");
 }
 
 }  // namespace
