@@ -4,6 +4,7 @@
 #include "autograd/gradcheck.h"
 #include "autograd/gradient_arrival.h"
 #include "autograd/parameters.h"
+#include "core/allocator.h"
 #include "core/error.h"
 #include "tests/support/check.h"
 
@@ -138,6 +139,22 @@ TEST("late values: a gradient's arrival is told when it is there, not while it w
   });
   CHECK(order == std::vector<std::string>{"second", "first"});
   CHECK(counts.left == 1);
+}
+
+TEST("late values: a backward that is broken off while a gradient waits leaves nothing behind, and cannot be gone on with") {
+  const int64_t before = kCpu.allocator().use().live_bytes;
+  for (const bool once_more : {false, true}) {
+    const RecomputeScope light(Recompute::light);
+    Counts counts;
+    const Variable x = Variable::leaf(three_numbers(1)), w = Variable::leaf(three_numbers(2));
+    const Variable y = tripled(x, counts);
+    const Variable fails = record("fails", threefold(y.value()), {y}, [](BackwardCall&) { throw NumericError("broken off"); });
+    const Tensor grad = three_numbers(3);
+    CHECK_THROWS_WITH_AS(backward({fails, product(y, w)}, {grad, grad}), doctest::Contains("broken off"), NumericError);
+    CHECK(counts.left == 0);
+    if (once_more) CHECK_THROWS_WITH_AS(backward({y}, {grad}), doctest::Contains("already walked"), ValueError);
+  }
+  CHECK(kCpu.allocator().use().live_bytes == before);
 }
 
 TEST("late values: a backward that never gives what it can leave is an error") {

@@ -72,6 +72,7 @@ class Node : public std::enable_shared_from_this<Node> {
   std::vector<int> summed_in_place;  // accumulate() results of parameters, with LONGHAND_CHECK=1 searched for NaN and infinity
 
   void run();
+  void abandon();  // instead of run(): frees what the function kept
   /// A part of the backward has to wait: the node keeps its inputs until go_on() has run it, inside of the run of another node.
   std::shared_ptr<Node> wait();
   void go_on(const std::function<void(BackwardCall&)>& rest);

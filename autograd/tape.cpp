@@ -312,6 +312,11 @@ void Node::run() {
   for (Slot& slot : outputs) slot.grad = Tensor();
 }
 
+void Node::abandon() {
+  used = true;
+  function = nullptr;
+}
+
 void Node::settle() {
   own_buffers();
   for (auto& [input, grad] : pending) deliver(input, grad, true);
@@ -409,6 +414,15 @@ void walk(const std::vector<Variable>& roots, const std::vector<Tensor>& grads, 
   OpenParameters* const open = open_parameters;
   if (open != nullptr)
     for (const auto& node : order) open->add(*node);
+  // A walk that is broken off lets go of what is left: a node that waits keeps the one that was to give the value, and is kept by it.
+  struct LetGo {
+    std::vector<std::shared_ptr<Node>>& left;
+    ~LetGo() {
+      for (const auto& node : left)
+        if (node) node->abandon();
+    }
+  };
+  const LetGo let_go{order};
   std::vector<std::shared_ptr<Node>> waited;
   for (auto& node : order) {
     const auto parameters = open != nullptr ? OpenParameters::of(*node) : std::vector<std::shared_ptr<GradEdge>>();
