@@ -1,6 +1,8 @@
 // gemm: what both backends share, the checks and the view of a tensor as a matrix. See gemm.h.
 #include "ops/common/gemm.h"
 
+#include <cstdint>
+
 #include "core/error.h"
 #include "core/op_ledger.h"
 #include "core/op_scope.h"
@@ -8,8 +10,9 @@
 namespace longhand {
 namespace {
 
-// cuBLASLt adds a row at once where the columns fill its packs.
+// cuBLASLt adds a row at once where the columns fill its packs and the row begins like one.
 constexpr int64_t kBiasWidths = 8;
+constexpr std::uintptr_t kBiasAlignment = 16;  // bytes
 
 void require_gemm_dtypes(const Tensor& a, const Tensor& b, const Tensor& c) {
   const bool gpu = a.device().is_cuda();
@@ -53,7 +56,8 @@ void gemm_add_row(const Tensor& a, bool transpose_b, const Tensor& b, const Tens
   if (!fits || row.dtype() != a.dtype() || c.dtype() != a.dtype() || !(row.device() == a.device()))
     throw ShapeError("gemm: the row does not fit the product",
                      {{"row", row.describe()}, {"c", c.describe()}, {"expected", "row [n] of the dtype and device of a and c [m, n]"}});
-  const bool at_once = a.dim(1) > 0 && (!a.device().is_cuda() || row.dim(0) % kBiasWidths == 0);
+  const bool fills_packs = row.dim(0) % kBiasWidths == 0 && reinterpret_cast<std::uintptr_t>(row.raw()) % kBiasAlignment == 0;
+  const bool at_once = a.dim(1) > 0 && (!a.device().is_cuda() || fills_packs);
   if (at_once) return run_gemm(false, a, transpose_b, b, c, 1.0, 0.0, row);
   gemm(true, Tensor::full(a.device(), a.dtype(), {1, a.dim(0)}, 1.0), false, row.reshape({1, row.dim(0)}), c);
   gemm(false, a, transpose_b, b, c, 1.0, 1.0);

@@ -4,6 +4,7 @@
 #include <cblas.h>
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 
 #include "core/error.h"
@@ -89,9 +90,13 @@ void gemm_cpu(const GemmShape& shape, bool transpose_a, const Tensor& a, bool tr
   static const bool single_threaded = (openblas_set_num_threads(1), true);
   (void)single_threaded;
   for (const Tensor* matrix : {&a, &b, &c}) require_blas_size(*matrix);
-  if (row)
-    for (int64_t r = 0; r < shape.m; ++r) copy(c.slice(0, r, r + 1), row.reshape({1, shape.n}));
-  if (row) beta = 1;
+  if (row) {
+    const auto size = static_cast<std::size_t>(size_of(c.dtype()));
+    for (int64_t r = 0; r < shape.m; ++r)
+      std::memcpy(static_cast<char*>(c.raw()) + static_cast<std::size_t>(r * c.stride(0)) * size, row.raw(),
+                  static_cast<std::size_t>(shape.n) * size);
+    beta = 1;
+  }
   if (a.dtype() == Dtype::f64) tiled_gemm<double>(shape, transpose_a, a, transpose_b, b, c, alpha, beta);
   else tiled_gemm<float>(shape, transpose_a, a, transpose_b, b, c, static_cast<float>(alpha), static_cast<float>(beta));
 }

@@ -101,14 +101,15 @@ TEST("gemm: the number of threads does not change a bit") {
   CHECK(one == product(5));
 }
 
-TEST("gemm: a row is added to every row of a product, at once or, where the columns are odd, before it") {
+TEST("gemm: a row is added to every row of a product, at once or, where its columns are odd or it begins anywhere, before it") {
   std::vector<std::pair<Device, Dtype>> places{{Device::cpu(), Dtype::f64}, {Device::cpu(), Dtype::f32}};
   if (cuda_device_count() > 0) places.insert(places.end(), {{Device::cuda(), Dtype::f32}, {Device::cuda(), Dtype::bf16}});
   for (const auto& [device, dtype] : places)
     for (const Sizes& s : {Sizes{1, 1, 1}, {5, 97, 33}, {1, 64, 128}, {300, 512, 16}, {7, 24, 1}, {130, 72, 48}, {6, 40, 0}})
       for (const int64_t extra : {0, 3, 8}) {
         const Tensor a = matrix(device, dtype, s.m, s.k, 1, extra), b = matrix(device, dtype, s.n, s.k, 2, extra),
-                     row = random_tensor(device, dtype, {s.n}, 3), c = matrix(device, dtype, s.m, s.n, 4, extra);
+                     row = random_tensor(device, dtype, {extra % 8 + s.n}, 3).slice(0, extra % 8, extra % 8 + s.n),
+                     c = matrix(device, dtype, s.m, s.n, 4, extra);
         const Tensor rows = Tensor::empty(device, dtype, {s.m, s.n});
         for (int64_t r = 0; r < s.m; ++r) copy(rows.slice(0, r, r + 1), row.reshape({1, s.n}));
         const auto expected = product_by_hand(false, a, true, b, rows, 1.0, 1.0);
