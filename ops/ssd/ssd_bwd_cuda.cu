@@ -81,12 +81,8 @@ __global__ void __launch_bounds__(kTeamThreads* teams) ssd_chunk_bwd_kernel(cons
   const int team = teams == 1 ? 0 : static_cast<int>(threadIdx.x) / kTeamThreads, thread = threadIdx.x % kTeamThreads;
   const int warp = thread / 32, lane = thread % 32, g = lane / 4, q = lane % 4;
   const int row_tile = warp % 4, column_half = warp / 4, i_low = 16 * row_tile + g, n_begin = column_half * (kN / 2);
-  const int64_t part = blockIdx.x % a.parts, group = blockIdx.x / a.parts % a.G, row_chunk = blockIdx.x / a.parts / a.G,
-                chunk = row_chunk % a.chunks, b = row_chunk / a.chunks;
-  const int64_t t0 = chunk * kChunk, left_tokens = a.tokens - t0, state_size = static_cast<int64_t>(a.P) * a.N;
-  const int valid = static_cast<int>(left_tokens < kChunk ? left_tokens : kChunk);
-  const int64_t heads = a.H / a.G, h_first = group * heads + part * a.heads_per_part;
-  const int64_t h_limit = h_first + a.heads_per_part, h_end = h_limit < (group + 1) * heads ? h_limit : (group + 1) * heads;
+  const auto [part, group, row_chunk, chunk, b, t0, h_first, h_end, valid] = chunk_place(a);
+  const int64_t state_size = static_cast<int64_t>(a.P) * a.N;
 
   T* B_tile = reinterpret_cast<T*>(shared_memory());
   T* C_tile = B_tile + kChunk * side_stride;

@@ -27,6 +27,21 @@ bool launch_ssd_chunk_bwd_warpgroups(const SsdChunkBwdArgs<Bf16>& args, const Cu
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 
+/// What a block works on: tokens [t0, t0 + valid) of a row, and of a group's heads, cut into parts, those in [h_first, h_end).
+struct ChunkPlace {
+  int64_t part, group, row_chunk, chunk, b, t0, h_first, h_end;  // row_chunk: a chunk of all rows
+  int valid;
+};
+template <class T>
+__device__ __forceinline__ ChunkPlace chunk_place(const SsdChunkBwdArgs<T>& a) {
+  const int64_t part = blockIdx.x % a.parts, group = blockIdx.x / a.parts % a.G, row_chunk = blockIdx.x / a.parts / a.G,
+                chunk = row_chunk % a.chunks, b = row_chunk / a.chunks;
+  const int64_t t0 = chunk * kChunk, left_tokens = a.tokens - t0;
+  const int64_t heads = a.H / a.G, h_first = group * heads + part * a.heads_per_part;
+  const int64_t h_limit = h_first + a.heads_per_part, h_end = h_limit < (group + 1) * heads ? h_limit : (group + 1) * heads;
+  return {part, group, row_chunk, chunk, b, t0, h_first, h_end, static_cast<int>(left_tokens < kChunk ? left_tokens : kChunk)};
+}
+
 /// Sum over the four lanes of a quad (a row of an accumulator).
 __device__ __forceinline__ float quad_sum(float v) {
   v += __shfl_xor_sync(kAllLanes, v, 1);

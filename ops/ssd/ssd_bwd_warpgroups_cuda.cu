@@ -85,12 +85,8 @@ __global__ void __launch_bounds__(kThreads, 1) ssd_chunk_bwd_warpgroups_kernel(c
   __shared__ uint64_t full[kStages], empty[kStages], sums_free[kStages];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   const int role = warp / 4, row_tile = warp % 4, thread = threadIdx.x % kWarpgroup, low = 16 * row_tile + g;  // rows low and low + 8
-  const int64_t part = blockIdx.x % a.parts, group = blockIdx.x / a.parts % a.G, row_chunk = blockIdx.x / a.parts / a.G,
-                chunk = row_chunk % a.chunks, b = row_chunk / a.chunks;
-  const int64_t t0 = chunk * kChunk, left_tokens = a.tokens - t0, state_size = static_cast<int64_t>(a.P) * a.N;
-  const int valid = static_cast<int>(left_tokens < kChunk ? left_tokens : kChunk);
-  const int64_t heads = a.H / a.G, h_first = group * heads + part * a.heads_per_part;
-  const int64_t h_limit = h_first + a.heads_per_part, h_end = h_limit < (group + 1) * heads ? h_limit : (group + 1) * heads;
+  const auto [part, group, row_chunk, chunk, b, t0, h_first, h_end, valid] = chunk_place(a);
+  const int64_t state_size = static_cast<int64_t>(a.P) * a.N;
   const int count = static_cast<int>(h_end - h_first);
 
   unsigned char* const memory = shared_memory() + (0u - shared_address(shared_memory())) % kPanelAlignment;
