@@ -128,7 +128,9 @@ CrossEntropyOutput linear_cross_entropy(const Variable& x, const Variable& weigh
   const int64_t chunk_rows = std::min(count, options.chunk_rows > 0 ? options.chunk_rows : chosen_rows);
   const auto empty_f32 = [&](bool wanted, Shape shape) { return wanted ? Tensor::empty(device, Dtype::f32, shape) : Tensor(); };
   const Tensor target_logits = empty_f32(exponentials, {count}), row_factors = empty_f32(exponentials && gradient, {count});
-  const Tensor scaled_x = row_factors.defined() ? Tensor::empty(device, dtype, {chunk_rows, rows.dim(1)}) : Tensor();
+  // What multiplies grad_logits, or exponentials, to give grad_weight, where that is not x itself.
+  const bool changes_x = wants_weight && (exponentials || weights.defined());
+  const Tensor changed_x = changes_x ? Tensor::empty(device, dtype, {chunk_rows, rows.dim(1)}) : Tensor();
   const Tensor chunk_memory = exponentials && !gradient ? Tensor() : Tensor::empty(device, logits_dtype, {chunk_rows, stride});
   if (exponentials)
     on_device<decltype(target_logits_cuda)>(device, nullptr, LONGHAND_CUDA_IMPL(target_logits_cuda))(rows, head, ids, vocab, target_logits);
@@ -137,19 +139,19 @@ CrossEntropyOutput linear_cross_entropy(const Variable& x, const Variable& weigh
     const auto rows_of = [&](const Tensor& t) { return t.defined() ? t.slice(0, begin, end) : t; };
     const Tensor chunk_x = rows_of(rows);  // [chunk, d]
     const Tensor all_logits = chunk_memory.defined() ? chunk_memory.slice(0, 0, end - begin).slice(1, 0, columns) : Tensor();
-    Tensor weighted_x = chunk_x;  // what grad_logits, but for factors of its rows, multiply to give grad_weight
+    const Tensor chunk_changed_x = changes_x ? changed_x.slice(0, 0, end - begin) : Tensor();
     if (exponentials) {
-      if (gradient) weighted_x = scaled_x.slice(0, 0, end - begin);
       on_device<decltype(exponentials_chunk_cuda)>(device, nullptr, LONGHAND_CUDA_IMPL(exponentials_chunk_cuda))(
           {all_logits, chunk_x, head, vocab, rows_of(ids), rows_of(weights), factor, rows_of(losses), rows_of(target_logits),
-           rows_of(row_factors), gradient ? weighted_x : Tensor(), begin});
+           rows_of(row_factors), chunk_changed_x, begin});
     } else {
       gemm(false, chunk_x, true, head, all_logits);
-      on_device(device, &loss_chunk_cpu, LONGHAND_CUDA_IMPL(loss_chunk_cuda))(
-          {all_logits.slice(1, 0, vocab), chunk_x, head, rows_of(ids), rows_of(weights), factor, rows_of(losses), begin, gradient});
+      on_device(device, &loss_chunk_cpu,
+                LONGHAND_CUDA_IMPL(loss_chunk_cuda))({all_logits.slice(1, 0, vocab), chunk_x, head, chunk_changed_x, rows_of(ids),
+                                                      rows_of(weights), factor, rows_of(losses), begin, gradient});
     }
     if (wants_x) gemm(false, all_logits, false, head, grad_x.slice(0, begin, end));
-    if (wants_weight) gemm(true, all_logits, false, weighted_x, grad_head, 1.0, begin == 0 ? 0.0 : 1.0);
+    if (wants_weight) gemm(true, all_logits, false, changes_x ? chunk_changed_x : chunk_x, grad_head, 1.0, begin == 0 ? 0.0 : 1.0);
   }
   on_device(device, &mean_loss_cpu, LONGHAND_CUDA_IMPL(mean_loss_cuda))(losses, weights, factor, loss);
 

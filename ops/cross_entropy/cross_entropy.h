@@ -22,7 +22,8 @@ struct CrossEntropyOutput {
 /// x        [.., d]      f32 | bf16 (GPU) | f64
 /// weight   [V, d]       dtype of x; tied to the embedding or not
 /// targets  [..]         i32 in [0, valid_vocab); where mask is 0 any value: outside the range token_loss is 0 there
-/// mask     [..]         f32 >= 0, the weight of each position; absent means 1 everywhere
+/// mask     [..]         f32 >= 0, the weight of each position; absent means 1 everywhere. A position of weight 0 adds nothing to loss and
+///                       gradients, be its logits or its x infinite or NaN; token_loss says what they come to
 /// returns  loss and token_loss in f32 (f64 when x is f64)
 /// holds    the result does not depend on chunk_rows, but for rounding of sums (bf16: see below)
 /// saves    the gradients for an incoming gradient of 1, formed chunk by chunk in the forward: grad_x in x's dtype, grad_weight in f32

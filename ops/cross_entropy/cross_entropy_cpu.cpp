@@ -55,7 +55,7 @@ double loss_of_row(T* logits, int64_t vocab, int64_t target, bool gradient, doub
 
 template <class T>
 void loss_rows(const LossChunk& chunk) {
-  const int64_t rows = chunk.logits.dim(0), vocab = chunk.logits.dim(1), stride = chunk.logits.stride(0);
+  const int64_t rows = chunk.logits.dim(0), vocab = chunk.logits.dim(1), stride = chunk.logits.stride(0), width = chunk.x.dim(1);
   T* logits = chunk.logits.data<T>();
   const auto* targets = chunk.targets.data<int32_t>();
   const float* mask = chunk.mask.defined() ? chunk.mask.data<float>() : nullptr;
@@ -64,13 +64,14 @@ void loss_rows(const LossChunk& chunk) {
 #pragma omp parallel for schedule(static)
   for (int64_t r = 0; r < rows; ++r) {
     T* row = logits + r * stride;
-    if (targets[r] < 0 || targets[r] >= vocab) {  // only where mask is 0
-      token_loss[r] = 0;
-      if (chunk.gradient) std::fill(row, row + vocab, T(0));
-      continue;
-    }
     const double weight = mask != nullptr ? static_cast<double>(mask[r]) : 1.0;
-    token_loss[r] = static_cast<T>(loss_of_row(row, vocab, targets[r], chunk.gradient, factor * weight));
+    const bool known = targets[r] >= 0 && targets[r] < vocab, counts = weight != 0;  // what counts is known
+    token_loss[r] = known ? static_cast<T>(loss_of_row(row, vocab, targets[r], chunk.gradient && counts, factor * weight)) : T(0);
+    if (chunk.gradient && !counts) std::fill(row, row + vocab, T(0));
+    if (!chunk.counted_x.defined()) continue;
+    const T* x = chunk.x.data<T>() + r * chunk.x.stride(0);
+    T* counted_x = chunk.counted_x.data<T>() + r * width;
+    for (int64_t i = 0; i < width; ++i) counted_x[i] = counts ? x[i] : T(0);
   }
 }
 
@@ -109,7 +110,7 @@ void mean_loss_cpu(const Tensor& token_loss, const Tensor& mask, const Tensor& f
   double sum = 0;
   for (std::size_t r = 0; r < losses.size(); ++r) {
     const double weight = mask.defined() ? static_cast<double>(mask.data<float>()[r]) : 1.0;
-    sum += weight * losses[r];
+    if (weight != 0) sum += weight * losses[r];
   }
   fill(loss, factor.item() * sum);
 }

@@ -14,12 +14,12 @@
 // agrees  with float64: kCrossEntropyToleranceF32, kCrossEntropyToleranceBf16; ex2.approx is good to 2^-22 relative
 // order   fixed reduction trees, no atomics: the same input gives the same bits
 #include <cfloat>
-#include <cstdio>
 
 #include "core/cuda_context.h"
 #include "core/error.h"
 #include "ops/common/cuda_math.cuh"
 #include "ops/common/matrix_instructions.cuh"
+#include "ops/cross_entropy/bad_target.cuh"
 #include "ops/cross_entropy/cross_entropy_kernels.h"
 
 namespace longhand {
@@ -63,6 +63,7 @@ __device__ RowStatistics block_statistics(ExpSum others, float target) {
 struct LossArgs {
   void* logits;
   const void *x, *weight;
+  void* counted_x;  // [rows, width], null: not wanted
   const int32_t* targets;
   const float* mask;  // null: 1 everywhere
   const float* factor;
@@ -124,10 +125,12 @@ __global__ void __launch_bounds__(kThreads, 2) cross_entropy_block_per_row_kerne
 
   const int target = p.targets[row];
   const float weight = p.mask != nullptr ? p.mask[row] : 1.0f;
-  const bool known = target >= 0 && target < p.vocab;
+  const bool known = target >= 0 && target < p.vocab, counts = weight != 0;
+  const X* const x = static_cast<const X*>(p.x) + row * p.x_stride;
+  if (p.counted_x != nullptr)
+    for (int i = thread; i < p.width; i += kThreads) static_cast<X*>(p.counted_x)[row * p.width + i] = counts ? x[i] : X(0.0f);
   float target_part = 0;
   if (known) {
-    const X* x = static_cast<const X*>(p.x) + row * p.x_stride;
     const X* w = static_cast<const X*>(p.weight) + target * p.weight_stride;
     for (int i = thread; i < p.width; i += kThreads) target_part = fmaf(to_f32(x[i]), to_f32(w[i]), target_part);
   }
@@ -164,32 +167,28 @@ __global__ void __launch_bounds__(kThreads, 2) cross_entropy_block_per_row_kerne
   const float top = known ? fmaxf(all.others.top, kLog2e * all.target) : all.others.top;
   const float others_sum = all.others.sum * exp2_approx(all.others.top - top);
   const float target_term = known ? exp_beside(all.target, top) : 0.0f, sum = others_sum + target_term;
-  const float not_a_number = __int_as_float(0x7fffffff);
   if (thread == 0) {
     float loss = 0;  // of a position that has no target and is not counted
     if (known) {
       const bool likeliest = top == kLog2e * all.target;
       loss = likeliest ? log1pf(others_sum / target_term) : logf(sum) - fmaf(kLog2e, all.target, -top) / kLog2e;
-    } else if (weight != 0) {
-      loss = not_a_number;
-      printf("longhand: cross_entropy: flat position %lld has target %d, outside [0, %d), and is counted; the loss becomes NaN\n",
-             static_cast<long long>(p.first_row + row), target, p.vocab);
+    } else if (counts) {
+      loss = bad_target(p.first_row + row, target, p.vocab);
     }
     p.token_loss[row] = loss;
   }
   if (!p.gradient) return;
 
   // softmax - 1 of the target is -others / sum in f32, rounded once; no 1 is subtracted from a rounded softmax.
-  float scale = *p.factor * weight;
-  if (!known) scale = weight != 0 ? not_a_number : 0;
+  const float scale = known ? *p.factor * weight : NAN;
   const float per_class = scale / sum, at_target = -scale * (others_sum / sum);
 #pragma unroll 2
   for (int i = thread; i < packs; i += kThreads) {
     const int begin = i * vec;
     other_logits(load_pack<vec>((staged ? stage : logits) + begin), begin, target, p.vocab, l);
 #pragma unroll
-    for (int j = 0; j < vec; ++j) l[j] = per_class * exp_beside(l[j], top);
-    if (target >= begin && target < begin + vec) {
+    for (int j = 0; j < vec; ++j) l[j] = counts ? per_class * exp_beside(l[j], top) : 0.0f;
+    if (counts && target >= begin && target < begin + vec) {
 #pragma unroll
       for (int j = 0; j < vec; ++j)
         if (begin + j == target) l[j] = at_target;
@@ -248,7 +247,7 @@ __global__ void __launch_bounds__(kSumThreads)
   double sum = 0;
   for (int64_t r = threadIdx.x; r < rows; r += kSumThreads) {
     const double weight = mask != nullptr ? mask[r] : 1.0f;
-    sum += weight * token_loss[r];
+    if (weight != 0) sum += weight * token_loss[r];
   }
   sum = sum_of_threads(sum);
   if (threadIdx.x == 0) *loss = static_cast<float>(*factor * sum);
@@ -306,6 +305,7 @@ void loss_chunk_cuda(const LossChunk& chunk) {
   const LossArgs args{chunk.logits.raw(),
                       chunk.x.raw(),
                       chunk.weight.raw(),
+                      chunk.counted_x.defined() ? chunk.counted_x.raw() : nullptr,
                       chunk.targets.data<int32_t>(),
                       chunk.mask.defined() ? chunk.mask.data<float>() : nullptr,
                       chunk.factor.data<float>(),

@@ -17,17 +17,18 @@
 //
 // cross_entropy_finish_rows_kernel
 // moves   the sums in, x in, s x out, 2 * R*d * 2 bytes: 0.1 ms for the shape above
-// split   a block for 32 rows; a row that has to be formed anew takes the whole block (V * d multiply-adds, twice)
+// split   a block for 32 rows; where some have to be formed anew, their logits are, twice, by the whole block: the weight passes through
+//         one SM
 //
 // agrees  with float64: kCrossEntropyToleranceExponentials, losses to kCrossEntropyToleranceF32; ex2.approx is good to 2^-22 relative
 // order   fixed: a lane's columns, its quad, tiles sixteen apart, those sixteen; no atomics
 #include <algorithm>
-#include <cstdio>
 
 #include "core/error.h"
 #include "ops/common/box_copies.cuh"
 #include "ops/common/cuda_math.cuh"
 #include "ops/common/launch.cuh"
+#include "ops/cross_entropy/bad_target.cuh"
 #include "ops/cross_entropy/cross_entropy_kernels.h"
 
 namespace longhand {
@@ -42,7 +43,7 @@ constexpr int kPiecesPlace = kStages * kStageBytes, kBarriersPlace = kPiecesPlac
 constexpr int kSharedBytes = kPanelAlignment + kBarriersPlace + 2 * kStages * 8;
 
 constexpr int kFinishThreads = 512, kFinishWarps = kFinishThreads / kWarp, kFinishRows = 32;
-constexpr float kMostOthers = 0x1p90f;  // e and s keep their digits in bf16 up to here
+constexpr float kMostOthers = 0x1p90f;  // s x keeps its digits in bf16 where factor * mask * x is above 2^-36; e is far from infinite
 
 struct ExponentialArgs {
   CUtensorMap x, weight, exponentials;
@@ -52,22 +53,26 @@ struct ExponentialArgs {
   int rows, vocab, features, row_tiles, column_tiles;
 };
 
-/// log2(e) times the target's logit, a warp a row; 0 stands for a target that does not exist.
+/// log2(e) times a logit, by a warp: the product of a row of x and one of the weight.
+__device__ __forceinline__ float logit2(const Bf16* x, const Bf16* weight, int width) {
+  float sum = 0;
+  for (int i = 8 * (static_cast<int>(threadIdx.x) % kWarp); i < width; i += 8 * kWarp) {
+    const Pack<Bf16, 8> left = load_pack<8>(x + i), right = load_pack<8>(weight + i);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) sum = fmaf(to_f32(left.at[j]), to_f32(right.at[j]), sum);
+  }
+  return kLog2e * warp_sum(sum);
+}
+
+/// log2(e) times the target's logit, a warp a row; class 0 stands for a target that does not exist.
 __global__ void __launch_bounds__(kFinishThreads)
     cross_entropy_target_logits_warp_per_row_kernel(const Bf16* x, int64_t x_stride, const Bf16* weight, int64_t weight_stride,
                                                     const int32_t* targets, float* tops, int64_t rows, int vocab, int width) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kFinishWarps + threadIdx.x / kWarp;
   if (row >= rows) return;
-  const int target = targets[row], lane = static_cast<int>(threadIdx.x) % kWarp;
-  const Bf16 *const a = x + row * x_stride, *const b = weight + (target >= 0 && target < vocab ? target : 0) * weight_stride;
-  float sum = 0;
-  for (int i = 8 * lane; i < width; i += 8 * kWarp) {
-    const Pack<Bf16, 8> left = load_pack<8>(a + i), right = load_pack<8>(b + i);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) sum = fmaf(to_f32(left.at[j]), to_f32(right.at[j]), sum);
-  }
-  sum = warp_sum(sum);
-  if (lane == 0) tops[row] = kLog2e * sum;
+  const int target = targets[row];
+  const float logit = logit2(x + row * x_stride, weight + (target >= 0 && target < vocab ? target : 0) * weight_stride, width);
+  if (threadIdx.x % kWarp == 0) tops[row] = logit;
 }
 
 /// Logits of a tile that count for nothing: those of the targets (columns of the tile) and behind the vocabulary.
@@ -139,7 +144,8 @@ __global__ void __launch_bounds__(kThreads, 1) cross_entropy_exponentials_kernel
       for (int half = 0; half < 2; ++half) {
         const int row = first_row + g + 8 * half;
         top[half] = row < a.rows ? a.tops[row] : 0.0f;
-        target[half] = row < a.rows ? a.targets[row] - first_column : -1;
+        const int known = row < a.rows ? a.targets[row] : -1;
+        target[half] = known >= first_column ? known - first_column : -1;
       }
 
       float acc[kTileColumns / 8][4];
@@ -207,7 +213,7 @@ __global__ void __launch_bounds__(kThreads, 1) cross_entropy_exponentials_kernel
 struct FinishArgs {
   Bf16* exponentials;  // null without a gradient
   const Bf16 *x, *weight;
-  Bf16* scaled_x;
+  Bf16* scaled_x;  // null: not wanted
   const int32_t* targets;
   const float* mask;  // null: 1 everywhere
   const float *factor, *tops, *sums;
@@ -220,38 +226,97 @@ struct RowOfExponentials {
   float top, others;  // what they are relative to, in powers of two; their sum without the target
 };
 
-/// A row's exponentials relative to its largest logit, by the whole block.
-__device__ RowOfExponentials form_row_anew(const FinishArgs& a, int row) {
-  __shared__ float of_warps[kFinishWarps];
-  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
-  const Bf16* const x = a.x + row * a.x_stride;
-  const auto logit2 = [&](int v) {
-    float sum = 0;
-    for (int i = 8 * lane; i < a.width; i += 8 * kWarp) {
-      const Pack<Bf16, 8> left = load_pack<8>(x + i), right = load_pack<8>(a.weight + v * a.weight_stride + i);
+constexpr int kAnewClasses = 16;  // that a warp takes at a time
+
+/// Logits of a block's rows and of a warp's classes from `begin` on, on the tensor cores; rows and classes behind the last repeat it. An
+/// instruction takes 16 features in whatever order, so that a lane's 16 bytes of a row go into two of them.
+/// logits[m][n][j]  of row 16 m + lane / 4 + 8 (j / 2) and class begin + 8 n + 2 (lane % 4) + j % 2
+__device__ __forceinline__ void form_logits(const FinishArgs& a, int first_row, int rows, int begin, float (&logits)[2][2][4]) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, quad = lane % 4;
+  const Bf16 *of_row[4], *of_class[2];
 #pragma unroll
-      for (int j = 0; j < 8; ++j) sum = fmaf(to_f32(left.at[j]), to_f32(right.at[j]), sum);
-    }
-    return kLog2e * warp_sum(sum);
-  };
-  const auto of_all = [&](float own, auto&& join) {
-    __syncthreads();
-    if (lane == 0) of_warps[warp] = own;
-    __syncthreads();
-    float all = of_warps[0];
-    for (int w = 1; w < kFinishWarps; ++w) all = join(all, of_warps[w]);
-    return all;
-  };
-  float top = -INFINITY;
-  for (int v = warp; v < a.vocab; v += kFinishWarps) top = fmaxf(top, logit2(v));
-  top = of_all(top, [](float p, float q) { return fmaxf(p, q); });
-  float others = 0;
-  for (int v = warp; v < a.vocab; v += kFinishWarps) {
-    const float e = v == a.targets[row] ? 0.0f : exp2_approx(logit2(v) - top);
-    others += e;
-    if (a.exponentials != nullptr && lane == 0) a.exponentials[row * a.stride + v] = __float2bfloat16(e);
+  for (int k = 0; k < 4; ++k) of_row[k] = a.x + (first_row + min(g + 8 * k, rows - 1)) * a.x_stride;
+#pragma unroll
+  for (int n = 0; n < 2; ++n) of_class[n] = a.weight + min(begin + 8 * n + g, a.vocab - 1) * a.weight_stride;
+#pragma unroll
+  for (int m = 0; m < 2; ++m)
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) logits[m][n][j] = 0;
+#pragma unroll 2
+  for (int window = 0; window < a.width; window += 8 * 4) {
+    const int i = window + 8 * quad;
+    const auto pack_of = [&](const Bf16* from) { return i < a.width ? *reinterpret_cast<const uint4*>(from + i) : uint4{0, 0, 0, 0}; };
+    uint4 x[4], weight[2];
+#pragma unroll
+    for (int n = 0; n < 2; ++n) weight[n] = pack_of(of_class[n]);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) x[k] = pack_of(of_row[k]);
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        multiply_bf16(logits[m][n], {x[2 * m].x, x[2 * m + 1].x, x[2 * m].y, x[2 * m + 1].y}, weight[n].x, weight[n].y);
+        multiply_bf16(logits[m][n], {x[2 * m].z, x[2 * m + 1].z, x[2 * m].w, x[2 * m + 1].w}, weight[n].z, weight[n].w);
+      }
   }
-  return {top, of_all(others, [](float p, float q) { return p + q; })};
+}
+
+/// Exponentials relative to the largest logit of each row, of those rows of a block that `anew` has bits for, by the whole block.
+/// of_warps  scratch
+__device__ void form_rows_anew(const FinishArgs& a, int first_row, int rows, unsigned anew, float (&of_warps)[kFinishWarps][kFinishRows],
+                               RowOfExponentials (&all)[kFinishRows]) {
+  static_assert(kFinishRows == 32);
+  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, quad = lane % 4;
+  // What a lane has for rows g + 8 k, joined over its quad and the warps in order; lane r of every warp gets that of row r.
+  const auto of_rows = [&](float(&own)[4], auto&& join) {
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      own[k] = join(own[k], __shfl_xor_sync(0xffffffffu, own[k], 1));
+      own[k] = join(own[k], __shfl_xor_sync(0xffffffffu, own[k], 2));
+      if (quad == 0) of_warps[warp][g + 8 * k] = own[k];
+    }
+    __syncthreads();
+    float joined = of_warps[0][lane];
+    for (int w = 1; w < kFinishWarps; ++w) joined = join(joined, of_warps[w][lane]);
+    return joined;
+  };
+  float logits[2][2][4], largest[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
+  for (int begin = warp * kAnewClasses; begin < a.vocab; begin += kFinishWarps * kAnewClasses) {
+    form_logits(a, first_row, rows, begin, logits);
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+#pragma unroll
+      for (int n = 0; n < 2; ++n) largest[k] = fmaxf(largest[k], fmaxf(logits[k / 2][n][k % 2 * 2], logits[k / 2][n][k % 2 * 2 + 1]));
+  }
+  const float top_of_lane = kLog2e * of_rows(largest, [](float p, float q) { return fmaxf(p, q); });
+  float top[4], sums[4] = {};
+  int target[4];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    top[k] = __shfl_sync(0xffffffffu, top_of_lane, g + 8 * k);
+    target[k] = a.targets[first_row + min(g + 8 * k, rows - 1)];
+  }
+  for (int begin = warp * kAnewClasses; begin < a.vocab; begin += kFinishWarps * kAnewClasses) {
+    form_logits(a, first_row, rows, begin, logits);
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        const int v = begin + 8 * n + 2 * quad;
+        float e[2];
+#pragma unroll
+        for (int j = 0; j < 2; ++j)
+          e[j] = v + j < a.vocab && v + j != target[k] ? exp2_approx(fmaf(kLog2e, logits[k / 2][n][k % 2 * 2 + j], -top[k])) : 0.0f;
+        sums[k] += e[0] + e[1];
+        if (a.exponentials != nullptr && v < a.vocab && (anew >> (g + 8 * k) & 1) != 0)
+          *reinterpret_cast<uint32_t*>(a.exponentials + (first_row + g + 8 * k) * a.stride + v) = pack(e[0], e[1]);
+      }
+  }
+  const float others_of_lane = of_rows(sums, [](float p, float q) { return p + q; });
+  if (warp == 0 && (anew >> lane & 1) != 0) all[lane] = {top_of_lane, others_of_lane};
 }
 
 __global__ void __launch_bounds__(kFinishThreads) cross_entropy_finish_rows_kernel(const FinishArgs a) {
@@ -270,34 +335,39 @@ __global__ void __launch_bounds__(kFinishThreads) cross_entropy_finish_rows_kern
     all[lane] = {lane < count ? a.tops[row] : 0.0f, others};
   }
   __syncthreads();
-  for (int i = 0; i < count; ++i)
-    if (all[i].others > kMostOthers) {  // the same for all threads
-      const RowOfExponentials anew = form_row_anew(a, first + i);
-      if (threadIdx.x == 0) all[i] = anew;
-    }
+  const auto is_known = [&](int r) { return a.targets[r] >= 0 && a.targets[r] < a.vocab; };
+  const auto weight_of = [&](int r) { return a.mask != nullptr ? a.mask[r] : 1.0f; };
+  // Rows of the block, as bits: every warp finds the same.
+  const bool out_of_range = lane < count && !(all[lane].others <= kMostOthers);
+  const unsigned anew =
+      __ballot_sync(0xffffffffu, out_of_range && all[lane].others > kMostOthers && is_known(row));  // not NaN: it would stay
+  const unsigned emptied = __ballot_sync(0xffffffffu, out_of_range && a.exponentials != nullptr && weight_of(row) == 0);
+  if (anew != 0) form_rows_anew(a, first, count, anew, sums, all);
   __syncthreads();
+  for (unsigned left = emptied; left != 0; left &= left - 1) {
+    const int64_t r = first + __ffs(static_cast<int>(left)) - 1;
+    for (int v = static_cast<int>(threadIdx.x); v < (a.vocab + 7) / 8 * 8; v += kFinishThreads)
+      a.exponentials[r * a.stride + v] = Bf16(0.0f);
+  }
 
   if (warp == 0 && lane < count) {
-    const int target = a.targets[row];
-    const bool known = target >= 0 && target < a.vocab;
-    const float weight = a.mask != nullptr ? a.mask[row] : 1.0f, not_a_number = __int_as_float(0x7fffffff);
+    const float weight = weight_of(row);
     const auto [top, others] = all[lane];
     const float own_top = a.tops[row], target_term = exp2_approx(own_top - top), whole = target_term + others;
-    float loss = 0, scale = *a.factor * weight;  // of a position that has no target and is not counted
-    if (known) {
+    float loss = 0, factor = 0;  // of a position that has no target and is not counted
+    if (is_known(row)) {
       loss = own_top == top ? log1pf(others / target_term) : logf(whole) - (own_top - top) / kLog2e;
+      if (weight != 0) factor = *a.factor * weight / whole;
     } else if (weight != 0) {
-      loss = scale = not_a_number;
-      printf("longhand: cross_entropy: flat position %lld has target %d, outside [0, %d), and is counted; the loss becomes NaN\n",
-             static_cast<long long>(a.first_row + row), target, a.vocab);
+      loss = factor = bad_target(a.first_row + row, a.targets[row], a.vocab);
     }
     a.token_loss[row] = loss;
     if (a.exponentials != nullptr) {
-      factors[lane] = a.row_factors[row] = scale / whole;
-      if (known) a.exponentials[row * a.stride + target] = __float2bfloat16(-others);
+      factors[lane] = a.row_factors[row] = factor;
+      if (is_known(row) && weight != 0) a.exponentials[row * a.stride + a.targets[row]] = __float2bfloat16(-others);
     }
   }
-  if (a.exponentials == nullptr) return;
+  if (a.scaled_x == nullptr) return;
   __syncthreads();
   for (int i = warp; i < count; i += kFinishWarps) {
     const float factor = factors[i];
@@ -306,7 +376,7 @@ __global__ void __launch_bounds__(kFinishThreads) cross_entropy_finish_rows_kern
       const Pack<Bf16, 8> from = load_pack<8>(a.x + r * a.x_stride + c);
       float values[8];
 #pragma unroll
-      for (int j = 0; j < 8; ++j) values[j] = factor * to_f32(from.at[j]);
+      for (int j = 0; j < 8; ++j) values[j] = factor != 0 ? factor * to_f32(from.at[j]) : 0.0f;
       store_pack(a.scaled_x + r * a.width + c, round_to<Bf16>(values));
     }
   }
@@ -367,7 +437,7 @@ void exponentials_chunk_cuda(const ExponentialsChunk& chunk) {
   const FinishArgs finish{writes ? elements(chunk.exponentials) : nullptr,
                           elements(chunk.x),
                           elements(chunk.weight),
-                          writes ? elements(chunk.scaled_x) : nullptr,
+                          chunk.scaled_x.defined() ? elements(chunk.scaled_x) : nullptr,
                           args.targets,
                           chunk.mask.defined() ? chunk.mask.data<float>() : nullptr,
                           chunk.factor.data<float>(),

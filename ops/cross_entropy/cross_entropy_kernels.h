@@ -17,6 +17,7 @@ struct LossChunk {
   Tensor logits;      // [R, V] in; with `gradient`, out: grad_logits. On a GPU rows begin at multiples of 16 bytes and what lies
                       // between V and the next such multiple belongs to the row too: its gradient is 0
   Tensor x, weight;   // [R, d], [V, d]: what the logits were made from (a GPU sums the target's logit again in f32)
+  Tensor counted_x;   // [R, d] out: x, and zeros in rows that do not count; undefined: not wanted
   Tensor targets;     // [R] i32
   Tensor mask;        // [R] f32, or undefined
   Tensor factor;      // [] loss_scale / sum(mask): what one counted position's loss is multiplied by
@@ -35,7 +36,8 @@ struct ExponentialsChunk {
   int64_t vocab;
   Tensor targets, mask, factor, token_loss;  // as in LossChunk
   Tensor target_logits;                      // [R] of target_logits_cuda
-  Tensor row_factors, scaled_x;              // [R], [R, d] out: scaled_x = row_factors * x; with `exponentials` only
+  Tensor row_factors, scaled_x;              // [R], [R, d] out: scaled_x = row_factors * x; with `exponentials` only. 0 in rows that do not
+                                             // count; scaled_x undefined: not wanted
   int64_t first_row;
 };
 bool forms_exponentials_cuda(const Tensor& x, const Tensor& weight);
