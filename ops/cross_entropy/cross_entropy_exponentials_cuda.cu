@@ -226,37 +226,37 @@ struct RowOfExponentials {
   float top, others;  // what they are relative to, in powers of two; their sum without the target
 };
 
-constexpr int kAnewClasses = 16;  // that a warp takes at a time
+constexpr int kAnewTiles = 4, kAnewClasses = 8 * kAnewTiles;  // that a warp takes at a time
 
 /// Logits of a block's rows and of a warp's classes from `begin` on, on the tensor cores; rows and classes behind the last repeat it. An
 /// instruction takes 16 features in whatever order, so that a lane's 16 bytes of a row go into two of them.
 /// logits[m][n][j]  of row 16 m + lane / 4 + 8 (j / 2) and class begin + 8 n + 2 (lane % 4) + j % 2
-__device__ __forceinline__ void form_logits(const FinishArgs& a, int first_row, int rows, int begin, float (&logits)[2][2][4]) {
+__device__ __forceinline__ void form_logits(const FinishArgs& a, int first_row, int rows, int begin, float (&logits)[2][kAnewTiles][4]) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, quad = lane % 4;
-  const Bf16 *of_row[4], *of_class[2];
+  const Bf16 *of_row[4], *of_class[kAnewTiles];
 #pragma unroll
   for (int k = 0; k < 4; ++k) of_row[k] = a.x + (first_row + min(g + 8 * k, rows - 1)) * a.x_stride;
 #pragma unroll
-  for (int n = 0; n < 2; ++n) of_class[n] = a.weight + min(begin + 8 * n + g, a.vocab - 1) * a.weight_stride;
+  for (int n = 0; n < kAnewTiles; ++n) of_class[n] = a.weight + min(begin + 8 * n + g, a.vocab - 1) * a.weight_stride;
 #pragma unroll
   for (int m = 0; m < 2; ++m)
 #pragma unroll
-    for (int n = 0; n < 2; ++n)
+    for (int n = 0; n < kAnewTiles; ++n)
 #pragma unroll
       for (int j = 0; j < 4; ++j) logits[m][n][j] = 0;
-#pragma unroll 2
+#pragma unroll 1
   for (int window = 0; window < a.width; window += 8 * 4) {
     const int i = window + 8 * quad;
     const auto pack_of = [&](const Bf16* from) { return i < a.width ? *reinterpret_cast<const uint4*>(from + i) : uint4{0, 0, 0, 0}; };
-    uint4 x[4], weight[2];
+    uint4 x[4], weight[kAnewTiles];
 #pragma unroll
-    for (int n = 0; n < 2; ++n) weight[n] = pack_of(of_class[n]);
+    for (int n = 0; n < kAnewTiles; ++n) weight[n] = pack_of(of_class[n]);
 #pragma unroll
     for (int k = 0; k < 4; ++k) x[k] = pack_of(of_row[k]);
 #pragma unroll
     for (int m = 0; m < 2; ++m)
 #pragma unroll
-      for (int n = 0; n < 2; ++n) {
+      for (int n = 0; n < kAnewTiles; ++n) {
         multiply_bf16(logits[m][n], {x[2 * m].x, x[2 * m + 1].x, x[2 * m].y, x[2 * m + 1].y}, weight[n].x, weight[n].y);
         multiply_bf16(logits[m][n], {x[2 * m].z, x[2 * m + 1].z, x[2 * m].w, x[2 * m + 1].w}, weight[n].z, weight[n].w);
       }
@@ -283,13 +283,13 @@ __device__ void form_rows_anew(const FinishArgs& a, int first_row, int rows, uns
     for (int w = 1; w < kFinishWarps; ++w) joined = join(joined, of_warps[w][lane]);
     return joined;
   };
-  float logits[2][2][4], largest[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
+  float logits[2][kAnewTiles][4], largest[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
   for (int begin = warp * kAnewClasses; begin < a.vocab; begin += kFinishWarps * kAnewClasses) {
     form_logits(a, first_row, rows, begin, logits);
 #pragma unroll
     for (int k = 0; k < 4; ++k)
 #pragma unroll
-      for (int n = 0; n < 2; ++n) largest[k] = fmaxf(largest[k], fmaxf(logits[k / 2][n][k % 2 * 2], logits[k / 2][n][k % 2 * 2 + 1]));
+      for (int n = 0; n < kAnewTiles; ++n) largest[k] = fmaxf(largest[k], fmaxf(logits[k / 2][n][k % 2 * 2], logits[k / 2][n][k % 2 * 2 + 1]));
   }
   const float top_of_lane = kLog2e * of_rows(largest, [](float p, float q) { return fmaxf(p, q); });
   float top[4], sums[4] = {};
@@ -304,7 +304,7 @@ __device__ void form_rows_anew(const FinishArgs& a, int first_row, int rows, uns
 #pragma unroll
     for (int k = 0; k < 4; ++k)
 #pragma unroll
-      for (int n = 0; n < 2; ++n) {
+      for (int n = 0; n < kAnewTiles; ++n) {
         const int v = begin + 8 * n + 2 * quad;
         float e[2];
 #pragma unroll
