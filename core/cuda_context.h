@@ -1,7 +1,6 @@
 // What a CUDA device owns, and how calls and launches are checked. Included by .cu files and by code that talks to CUDA itself.
 #pragma once
 #include <cublasLt.h>
-#include <cublas_v2.h>
 #include <cuda_runtime.h>
 
 #include <memory>
@@ -12,7 +11,6 @@ namespace longhand {
 struct CudaContext {
   int index = 0;
   cudaStream_t stream = nullptr;  // all work of the device, in order
-  cublasHandle_t blas = nullptr;
   cublasLtHandle_t blas_lt = nullptr;
   void* workspace = nullptr;  // for cuBLAS; of fixed address, so that captured graphs stay valid
   size_t workspace_bytes = 0;

@@ -11,7 +11,7 @@
 namespace longhand {
 
 class CachingAllocator;
-struct CudaContext;  // core/cuda_context.h: stream, cuBLAS handles, properties
+struct CudaContext;  // core/cuda_context.h: stream, cuBLASLt handle, properties
 
 enum class DeviceKind : uint8_t { cpu, cuda };
 

@@ -1,4 +1,4 @@
-// The CUDA device: stream, cuBLAS handles, allocator, checked calls. See device.h and cuda_context.h. (Plain C++: no kernel here.)
+// The CUDA device: stream, cuBLASLt handle, allocator, checked calls. See device.h and cuda_context.h. (Plain C++: no kernel here.)
 #include <fmt/core.h>
 #include <omp.h>
 
@@ -27,7 +27,7 @@ void cuda_check(cudaError_t status, const char* call, const std::source_location
 
 void cublas_check(cublasStatus_t status, const char* call, const std::source_location& at) {
   if (status == CUBLAS_STATUS_SUCCESS) return;
-  throw DeviceError("cuda: a cuBLAS call failed", {{"call", call}, {"reason", cublasGetStatusString(status)}, {"op", current_op_path()}},
+  throw DeviceError("cuda: a cuBLAS call failed", {{"call", call}, {"reason", cublasLtGetStatusString(status)}, {"op", current_op_path()}},
                     at);
 }
 
@@ -93,14 +93,9 @@ Device open_cuda(int index) {
   context->shared_memory_per_block = static_cast<int64_t>(properties.sharedMemPerBlockOptin);
   context->bf16_peak_flops = bf16_peak(properties);
   cuda_check(cudaStreamCreateWithFlags(&context->stream, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
-  cublas_check(cublasCreate(&context->blas), "cublasCreate");
   cublas_check(cublasLtCreate(&context->blas_lt), "cublasLtCreate");
-  cublas_check(cublasSetStream(context->blas, context->stream), "cublasSetStream");
   context->workspace_bytes = size_t{64} << 20;
   cuda_check(cudaMalloc(&context->workspace, context->workspace_bytes), "cudaMalloc");
-  cublas_check(cublasSetWorkspace(context->blas, context->workspace, context->workspace_bytes), "cublasSetWorkspace");
-  // f32 products stay f32: no TF32, so that the f32 path can be compared with the CPU.
-  cublas_check(cublasSetMathMode(context->blas, CUBLAS_DEFAULT_MATH), "cublasSetMathMode");
   auto allocator = std::make_shared<CudaAllocator>(index, context->stream);
   return DeviceFactory::make(DeviceKind::cuda, index, std::move(allocator), std::move(context));
 }
