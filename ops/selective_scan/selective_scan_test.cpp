@@ -460,6 +460,30 @@ TEST("selective_scan on CUDA agrees with the CPU at awkward lengths and widths, 
     expect_cuda_parity({s});
 }
 
+// Together these take every path of the kernels, each with as little work as it takes: for tools under which a kernel takes minutes.
+namespace {
+void expect_smallest_parity(std::initializer_list<CudaCase> cases) {
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  const SwitchScope scope = poison();
+  const test::EveryComparison every;
+  for (const CudaCase& c : cases) expect_cuda_parity(c);
+}
+}  // namespace
+
+TEST(
+    "selective_scan on CUDA agrees with the CPU at the smallest sizes: states of 16, 64 and 256 entries, with copies of 16 bytes and not") {
+  expect_smallest_parity(
+      {{{1, 40, 8, 16}}, {{1, 40, 6, 5}, {}, 3}, {{1, 40, 8, 24}}, {{1, 40, 6, 25}, {}, 3}, {{1, 40, 8, 72}}, {{1, 40, 6, 73}, {}, 3}});
+}
+
+TEST("selective_scan on CUDA agrees with the CPU at the smallest sizes: two segments, and more than 16") {
+  expect_smallest_parity({{{1, 520, 5, 5}}, {{1, 520, 5, 24}}, {{1, 520, 5, 70}}, {{1, 5000, 3, 4}}});
+}
+
+TEST("selective_scan on CUDA agrees with the CPU at the smallest sizes: rows and channels that fill 132 multiprocessors in three ways") {
+  expect_smallest_parity({{{8, 5, 1536, 16}}, {{16, 5, 1536, 16}}, {{32, 5, 1500, 16}}});
+}
+
 TEST("selective_scan on CUDA reads and writes strided views, aligned and not") {
   if (cuda_device_count() == 0) SKIP("no CUDA device");
   const SwitchScope scope = poison();
@@ -586,7 +610,7 @@ TEST("selective_scan on CUDA gives the same bits twice, and refuses states that 
   };
   for (const Sizes& s :
        {Sizes{2, 300, 200, 16}, Sizes{1, 4000, 24, 16}, Sizes{30, 300, 700, 16}, Sizes{2, 200, 40, 60}, Sizes{1, 90, 20, 200}})
-    CHECK(results(s) == results(s));
+    if (!test::is_left_out()) CHECK(results(s) == results(s));
   CHECK_THROWS_AS(results({1, 3, 2, 257}), ValueError);
   SelectiveScanInputs far = random_inputs({1, 2, 4, 3}, 83, {}, Dtype::f32);
   for (Tensor* t : members(far)) *t = t->to(Device::cuda());

@@ -16,6 +16,7 @@
 #include "ops/selective_scan/selective_scan.h"
 #include "ops/ssd/ssd.h"
 #include "tests/support/check.h"
+#include "tests/support/parity.h"
 
 namespace longhand {
 namespace {
@@ -51,6 +52,7 @@ TEST("token step: norm and projection agree with the ops, for every number of ro
       for (const auto& [D, R] :
            {std::pair<int64_t, int64_t>{16, 5}, {264, 33}, {768, 50}, {1024, 4384}, {2048, 7}, {2816, 24}, {4096, 100}})
         for (const bool with_branch : {false, true}) {
+          if (is_left_out()) continue;
           const Tensor residual = random_tensor(gpu, Dtype::f32, {B, D}, 1), branch = random_tensor(gpu, dtype, {B, D}, 2);
           const Tensor norm = random_tensor(gpu, Dtype::f32, {D}, 3), weight = random_tensor(gpu, dtype, {R, D}, 4, 0.05);
           const Tensor out = Tensor::empty(gpu, dtype, {B, R}), wide = Tensor::empty(gpu, Dtype::f32, {B, R});
@@ -94,6 +96,7 @@ TEST("token step: the gate and its projection agree with the ops, in every form,
       for (const auto& [E, R] : {std::pair<int64_t, int64_t>{64, 9}, {2048, 1024}, {1536, 768}})
         for (const Form& form : {Form{true, false, 1}, {true, true, 1}, {true, false, 4}, {false, false, 1}})
           for (const int64_t taps : {0, 1, 3, 9}) {
+            if (is_left_out()) continue;
             constexpr int64_t C = 40;
             const Tensor y = random_tensor(gpu, dtype, {B, E}, 1), both = random_tensor(gpu, dtype, {B, E + C}, 2);
             const Tensor z = both.slice(1, 0, E), now = both.slice(1, E, E + C), weight = random_tensor(gpu, dtype, {R, E}, 3, 0.05);
@@ -117,6 +120,7 @@ TEST("token step: the gate of GLA's heads, which share the norm's weights, and o
   for (const Dtype dtype : kDtypes)
     for (const int64_t B : {1, 2, 8, 9})
       for (const auto& [H, Dv] : {std::pair<int64_t, int64_t>{4, 256}, {2, 12}, {3, 88}}) {
+        if (is_left_out()) continue;
         const int64_t E = H * Dv;
         const Tensor y = random_tensor(gpu, dtype, {B, E}, 1), z = random_tensor(gpu, dtype, {B, E + 3}, 2).slice(1, 3, E + 3),
                      norm = random_tensor(gpu, Dtype::f32, {Dv}, 3), weight = random_tensor(gpu, dtype, {40, E}, 4, 0.05),
@@ -140,6 +144,7 @@ TEST("token step: convolution and projection agree with the ops, and the window 
     for (const int64_t B : {1, 3, 8, 9})
       for (const auto& [C, R] : {std::pair<int64_t, int64_t>{32, 9}, {1536, 80}, {5120, 192}})
         for (const int64_t W : {1, 2, 4}) {
+          if (is_left_out()) continue;
           const int64_t begin = W == 2 ? 3 : 0;  // off the grid of packs, too
           const Tensor both = random_tensor(gpu, dtype, {B, 2 * C}, 1), now = both.slice(1, begin, begin + C),
                        window = random_tensor(gpu, dtype, {B, W - 1, C}, 2), kept = window.clone(),
