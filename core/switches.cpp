@@ -13,7 +13,7 @@
 namespace longhand {
 namespace {
 
-constexpr std::array<SwitchRow, 12> kTable{{
+constexpr std::array<SwitchRow, 13> kTable{{
     {"LONGHAND_TRACE", "0, 1, 2", "each op in order; 2 adds shapes, dtypes and milliseconds"},
     {"LONGHAND_MEMORY", "0, 1", "live and peak bytes, and the ops whose tensors were alive at the peak"},
     {"LONGHAND_CHECK", "0, 1", "domain checks; stops at the first NaN or infinity and names op, tensor, index and layer"},
@@ -26,6 +26,7 @@ constexpr std::array<SwitchRow, 12> kTable{{
     {"LONGHAND_PARITY_EVERY", "a number", "which comparisons with the CPU the tests make: 11 makes every eleventh (1 without it)"},
     {"LONGHAND_FUZZ_INPUTS", "a number", "how many damaged files of each kind the fuzz test reads (1500 without it)"},
     {"LONGHAND_SOAK_STEPS", "a number", "how many steps the soak test trains (2000 without it)"},
+    {"LONGHAND_SOAK_GPU", "a number", "rounds of the soak of a GPU's memory, which needs a GPU to itself (left out without it)"},
 }};
 
 #if defined(__SANITIZE_ADDRESS__)

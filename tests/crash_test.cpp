@@ -125,8 +125,10 @@ void kill_and_resume(const Site& site, const std::vector<std::string>& start, co
     std::optional<ProcessResult> ended;
     {
       Process process(begun ? site.resume_words(run) : start, site.here());
-      // Every other kill aims at a checkpoint, every fourth at the start, the others fall anywhere.
-      if (key % 2 == 1) process.wait_until([&] { return is_writing_checkpoint(folder); });
+      // Every other kill aims at a checkpoint, in turn at any and at one behind the first; every fourth at the start; the others fall
+      // anywhere.
+      if (key % 2 == 1)
+        process.wait_until([&] { return is_writing_checkpoint(folder) && (key % 4 == 1 || fs::exists(folder + "/checkpoints/latest")); });
       const uint64_t range = key % 2 == 1 ? 3000 : key % 4 == 0 ? 25000 : static_cast<uint64_t>(span.count());
       const auto moment = Clock::now() + std::chrono::microseconds(philox_u64(7, key) % range);
       if (!process.wait_until([&] { return Clock::now() >= moment; })) ended = process.finish();

@@ -1,15 +1,22 @@
 // A run over many epochs of changing shards: memory, file handles and threads stay what they were; and the same run from a disk that is
-// slow and hands out little at a time. LONGHAND_SOAK_STEPS makes it longer.
+// slow and hands out little at a time. LONGHAND_SOAK_STEPS makes it longer. And what a GPU has left, round after round of models that come
+// and go.
 #include <malloc.h>
+#if LONGHAND_WITH_CUDA
+#include <cuda_runtime.h>
+#endif
 
 #include <algorithm>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
 
+#include "autograd/tape.h"
+#include "core/allocator.h"
 #include "core/error.h"
 #include "data/shard_writer.h"
 #include "data/token_cache.h"
+#include "models/decoder.h"
 #include "tests/support/process.h"
 #include "tests/support/tiny_training.h"
 
@@ -135,6 +142,68 @@ TEST("soak: memory, file handles and threads stay flat over many epochs of chang
   CHECK(after.handles == before.handles);
   CHECK(after.threads == before.threads);
   CHECK(fs::exists(job.folder.file("checkpoints/step-" + std::to_string(steps / 100 * 100))));
+}
+
+#if LONGHAND_WITH_CUDA
+// What a round leaves behind: of tensors, of the GPU's memory that nobody has, and on the host.
+struct Left {
+  int64_t live_bytes = 0, free_bytes = 0, held_kib = 0, handles = 0;
+};
+
+Left left_on(const Device& gpu) {
+  gpu.synchronize();
+  gpu.allocator().release_cached();
+  std::size_t free_bytes = 0, total_bytes = 0;
+  REQUIRE(cudaMemGetInfo(&free_bytes, &total_bytes) == cudaSuccess);
+  const Usage usage = usage_of_this_process();
+  return {gpu.allocator().use().live_bytes, static_cast<int64_t>(free_bytes), usage.held_kib, usage.handles};
+}
+
+// Steps launch by launch and as a graph, a prompt, tokens launch by launch and as a graph.
+void train_and_decode(const std::string& family, int64_t rows, int64_t length, const Device& gpu) {
+  const Recipe recipe = tiny_recipe({"train.batch_size=" + std::to_string(rows), "train.length=" + std::to_string(length)}, family);
+  const auto model = tiny_model(recipe, gpu);
+  {
+    Trainer trainer(recipe, *model);
+    for (uint64_t step = 0; step < 4; ++step) trainer.step(made_up_batch(recipe, step));
+    trainer.wait();
+    REQUIRE_MESSAGE(trainer.queued().find("a graph of") != std::string::npos, trainer.queued());
+  }
+  const NoGrad no_grad;
+  const std::vector<int32_t> prompt(static_cast<std::size_t>(rows * length), 7), token(static_cast<std::size_t>(rows), 9);
+  Decoder decoder(*model, model->forward(Tensor::from(gpu, {rows, length}, prompt)).state);
+  for (int n = 0; n < 4; ++n) decoder.step(token);
+}
+#endif
+
+TEST("soak: a GPU has as much memory left after hundreds of models, recorded steps and decoders as after the first") {
+#if LONGHAND_WITH_CUDA
+  const char* given = std::getenv("LONGHAND_SOAK_GPU");
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  if (given == nullptr) SKIP("it needs a GPU to itself: LONGHAND_SOAK_GPU=200");
+  const Device gpu = Device::cuda();
+  constexpr const char* kFamilies[] = {"mamba1", "mamba2", "gla"};
+  constexpr int64_t kRows[] = {1, 3, 10}, kLengths[] = {20, 70, 33};
+  constexpr int64_t kForms = 9;
+  const int64_t rounds = std::max<int64_t>(std::stoll(given), 4 * kForms) / kForms * kForms;
+  std::vector<Left> left;
+  for (int64_t round = 0; round < rounds; ++round) {
+    train_and_decode(kFamilies[round % 3], kRows[round / 3 % 3], kLengths[round / 3 % 3], gpu);
+    left.push_back(left_on(gpu));
+  }
+  // Each form has loaded its kernels, and cuBLAS what it keeps, in the first quarter.
+  const Left early = left[static_cast<std::size_t>(rounds / 4)], late = left.back();
+  MESSAGE(rounds << " rounds; bytes free: " << left.front().free_bytes << " after the first, " << early.free_bytes << " after a quarter, "
+                 << late.free_bytes << " at the end; bytes of tensors: " << early.live_bytes << ", " << late.live_bytes
+                 << "; KiB held on the host: " << early.held_kib << ", " << late.held_kib << "; handles " << early.handles << ", "
+                 << late.handles);
+  CHECK(late.free_bytes >= early.free_bytes);
+  CHECK(late.live_bytes == early.live_bytes);
+  CHECK(late.held_kib <= early.held_kib + 64);
+  CHECK(late.handles == early.handles);
+#else
+  SKIP("a build without CUDA");
+#endif
 }
 
 TEST("soak: a slow disk that hands out little at a time changes no step") {
