@@ -36,7 +36,7 @@ class ByteSource {
   std::size_t read(char* out, std::size_t size);
 
   /// The most text of this file that may be held at once, in a window or as a line: kHeldPerStoredByte for each stored byte, and
-  /// kAlwaysHeld for the smallest file. No limit, the largest int64_t, for plain text, which is as large as its file, and for a pipe.
+  /// kAlwaysHeld for the smallest file. No limit for plain text, which is as large as its file, and for a pipe.
   int64_t may_hold() const;
   /// The rows of an error that say so, and the way out.
   std::vector<ErrorRow> rows_of_may_hold() const;
