@@ -112,6 +112,8 @@ TEST("soak: memory, file handles and threads stay flat over many epochs of chang
                           if (step.step % watch_every == 0) watched.push_back(usage_of_this_process());
                         }};
   write_file_atomically(job.folder.file("config.toml"), to_toml(recipe));
+#pragma omp parallel
+  {}  // OpenMP's threads stay for good
   const Usage before = usage_of_this_process();
   const TrainingOutcome outcome = run_training(job, *model);
   const Usage after = usage_of_this_process();
