@@ -5,6 +5,7 @@
 
 #include "core/error.h"
 #include "core/tensor.h"
+#include "core/upload.h"
 #include "tests/support/check.h"
 
 using namespace longhand;
@@ -148,4 +149,23 @@ TEST("CUDA tensors copy, convert and fill like CPU tensors") {
   CHECK(g.to_vector<float>()[8 * 7] == 56);  // outside the view nothing changed
   const Tensor ids = Tensor::full(gpu, Dtype::i32, {5}, 7);
   CHECK(ids.to_vector<int32_t>() == std::vector<int32_t>(5, 7));
+}
+
+TEST("upload: values arrive that the host forgets at once; a CPU has none") {
+  CHECK_THROWS_AS(upload_to(counting({3})), DeviceError);
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  const Device gpu = Device::cuda();
+  const Tensor to = Tensor::empty(gpu, Dtype::i32, {1000});
+  const auto upload = upload_to(to);
+  std::vector<Tensor> seen;
+  for (int32_t turn = 0; turn < 50; ++turn) {
+    std::vector<int32_t> values(1000, turn);
+    upload->send(std::as_bytes(std::span(values)));
+    values.assign(1000, -1);
+    seen.push_back(to.clone());
+  }
+  for (int32_t turn = 0; turn < 50; ++turn)
+    CHECK(seen[static_cast<std::size_t>(turn)].to_vector<int32_t>() == std::vector<int32_t>(1000, turn));
+  const std::vector<int32_t> few(3);
+  CHECK_THROWS_AS(upload->send(std::as_bytes(std::span(few))), ValueError);
 }

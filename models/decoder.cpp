@@ -13,6 +13,7 @@ Decoder::Decoder(const LanguageModel& model, const RecurrentState& state, const 
     : model_(model),
       state_(state.clone()),
       tokens_(Tensor::empty(model.device(), Dtype::i32, {state.rows(), 1})),
+      to_tokens_(model.device().is_cuda() ? upload_to(tokens_) : nullptr),
       then_(options.then),
       joined_(model.has_step(state.rows()) && options.joined_kernels),
       graphs_(model.device().is_cuda()) {}
@@ -21,7 +22,8 @@ const Tensor& Decoder::step(std::span<const int32_t> tokens) {
   if (static_cast<int64_t>(tokens.size()) != tokens_.dim(0))
     throw ShapeError("decoder: one token a row is needed",
                      {{"tokens", std::to_string(tokens.size())}, {"rows", std::to_string(tokens_.dim(0))}});
-  copy(tokens_, Tensor::from(Device::cpu(), tokens_.shape(), std::vector<int32_t>(tokens.begin(), tokens.end())));
+  if (to_tokens_) to_tokens_->send(std::as_bytes(tokens));
+  else copy(tokens_, Tensor::from(Device::cpu(), tokens_.shape(), std::vector<int32_t>(tokens.begin(), tokens.end())));
   const bool watched = switches().check || switches().trace != 0 || OpLedger::running();
   if (graphs_ && warm_ && !watched && !graph_) {
     try {

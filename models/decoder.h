@@ -6,6 +6,7 @@
 #include <span>
 
 #include "core/device_graph.h"
+#include "core/upload.h"
 #include "models/language_model.h"
 
 namespace longhand {
@@ -42,6 +43,7 @@ class Decoder {
   const LanguageModel& model_;
   RecurrentState state_;
   Tensor tokens_, logits_;
+  std::unique_ptr<Upload> to_tokens_;  // on a GPU
   std::unique_ptr<DeviceGraph> graph_;
   std::function<void(const Tensor&)> then_;
   bool joined_, graphs_, warm_ = false;
