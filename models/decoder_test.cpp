@@ -61,6 +61,9 @@ TEST("decoder: joined kernels agree with forward and logits, token after token, 
   for (ModelConfig& config : configs) config.d_model = 64;
   configs[1].options = {{"d_state", 32}, {"headdim", 32}, {"ngroups", 2}};
   configs[2].options = {{"num_heads", 2}, {"intermediate_size", 32}};
+  configs.push_back(tiny("mamba2"));  // whose states of many rows pass through shared memory
+  configs[3].d_model = 256;
+  configs[3].options = {{"d_state", 128}, {"headdim", 64}};
   const NoGrad no_grad;
   for (const ModelConfig& config : configs)
     for (const Dtype dtype : {Dtype::f32, Dtype::bf16})

@@ -4,10 +4,10 @@
 // moves   the weight once: 2*R*D bytes in bf16 (9.0 MB for 4384 x 1024); the rows of activations stay in L2
 // flops   1 multiply-add per element of weight and row: memory bound
 // floor   9.0 MB / 4.3 TB/s = 2.1 us on an H200
-// split   a block owns some rows of weight, up to kWeightBytes where that leaves kFewestBlocks, but always eight. They are on their way to
-//         shared memory long before the kernel in front has ended; then every block forms the rows of activations beside them and its
-//         warps multiply
-// needs   weights of whole packs of 16 bytes a row; the shared memory that few_rows_fit() counts
+// split   a block owns some rows of weight: token_product.h says how many. They are on their way to shared memory long before the kernel in
+//         front has ended; then every block forms the rows of activations beside them and its warps multiply. A boundary between kernels
+//         waits for the end of each block and a product for its slowest warp: few blocks, and in each many warps with few columns
+// needs   weights of whole packs of 16 bytes a row; the shared memory that cut_product() counts
 // order   sums over parts of the columns, then over the parts: the same bits whatever the grid and the number of rows
 // agrees  with the ops that they join: kTokenStepToleranceF32, kTokenStepToleranceBf16
 #include <algorithm>
@@ -18,23 +18,19 @@
 #include "ops/common/cuda_math.cuh"
 #include "ops/common/matrix_instructions.cuh"
 #include "ops/token_step/token_launch_cuda.cuh"
+#include "ops/token_step/token_product.h"
 #include "ops/token_step/token_step.h"
 
 namespace longhand {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / kWarp, kWarpsLog2 = 3;
-static_assert(1 << kWarpsLog2 == kWarps);
+constexpr int kWarps = kProductWarps, kThreads = kWarps * kWarp;
 constexpr int kRows = static_cast<int>(kTokenStepRows);
 constexpr int kBlocksOfRegisters = 4;  // room for the blocks of the next kernels beside those that are at work
 
 // --- a product of few rows ------------------------------------------------------------------------------------
 
-constexpr int kTile = 8;                                    // rows of weight of a tensor-core product
-constexpr int kWindow = 32;                                 // columns of two of them
-constexpr int kPartialFloats = kWarps * kRows * 2 * kTile;  // what the warps of a block have to add up
-constexpr int64_t kWeightBytes = 68 * 1024;                 // of a block, where rows are not longer
-constexpr int64_t kFewestBlocks = 100;                      // fewer leave too much of a GPU idle; the next kernel waits for the end of each
+constexpr int kWindow = 32;  // columns of two tensor-core products
 
 /// out = x weight^T
 struct Product {
@@ -42,18 +38,12 @@ struct Product {
   void* out;
   int64_t out_rows;  // R
   int width;         // D, a multiple of the pack
+  int stride;        // elements between two rows in shared memory
   int batch;
-  int block_rows;  // of weight: kTile 2^tiles_log2
-  int tiles_log2;  // at most kWarpsLog2
+  int rows_log2;  // of weight in a block
   float one_over_width;
+  __device__ int block_rows() const { return 1 << rows_log2; }
 };
-
-/// Elements between two rows in shared memory: an odd multiple of 64 bytes, so that eight lanes which read two rows meet in no bank.
-template <class T>
-__host__ __device__ constexpr int shared_stride(int width) {
-  constexpr int line = 128 / static_cast<int>(sizeof(T));
-  return (width + line - 1) / line * line + line / 2;
-}
 
 /// The dynamic shared memory of a block: its rows of weight, the rows of x, what a kernel loads ahead, what the product adds up.
 template <class T>
@@ -62,13 +52,9 @@ struct BlockMemory {
   float *ahead, *partial;
   __device__ BlockMemory(const Product& p, int floats_ahead) {
     weight = reinterpret_cast<T*>(shared_memory());
-    x = weight + p.block_rows * shared_stride<T>(p.width);
-    ahead = reinterpret_cast<float*>(x + p.batch * shared_stride<T>(p.width));
+    x = weight + p.block_rows() * p.stride;
+    ahead = reinterpret_cast<float*>(x + p.batch * p.stride);
     partial = ahead + floats_ahead;
-  }
-  static int64_t bytes(const Product& p, int64_t floats_ahead) {
-    return (p.block_rows + p.batch) * shared_stride<T>(p.width) * static_cast<int64_t>(sizeof(T)) +
-           (floats_ahead + kPartialFloats) * static_cast<int64_t>(sizeof(float));
   }
 };
 
@@ -83,78 +69,58 @@ template <class T>
 __device__ void load_weight(const Product& p, T* to, int64_t block) {
   constexpr int vec = 16 / static_cast<int>(sizeof(T));
   const int lane = static_cast<int>(threadIdx.x) % kWarp, packs = p.width / vec;
-  for (int r = static_cast<int>(threadIdx.x) / kWarp; r < p.block_rows; r += kWarps) {
-    const int64_t row = block * p.block_rows + r < p.out_rows ? block * p.block_rows + r : p.out_rows - 1;
+  for (int r = static_cast<int>(threadIdx.x) / kWarp; r < p.block_rows(); r += kWarps) {
+    const int64_t row = min((block << p.rows_log2) + r, p.out_rows - 1);
     const T* from = static_cast<const T*>(p.weight) + row * p.width;
-    for (int pack = lane; pack < packs; pack += kWarp) copy_16_async(to + r * shared_stride<T>(p.width) + pack * vec, from + pack * vec);
+    for (int pack = lane; pack < packs; pack += kWarp) copy_16_async(to + r * p.stride + pack * vec, from + pack * vec);
   }
   close_copies();
 }
 
-/// How many warps, as a power of two, share out the columns of two tiles, or of the only one.
+/// How many warps, as a power of two, share out the columns of a tile.
 __device__ inline int share_log2(const Product& p) {
-  return kWarpsLog2 - (p.tiles_log2 > 0 ? p.tiles_log2 - 1 : 0);
+  return p.rows_log2 > kTileLog2 ? kProductWarpsLog2 + kTileLog2 - p.rows_log2 : kProductWarpsLog2;
 }
 
-/// bf16 on the tensor cores: sixteen rows of weight by eight rows of x an instruction; the warps of two tiles share out the columns. An
-/// instruction takes 16 columns in whatever order, so that a lane's 16 bytes of a row go into two of them. Even and odd windows are summed
-/// apart: no instruction waits for the one before. Where a block has a single tile and four rows of x at most, the odd windows are what the
-/// instruction has as rows 8 to 15 of weight and 4 to 7 of x: half as many instructions, and the same sums.
-/// partial [warp, row of two tiles, row of x]
+/// bf16 on the tensor cores: a tile of weight by eight rows of x an instruction; the warps of a tile share out the columns. An instruction
+/// takes 16 columns in whatever order, so that a lane's 16 bytes of a row go into two of them. Even and odd windows are summed apart: no
+/// instruction waits for the one before.
+/// partial [warp, row of x, row of the tile]
 __device__ inline void multiply_part(const Product& p, const BlockMemory<__nv_bfloat16>& memory) {
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp, row = lane / 4;
-  const int share = share_log2(p), tiles = warp >> share, part = warp - (tiles << share);
+  const int share = share_log2(p), tile = warp >> share, part = warp - (tile << share), below = row + kTile / 2;
   const int windows = (p.width + kWindow - 1) / kWindow, begin = windows * part >> share, end = windows * (part + 1) >> share;
-  const int stride = shared_stride<__nv_bfloat16>(p.width);
-  const __nv_bfloat16* const weight = memory.weight + (tiles * 2 * kTile + row) * stride;
-  const auto pack = [&](const __nv_bfloat16* from, int window, bool there) {
-    const int column = window * kWindow + lane % 4 * 8;
-    return there && window < end && column < p.width ? *reinterpret_cast<const uint4*>(from + column) : uint4{0, 0, 0, 0};
-  };
-  float* const to = memory.partial + warp * 2 * kTile * kRows;
-  const auto put = [&](int of_tiles, int of_x, float first, float second) {
-    *reinterpret_cast<float2*>(to + of_tiles * kRows + of_x) = float2{first, second};
-  };
+  const int stride = p.stride;
+  const __nv_bfloat16 *const weight = memory.weight + (tile * kTile + row) * stride, *const x = memory.x + row * stride;
+  const bool whole = p.rows_log2 >= kTileLog2;  // or what the block has of a tile
+  const bool upper = whole || row < p.block_rows(), lower = whole || below < p.block_rows();
   float even[2][4] = {}, odd[2][4] = {};  // columns that one, and that the other instruction takes
-  if (p.tiles_log2 == 0 && p.batch <= 4) {
-    const __nv_bfloat16* const x = memory.x + row % 4 * stride;
-#pragma unroll 4
-    for (int window = begin; window < end; window += 2) {
-      const uint4 w = pack(weight, window, true), next = pack(weight, window + 1, true), in = pack(x, window + row / 4, row % 4 < p.batch);
-      multiply_bf16(even[0], {w.x, next.x, w.y, next.y}, in.x, in.y);
-      multiply_bf16(even[1], {w.z, next.z, w.w, next.w}, in.z, in.w);
-    }
-    float sums[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) sums[j] = even[0][j] + even[1][j];
-    const float first = sums[0] + __shfl_down_sync(0xffffffffu, sums[2], 2), second = sums[1] + __shfl_down_sync(0xffffffffu, sums[3], 2);
-    if (lane % 4 < 2) put(row, lane % 4 * 2, first, second);
-    return;
-  }
-  const bool both = p.tiles_log2 > 0;  // tiles
-  const __nv_bfloat16* const x = memory.x + row * stride;
 #pragma unroll 2
   for (int window = begin; window < end; window += 2) {
     const auto multiply = [&](int at, float(&sums)[2][4]) {
-      const uint4 w = pack(weight, at, true), below = pack(weight + kTile * stride, at, both), in = pack(x, at, row < p.batch);
-      multiply_bf16(sums[0], {w.x, below.x, w.y, below.y}, in.x, in.y);
-      multiply_bf16(sums[1], {w.z, below.z, w.w, below.w}, in.z, in.w);
+      const int column = at * kWindow + lane % 4 * 8;
+      const auto pack = [&](const __nv_bfloat16* from, bool there) {
+        return there && at < end && column < p.width ? *reinterpret_cast<const uint4*>(from + column) : uint4{0, 0, 0, 0};
+      };
+      const uint4 w = pack(weight, upper), more = pack(weight + kTile / 2 * stride, lower), in = pack(x, row < p.batch);
+      multiply_bf16(sums[0], {w.x, more.x, w.y, more.y}, in.x, in.y);
+      multiply_bf16(sums[1], {w.z, more.z, w.w, more.w}, in.z, in.w);
     };
     multiply(window, even);
     multiply(window + 1, odd);
   }
-  float sums[4];
+  float* const to = memory.partial + warp * kRows * kPartsOfRow;
 #pragma unroll
-  for (int j = 0; j < 4; ++j) sums[j] = (even[0][j] + even[1][j]) + (odd[0][j] + odd[1][j]);
-  put(row, lane % 4 * 2, sums[0], sums[1]);
-  if (both) put(kTile + row, lane % 4 * 2, sums[2], sums[3]);
+  for (int j = 0; j < 4; ++j)
+    if (const int of_x = lane % 4 * 2 + j % 2; of_x < p.batch)
+      to[of_x * kPartsOfRow + (j < 2 ? row : below)] = (even[0][j] + even[1][j]) + (odd[0][j] + odd[1][j]);
 }
 
 /// f32: a warp takes a row of weight after the other, its lanes share the columns.
 /// partial [row of weight, row of x]
 __device__ inline void multiply_part(const Product& p, const BlockMemory<float>& memory) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, stride = shared_stride<float>(p.width);
-  for (int r = static_cast<int>(threadIdx.x) / kWarp; r < p.block_rows; r += kWarps) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, stride = p.stride;
+  for (int r = static_cast<int>(threadIdx.x) / kWarp; r < p.block_rows(); r += kWarps) {
     float sums[kRows] = {};
     for (int i = lane * 4; i < p.width; i += kWarp * 4) {
       const Pack<float, 4> w = load_pack<4>(memory.weight + r * stride + i);
@@ -179,11 +145,12 @@ __device__ float sum_of_parts(const Product& p, const float* partial, int b, int
   if constexpr (sizeof(T) == 4) {
     return partial[r * kRows + b];
   } else {
-    const int share = share_log2(p), of_tiles = p.tiles_log2 > 0 ? r % (2 * kTile) : r;
+    const int share = share_log2(p);
+    const float* const first = partial + ((r / kTile << share) * kRows + b) * kPartsOfRow + r % kTile;
     float sum = 0;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w)
-      if (w < 1 << share) sum += partial[(((r / (2 * kTile) << share) + w) * 2 * kTile + of_tiles) * kRows + b];
+      if (w < 1 << share) sum += first[w * kRows * kPartsOfRow];
     return sum;
   }
 }
@@ -199,9 +166,9 @@ __device__ void multiply_all(const Product& p, const BlockMemory<T>& memory, int
     multiply_part(p, memory);
     __syncthreads();
     if (block + blocks_apart < blocks) load_weight(p, memory.weight, block + blocks_apart);
-    for (int i = static_cast<int>(threadIdx.x); i < p.block_rows * p.batch; i += kThreads) {
-      const int b = i / kTile >> p.tiles_log2, r = i - b * p.block_rows;  // no division
-      const int64_t row = block * p.block_rows + r;
+    for (int i = static_cast<int>(threadIdx.x); i < p.batch << p.rows_log2; i += kThreads) {
+      const int b = i >> p.rows_log2, r = i - (b << p.rows_log2);
+      const int64_t row = (block << p.rows_log2) + r;
       if (row < p.out_rows)
         static_cast<Out*>(p.out)[b * p.out_rows + row] = static_cast<Out>(scale(b) * sum_of_parts<T>(p, memory.partial, b, r));
     }
@@ -286,14 +253,17 @@ __device__ Pack<float, 4> residual_sum(const NormArgs& p, int64_t at) {
 template <class T, class Out, int n>
 __global__ void __launch_bounds__(kThreads, kBlocksOfRegisters)
     norm_projection_kernel(NormArgs p, int64_t blocks, unsigned product_blocks) {
-  let_next_kernel_start();
-  if (blockIdx.x >= product_blocks) return move_window<T>(p.move, blockIdx.x - product_blocks);
+  if (blockIdx.x >= product_blocks) {
+    let_next_kernel_start();
+    return move_window<T>(p.move, blockIdx.x - product_blocks);
+  }
   using Rows = RowsOfBlock<n>;
   __shared__ float scratch[n * kWarps];
   const int D = p.product.width, b = Rows::row();
   const BlockMemory<T> memory(p.product, D);
   load_ahead(p.norm, D, memory.ahead);
   load_weight(p.product, memory.weight, blockIdx.x);
+  let_next_kernel_start();
   copies_arrived_but<1>();
   __syncthreads();  // the norm's weights are there
   wait_for_kernel_in_front();
@@ -321,7 +291,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfRegisters)
             squares[v] = fmaf(in[u].at[j], in[u].at[j], squares[v]);
             x[j] = w.at[j] * in[u].at[j];
           }
-          store_pack(memory.x + b * shared_stride<T>(D) + i, round_to<T>(x));
+          store_pack(memory.x + b * p.product.stride + i, round_to<T>(x));
           if (blockIdx.x == 0 && p.sum != nullptr) store_pack(p.sum + row + i, in[u]);
         }
       }
@@ -353,14 +323,17 @@ __device__ Pack<T, 4> load_four(const T* from) {
 template <class T, int n>
 __global__ void __launch_bounds__(kThreads, kBlocksOfRegisters)
     gated_projection_kernel(GateArgs p, int64_t blocks, unsigned product_blocks) {
-  let_next_kernel_start();
-  if (blockIdx.x >= product_blocks) return move_window<T>(p.move, blockIdx.x - product_blocks);
+  if (blockIdx.x >= product_blocks) {
+    let_next_kernel_start();
+    return move_window<T>(p.move, blockIdx.x - product_blocks);
+  }
   using Rows = RowsOfBlock<n>;
   __shared__ float scratch[2][n * kWarps];
   const int group = p.product.width / p.groups;
   const BlockMemory<T> memory(p.product, p.norm_width);
   load_ahead(p.norm, p.norm_width, memory.ahead);
   load_weight(p.product, memory.weight, blockIdx.x);
+  let_next_kernel_start();
   copies_arrived_but<1>();
   wait_for_kernel_in_front();
 
@@ -388,7 +361,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfRegisters)
       rstd = rsqrtf(Rows::total(scratch[turn], Rows::row()) / static_cast<float>(group) + p.eps);
     }
     if (!mine) continue;
-    T* const x = memory.x + b * shared_stride<T>(p.product.width) + begin;
+    T* const x = memory.x + b * p.product.stride + begin;
     const float* weight = memory.ahead + (p.norm_width > group ? begin : 0);
     constexpr int kTurns = 4;  // whose loads are under way together
     for (int begin_of_turns = Rows::lane() * 4; begin_of_turns < group; begin_of_turns += kTurns * Rows::threads * 4) {
@@ -426,12 +399,12 @@ struct ConvolvedArgs {
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocksOfRegisters) convolved_projection_kernel(ConvolvedArgs p, int64_t blocks) {
-  let_next_kernel_start();
   const int C = p.product.width, thread = static_cast<int>(threadIdx.x);
   const int batch = p.product.batch;
   const BlockMemory<T> memory(p.product, p.ahead ? (batch + 1) * C : 0);
   float* const last_taps = memory.ahead + batch * C;
   load_weight(p.product, memory.weight, blockIdx.x);
+  let_next_kernel_start();
   const auto earlier = [&](int b, int c) {
     const T* window = static_cast<const T*>(p.window) + static_cast<int64_t>(b) * (p.taps - 1) * C + c;
     float sum = p.conv_bias != nullptr ? p.conv_bias[c] : 0.0f;
@@ -486,13 +459,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfRegisters) convolved_projec
   const bool whole = reinterpret_cast<uintptr_t>(now) % 16 == 0 && p.now_stride % vec == 0;
   if (whole)
     for (int b = 0; b < batch; ++b)
-      for (int c = thread * vec; c < C; c += kThreads * vec)
-        copy_16_async(memory.x + b * shared_stride<T>(C) + c, now + b * p.now_stride + c);
+      for (int c = thread * vec; c < C; c += kThreads * vec) copy_16_async(memory.x + b * p.product.stride + c, now + b * p.now_stride + c);
   copies_arrived();
   unsigned turn = 0;  // which block writes y
   for (int b = 0; b < batch; ++b)
     for (int c = thread * vec; c < C; c += kThreads * vec, turn = turn + 1 < gridDim.x ? turn + 1 : 0) {
-      T* const x = memory.x + b * shared_stride<T>(C) + c;
+      T* const x = memory.x + b * p.product.stride + c;
       Pack<T, vec> y;
       if (whole) {
         y = load_pack<vec>(x);
@@ -527,20 +499,24 @@ __global__ void shift_window_kernel(WindowMove move) {
 
 // --- launches -------------------------------------------------------------------------------------------------
 
-Product product_of(const Tensor& weight, const Tensor& out) {
-  int tiles_log2 = kWarpsLog2;
-  const auto rows = [&] { return int64_t{kTile} << tiles_log2; };
-  while (tiles_log2 > 0 &&
-         (rows() * weight.dim(1) * size_of(weight.dtype()) > kWeightBytes || weight.dim(0) < (kFewestBlocks - 1) * rows()))
-    --tiles_log2;
+GpuSizes sizes_of(const CudaContext& cuda) {
+  return {cuda.shared_memory_per_block, cuda.sm_count};
+}
+ProductCut cut_of(const Tensor& weight, int64_t batch, int64_t floats_ahead) {
+  return cut_product({weight.dim(0), weight.dim(1), batch, size_of(weight.dtype()), floats_ahead},
+                     sizes_of(weight.device().cuda_context()));
+}
+
+Product product_of(const Tensor& weight, const Tensor& out, const ProductCut& cut) {
+  const int64_t width = weight.dim(1);
   return {weight.raw(),
           out.raw(),
           weight.dim(0),
-          static_cast<int>(weight.dim(1)),
+          static_cast<int>(width),
+          static_cast<int>(shared_stride(width, size_of(weight.dtype()))),
           static_cast<int>(out.dim(0)),
-          static_cast<int>(rows()),
-          tiles_log2,
-          1.0f / static_cast<float>(weight.dim(1))};
+          cut.rows_log2,
+          1.0f / static_cast<float>(width)};
 }
 
 WindowMove move_of(const Tensor& window, const Tensor& now) {
@@ -577,41 +553,32 @@ struct Grid {
 };
 Grid grid_of(const Product& p, int64_t shared_bytes, const CudaContext& cuda) {
   constexpr int64_t kOfTheSystem = 1024;  // of each block
-  const int64_t blocks = (p.out_rows + p.block_rows - 1) / p.block_rows;
-  const int64_t in_one = std::clamp<int64_t>(cuda.shared_memory_per_block / (shared_bytes + kOfTheSystem), 1, 4);
+  const int64_t blocks = ((p.out_rows - 1) >> p.rows_log2) + 1;
+  const int64_t in_one = std::clamp<int64_t>(cuda.shared_memory_per_block / (shared_bytes + kOfTheSystem), 1, kBlocksOfRegisters);
   return {blocks, static_cast<unsigned>(std::min<int64_t>(blocks, cuda.sm_count * in_one))};
 }
 
 }  // namespace
 
 bool few_rows_fit_cuda(const Tensor& weight, int64_t rows, int64_t floats_ahead) {
-  Product product = product_of(weight, weight);
-  product.batch = static_cast<int>(rows);
-  const int64_t bytes = weight.dtype() == Dtype::f32 ? BlockMemory<float>::bytes(product, floats_ahead)
-                                                     : BlockMemory<__nv_bfloat16>::bytes(product, floats_ahead);
-  constexpr int64_t kStatic = 1024;  // of the kernels above
-  return bytes + kStatic <= weight.device().cuda_context().shared_memory_per_block;
+  return cut_of(weight, rows, floats_ahead).fits;
 }
 
 void norm_projection_cuda(const NormProjection& p, const Tensor& sum) {
   if (p.out.numel() == 0) return;
   const CudaContext& cuda = p.weight.device().cuda_context();
-  const NormArgs args{product_of(p.weight, p.out),
-                      p.residual.data<float>(),
-                      p.norm.data<float>(),
-                      p.branch ? p.branch.raw() : nullptr,
-                      p.branch ? sum.data<float>() : nullptr,
-                      static_cast<float>(p.eps),
-                      move_of(p.window, p.now)};
+  const ProductCut cut = cut_of(p.weight, p.out.dim(0), p.weight.dim(1));
+  const NormArgs args{
+      product_of(p.weight, p.out, cut),       p.residual.data<float>(),  p.norm.data<float>(),    p.branch ? p.branch.raw() : nullptr,
+      p.branch ? sum.data<float>() : nullptr, static_cast<float>(p.eps), move_of(p.window, p.now)};
   with_type(p.weight.dtype(), [&](auto element) {
     using T = decltype(element);
     const auto start = [&](auto out) {
       using Out = decltype(out);
       with_rows(args.product.batch, [&](auto n) {
-        const int64_t shared = BlockMemory<T>::bytes(args.product, args.product.width);
-        const Grid grid = grid_of(args.product, shared, cuda);
+        const Grid grid = grid_of(args.product, cut.shared_bytes, cuda);
         launch_overlapping(&norm_projection_kernel<T, Out, n()>, "norm_projection_kernel", grid.resident + blocks_of(args.move), kThreads,
-                           static_cast<size_t>(shared), cuda, args, grid.blocks, grid.resident);
+                           static_cast<size_t>(cut.shared_bytes), cuda, args, grid.blocks, grid.resident);
       });
     };
     p.out.dtype() == Dtype::f32 ? start(0.0f) : start(element);
@@ -621,7 +588,8 @@ void norm_projection_cuda(const NormProjection& p, const Tensor& sum) {
 void gated_projection_cuda(const GatedProjection& p) {
   if (p.out.numel() == 0) return;
   const CudaContext& cuda = p.weight.device().cuda_context();
-  const GateArgs args{product_of(p.weight, p.out),
+  const ProductCut cut = cut_of(p.weight, p.out.dim(0), p.norm ? p.norm.dim(0) : 0);
+  const GateArgs args{product_of(p.weight, p.out, cut),
                       p.y.raw(),
                       p.z.raw(),
                       p.y.stride(0),
@@ -635,10 +603,9 @@ void gated_projection_cuda(const GatedProjection& p) {
   with_type(p.weight.dtype(), [&](auto element) {
     using T = decltype(element);
     with_rows(args.product.batch * args.groups, [&](auto n) {
-      const int64_t shared = BlockMemory<T>::bytes(args.product, args.norm_width);
-      const Grid grid = grid_of(args.product, shared, cuda);
+      const Grid grid = grid_of(args.product, cut.shared_bytes, cuda);
       launch_overlapping(&gated_projection_kernel<T, n()>, "gated_projection_kernel", grid.resident + blocks_of(args.move), kThreads,
-                         static_cast<size_t>(shared), cuda, args, grid.blocks, grid.resident);
+                         static_cast<size_t>(cut.shared_bytes), cuda, args, grid.blocks, grid.resident);
     });
   });
 }
@@ -647,7 +614,9 @@ void convolved_projection_cuda(const ConvolvedProjection& p) {
   if (p.out.numel() == 0) return;
   const CudaContext& cuda = p.weight.device().cuda_context();
   const int64_t floats_ahead = p.now.numel() + p.now.dim(1);
-  const ConvolvedArgs args{product_of(p.weight, p.out),
+  const bool ahead = few_rows_fit_cuda(p.weight, p.now.dim(0), floats_ahead);
+  const ProductCut cut = cut_of(p.weight, p.now.dim(0), ahead ? floats_ahead : 0);
+  const ConvolvedArgs args{product_of(p.weight, p.out, cut),
                            p.now.raw(),
                            p.window.raw(),
                            p.now.stride(0),
@@ -655,13 +624,12 @@ void convolved_projection_cuda(const ConvolvedProjection& p) {
                            p.conv_bias ? p.conv_bias.data<float>() : nullptr,
                            p.y.raw(),
                            static_cast<int>(p.conv_weight.dim(2)),
-                           few_rows_fit_cuda(p.weight, p.now.dim(0), floats_ahead)};
+                           ahead};
   with_type(p.weight.dtype(), [&](auto element) {
     using T = decltype(element);
-    const int64_t shared = BlockMemory<T>::bytes(args.product, args.ahead ? floats_ahead : 0);
-    const Grid grid = grid_of(args.product, shared, cuda);
-    launch_overlapping(&convolved_projection_kernel<T>, "convolved_projection_kernel", grid.resident, kThreads, static_cast<size_t>(shared),
-                       cuda, args, grid.blocks);
+    const Grid grid = grid_of(args.product, cut.shared_bytes, cuda);
+    launch_overlapping(&convolved_projection_kernel<T>, "convolved_projection_kernel", grid.resident, kThreads,
+                       static_cast<size_t>(cut.shared_bytes), cuda, args, grid.blocks);
   });
 }
 

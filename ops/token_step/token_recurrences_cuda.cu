@@ -1,10 +1,12 @@
 // One step of a recurrence of each family; token_step.h has the formulas.
 //
-// mamba1_token_kernel, mamba2_token_kernel, gla_token_kernel
+// mamba1_token_kernel, mamba2_token_kernel, mamba2_many_rows_kernel, gla_token_kernel
 // moves   the state in and out once: 8*H*P*N bytes a row (2.1 MB at H 32, P 64, N 128)
 // split   mamba1: four lanes a channel, which share N and the columns of dt's projection
 //         mamba2: a block owns 64 channels (16) of one head of one row, a warp four of them; lanes share N. The convolution of B and C is
 //                 computed again by every block
+//         many    blocks stay and take state after state (one head of one row), which the copy engine brings to shared memory and takes
+//         rows:   from there: two are on their way while one is at work. The same sums
 //         gla:    a block owns 16 columns of the state of one head of one row; a thread has a quad of columns of every 32nd key
 //         Until the kernel in front has ended, states, windows, filters and small parameters are loaded
 // order   fixed sums, no atomics: the same bits every time
@@ -12,6 +14,7 @@
 #include <algorithm>
 
 #include "core/error.h"
+#include "ops/common/box_copies.cuh"
 #include "ops/common/cuda_math.cuh"
 #include "ops/token_step/token_launch_cuda.cuh"
 #include "ops/token_step/token_step.h"
@@ -126,36 +129,8 @@ __global__ void __launch_bounds__(warps* kWarp) mamba2_token_kernel(Mamba2Args p
     return i < N ? inner + group * N + i : inner + p.groups * N + group * N + i - N;
   };
 
-  // What no kernel of this token has written. Loads do not wait for one another: the filters of four taps that models have are read whole.
-  float pre[kMostInputs], last_tap[kMostInputs];
-  const T* const windows = static_cast<const T*>(p.window) + b * (p.width - 1) * p.channels;
-  if (p.width == 4) {
-    Pack<float, 4> taps[kMostInputs];
-    T past[kMostInputs][3];
-#pragma unroll
-    for (int k = 0; k < kMostInputs; ++k) {
-      const int c = channel_of(min(thread + k * kBlockThreads, count - 1));
-      taps[k] = load_pack<4>(p.conv_weight + static_cast<int64_t>(c) * 4);
-      pre[k] = p.conv_bias != nullptr ? p.conv_bias[c] : 0.0f;
-#pragma unroll
-      for (int j = 0; j < 3; ++j) past[k][j] = windows[static_cast<int64_t>(j) * p.channels + c];
-    }
-#pragma unroll
-    for (int k = 0; k < kMostInputs; ++k) {
-#pragma unroll
-      for (int j = 0; j < 3; ++j) pre[k] = fmaf(taps[k].at[j], to_f32(past[k][j]), pre[k]);
-      last_tap[k] = taps[k].at[3];
-    }
-  } else {
-#pragma unroll
-    for (int k = 0; k < kMostInputs; ++k) {
-      const int c = channel_of(min(thread + k * kBlockThreads, count - 1));
-      const float* weight = p.conv_weight + static_cast<int64_t>(c) * p.width;
-      pre[k] = p.conv_bias != nullptr ? p.conv_bias[c] : 0.0f;
-      for (int j = 0; j + 1 < p.width; ++j) pre[k] = fmaf(weight[j], to_f32(windows[static_cast<int64_t>(j) * p.channels + c]), pre[k]);
-      last_tap[k] = weight[p.width - 1];
-    }
-  }
+  // All loads are under way together: with few rows the first ones, of what no kernel of this token has written, while the kernel in front
+  // is still at work; with many rows a block waits for memory once.
   Pack<float, 4> state[kChannelsOfWarp][quads];
   const int first = part * kTokenChannels + warp * kChannelsOfWarp;  // channel of the head
   float* const states = p.state + ((b * p.heads + h) * p.headdim + first) * N;
@@ -164,15 +139,27 @@ __global__ void __launch_bounds__(warps* kWarp) mamba2_token_kernel(Mamba2Args p
 #pragma unroll
     for (int q = 0; q < quads; ++q)
       if (const int n = (q * kWarp + lane) * 4; n < N) state[i][q] = load_pack<4>(states + i * N + n);
-
-  const float dt_bias = p.dt_bias[h], A = -expf(p.A_log[h]);
+  constexpr int kFilter = 4;  // taps that models have: read whole
+  Pack<float, kFilter> taps[kMostInputs];
+  T past[kMostInputs][kFilter - 1], now[kMostInputs], z[kChannelsOfWarp] = {};
+  float bias[kMostInputs];
+  const T* const windows = static_cast<const T*>(p.window) + b * (p.width - 1) * p.channels;
+#pragma unroll
+  for (int k = 0; k < kMostInputs; ++k) {
+    const int c = channel_of(min(thread + k * kBlockThreads, count - 1));
+    bias[k] = p.conv_bias != nullptr ? p.conv_bias[c] : 0.0f;
+    if (p.width != kFilter) continue;
+    taps[k] = load_pack<kFilter>(p.conv_weight + static_cast<int64_t>(c) * kFilter);
+#pragma unroll
+    for (int j = 0; j + 1 < kFilter; ++j) past[k][j] = windows[static_cast<int64_t>(j) * p.channels + c];
+  }
+  const float dt_bias = p.dt_bias[h], A_log = p.A_log[h];
   float D_skip[kChannelsOfWarp];
 #pragma unroll
   for (int i = 0; i < kChannelsOfWarp; ++i) D_skip[i] = p.D_skip[p.skip_per_channel ? h * p.headdim + first + i : h];
 
   wait_for_kernel_in_front();
   const T* projected = static_cast<const T*>(p.projected) + b * p.projected_stride;
-  T now[kMostInputs], z[kChannelsOfWarp] = {};  // again all under way together
 #pragma unroll
   for (int k = 0; k < kMostInputs; ++k) now[k] = projected[inner + channel_of(min(thread + k * kBlockThreads, count - 1))];
   const T dt_in = projected[inner + p.channels + h];
@@ -180,12 +167,23 @@ __global__ void __launch_bounds__(warps* kWarp) mamba2_token_kernel(Mamba2Args p
 #pragma unroll
     for (int i = 0; i < kChannelsOfWarp; ++i) z[i] = projected[h * p.headdim + first + i];
 #pragma unroll
-  for (int k = 0; k < kMostInputs; ++k)
+  for (int k = 0; k < kMostInputs; ++k) {
+    float sum = bias[k];
+    if (p.width == kFilter) {
+#pragma unroll
+      for (int j = 0; j + 1 < kFilter; ++j) sum = fmaf(taps[k].at[j], to_f32(past[k][j]), sum);
+      sum = fmaf(taps[k].at[kFilter - 1], to_f32(now[k]), sum);
+    } else {
+      const int c = channel_of(min(thread + k * kBlockThreads, count - 1));
+      const float* weight = p.conv_weight + static_cast<int64_t>(c) * p.width;
+      for (int j = 0; j + 1 < p.width; ++j) sum = fmaf(weight[j], to_f32(windows[static_cast<int64_t>(j) * p.channels + c]), sum);
+      sum = fmaf(weight[p.width - 1], to_f32(now[k]), sum);
+    }
     if (const int i = thread + k * kBlockThreads; i < count)
-      inputs[i] =
-          to_f32(static_cast<T>(silu(fmaf(last_tap[k], to_f32(now[k]), pre[k]))));  // rounded where the convolution by itself rounds
+      inputs[i] = to_f32(static_cast<T>(silu(sum)));  // rounded where the convolution by itself rounds
+  }
   const float dt = fminf(fmaxf(softplus(to_f32(dt_in) + dt_bias), p.dt_min), p.dt_max);
-  const float decay = expf(A * dt);
+  const float decay = expf(-expf(A_log) * dt);
   __syncthreads();
   float y[kChannelsOfWarp] = {};
 #pragma unroll
@@ -217,6 +215,150 @@ __global__ void __launch_bounds__(warps* kWarp) mamba2_token_kernel(Mamba2Args p
 #pragma unroll
     for (int q = 0; q < quads; ++q)
       if (const int n = (q * kWarp + lane) * 4; n < N) store_pack(states + i * N + n, state[i][q]);
+}
+
+// --- Mamba-2, many rows -----------------------------------------------------------------------------------------
+
+constexpr int kManyThreads = 512, kManyHead = 64, kManyState = 128, kManyTaps = 4;  // P, N, W
+constexpr int kManyBlocks = 2;                                                      // of a multiprocessor
+constexpr int kStates = 3;  // of a block: on their way in, at work, on their way out
+constexpr int kStateFloats = kManyHead * kManyState;
+
+/// A run of bytes, a multiple of 16, that the copy engine brings to shared memory, or takes from there, by itself.
+__device__ inline void copy_run_async(void* to_shared, const void* from, unsigned bytes, uint64_t* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to_shared)),
+               "l"(from), "r"(bytes), "r"(shared_address(barrier))
+               : "memory");
+}
+__device__ inline void store_run_async(void* to, const void* from_shared, unsigned bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(from_shared)), "r"(bytes)
+               : "memory");
+}
+
+template <class T>
+__global__ void __launch_bounds__(kManyThreads, kManyBlocks) mamba2_many_rows_kernel(Mamba2Args p, int count) {
+#if __CUDA_ARCH__ >= 900
+  let_next_kernel_start();
+  constexpr int kInputs = kManyHead + 2 * kManyState, kTaps = kManyTaps;
+  constexpr unsigned kBytes = kStateFloats * sizeof(float);
+  float* const states = reinterpret_cast<float*>(shared_memory());
+  __shared__ __align__(16) float inputs[2][kInputs];  // of this state and of the next: after the convolution x, B, C
+  __shared__ float gate[2][kManyHead], skip[2][kManyHead], dt_and_decay[2][2];
+  __shared__ uint64_t arrived[kStates];
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp, apart = static_cast<int>(gridDim.x);
+  const int inner = p.heads * kManyHead, C = p.channels;
+  const auto load_state = [&](int turn) {
+    const int64_t at = blockIdx.x + static_cast<int64_t>(turn) * apart;
+    if (at >= count) return;
+    barrier_expect(arrived + turn % kStates, kBytes);
+    copy_run_async(states + turn % kStates * kStateFloats, p.state + at * kStateFloats, kBytes, arrived + turn % kStates);
+  };
+  if (thread == 0) {
+    for (int i = 0; i < kStates; ++i) barrier_create(arrived + i, 1);
+    publish_barriers();
+    for (int i = 0; i < kStates; ++i) load_state(i);
+  }
+
+  // A thread has one of the inputs; it asks for the next state's while this one's are at work.
+  Pack<float, kTaps> taps;
+  T past[kTaps - 1], now;
+  float bias, other;
+  const auto ask = [&](int at) {
+    if (at >= count) return;
+    const int b = at / p.heads, h = at - b * p.heads, group = h / (p.heads / p.groups), i = thread - kManyHead;
+    const T* const projected = static_cast<const T*>(p.projected) + b * p.projected_stride;
+    if (thread < kInputs) {
+      const int c =
+          i < 0 ? h * kManyHead + thread : inner + group * kManyState + (i < kManyState ? i : p.groups * kManyState + i - kManyState);
+      taps = load_pack<kTaps>(p.conv_weight + c * kTaps);
+      bias = p.conv_bias != nullptr ? p.conv_bias[c] : 0.0f;
+      if (thread < kManyHead) other = p.D_skip[p.skip_per_channel ? c : h];
+#pragma unroll
+      for (int j = 0; j + 1 < kTaps; ++j) past[j] = static_cast<const T*>(p.window)[(static_cast<int64_t>(b) * (kTaps - 1) + j) * C + c];
+      now = projected[inner + c];
+    } else if (thread < kInputs + kManyHead) {
+      now = projected[h * kManyHead + thread - kInputs];
+    } else if (thread == kInputs + kManyHead) {
+      now = projected[inner + C + h];
+      bias = p.dt_bias[h];
+      other = p.A_log[h];
+    }
+  };
+  const auto put = [&](int to) {
+    if (thread < kInputs) {
+      float sum = bias;
+#pragma unroll
+      for (int j = 0; j + 1 < kTaps; ++j) sum = fmaf(taps.at[j], to_f32(past[j]), sum);
+      sum = fmaf(taps.at[kTaps - 1], to_f32(now), sum);
+      inputs[to][thread] = to_f32(static_cast<T>(silu(sum)));  // rounded where the convolution by itself rounds
+      if (thread < kManyHead) skip[to][thread] = other;
+    } else if (thread < kInputs + kManyHead) {
+      gate[to][thread - kInputs] = silu(to_f32(now));
+    } else if (thread == kInputs + kManyHead) {
+      const float dt = fminf(fmaxf(softplus(to_f32(now) + bias), p.dt_min), p.dt_max);
+      dt_and_decay[to][0] = dt;
+      dt_and_decay[to][1] = expf(-expf(other) * dt);
+    }
+  };
+  wait_for_kernel_in_front();
+  int at = static_cast<int>(blockIdx.x);
+  ask(at);
+  put(0);
+  ask(at + apart);
+  __syncthreads();
+  for (int turn = 0; at < count; ++turn, at += apart) {
+    const int set = turn % 2;
+    float* const state = states + turn % kStates * kStateFloats;
+    barrier_wait(arrived + turn % kStates, turn / kStates % 2);
+    const float dt = dt_and_decay[set][0], decay = dt_and_decay[set][1];
+    const Pack<float, 4> B = load_pack<4>(inputs[set] + kManyHead + lane * 4),
+                         C_t = load_pack<4>(inputs[set] + kManyHead + kManyState + lane * 4);
+    float y[kChannelsOfWarp];
+#pragma unroll
+    for (int i = 0; i < kChannelsOfWarp; ++i) {
+      float* const of_channel = state + (warp * kChannelsOfWarp + i) * kManyState + lane * 4;
+      Pack<float, 4> h = load_pack<4>(of_channel);
+      const float added = dt * inputs[set][warp * kChannelsOfWarp + i];
+      y[i] = 0;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        h.at[j] = fmaf(decay, h.at[j], added * B.at[j]);
+        y[i] = fmaf(h.at[j], C_t.at[j], y[i]);
+      }
+      store_pack(of_channel, h);
+    }
+#pragma unroll
+    for (int i = 0; i < kChannelsOfWarp; ++i) {
+      const int channel = warp * kChannelsOfWarp + i;
+      const float out = fmaf(skip[set][channel], inputs[set][channel], warp_sum(y[i]));
+      if (lane != i) continue;
+      const int64_t to = static_cast<int64_t>(at) * kManyHead + channel;
+      if (p.gate) static_cast<float*>(p.y)[to] = out * gate[set][channel];
+      else static_cast<T*>(p.y)[to] = static_cast<T>(out);
+    }
+    put(1 - set);
+    ask(at + 2 * apart);
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // the copy engine sees the state
+    __syncthreads();
+    if (thread != 0) continue;
+    store_run_async(p.state + static_cast<int64_t>(at) * kStateFloats, state, kBytes);
+    close_boxes();
+    if (turn == 0) continue;
+    boxes_read_but<1>();
+    load_state(turn - 1 + kStates);
+  }
+  if (thread == 0) boxes_stored();
+#endif
+}
+
+/// Whether this build has the kernel: built for an older GPU its body is empty.
+bool has_many_rows_kernel() {
+  static const bool built = [] {
+    cudaFuncAttributes attributes{};
+    cuda_check(cudaFuncGetAttributes(&attributes, &mamba2_many_rows_kernel<float>), "cudaFuncGetAttributes");
+    return attributes.ptxVersion >= 90;
+  }();
+  return built;
 }
 
 // --- GLA ------------------------------------------------------------------------------------------------------
@@ -368,6 +510,16 @@ void mamba2_token_cuda(const Mamba2Token& p) {
                         static_cast<int>(p.conv_weight.dim(0)),
                         p.D_skip.rank() == 2,
                         p.gate};
+  const int64_t states = p.state.dim(0) * p.state.dim(1);
+  const bool many = has_many_rows_kernel() && headdim == kManyHead && d_state == kManyState && args.width == kManyTaps &&
+                    states >= 2 * kManyBlocks * cuda.sm_count;
+  if (many) {
+    const auto start = [&](auto kernel) {
+      launch_overlapping(kernel, "mamba2_many_rows_kernel", static_cast<unsigned>(kManyBlocks * cuda.sm_count), kManyThreads,
+                         kStates * kStateFloats * sizeof(float), cuda, args, static_cast<int>(states));
+    };
+    return p.projected.dtype() == Dtype::f32 ? start(&mamba2_many_rows_kernel<float>) : start(&mamba2_many_rows_kernel<__nv_bfloat16>);
+  }
   // A whole head's channels in one block: less of the convolution is done again, and fewer blocks read the same lines at the same time.
   const bool wide = headdim % (16 * kChannelsOfWarp) == 0;
   const auto start = [&](auto kernel, int warps) {

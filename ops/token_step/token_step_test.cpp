@@ -15,6 +15,7 @@
 #include "ops/rmsnorm/rmsnorm.h"
 #include "ops/selective_scan/selective_scan.h"
 #include "ops/ssd/ssd.h"
+#include "ops/token_step/token_product.h"
 #include "tests/support/check.h"
 #include "tests/support/parity.h"
 
@@ -236,7 +237,9 @@ TEST("token step: the middle of a Mamba-2 layer agrees with convolution and ssd,
                           {2, 4, 32, 132, 4, 2, false, false},
                           {1, 32, 64, 128, 1, 4, true, false},
                           {5, 2, 64, 132, 1, 4, true, true},
-                          {9, 2, 64, 64, 1, 1, false, false}}) {
+                          {9, 2, 64, 64, 1, 1, false, false},
+                          {71, 8, 64, 128, 2, 4, true, true},  // as many states as pass through shared memory
+                          {150, 8, 64, 128, 1, 4, false, false}}) {
       if (dtype == Dtype::f32 && c.N > 128) continue;  // beyond what ssd takes
       const int64_t inner = c.H * c.P, C = inner + 2 * c.G * c.N;
       const Tensor conv_weight = random_tensor(gpu, Dtype::f32, {C, 1, c.W}, 1, 0.5),
@@ -249,6 +252,8 @@ TEST("token step: the middle of a Mamba-2 layer agrees with convolution and ssd,
       for (uint64_t token = 0; token < 5; ++token) {
         const Tensor projected = random_tensor(gpu, dtype, {c.B, inner + C + c.H}, 20 + token);
         const Tensor now = projected.slice(1, inner, inner + C), y = Tensor::empty(gpu, dtype, {c.B, inner}), gated_state = state.clone();
+        const auto last = [&](const Tensor& t) { return t.slice(0, c.B - 1, c.B); };
+        const Tensor state_alone = last(state).clone(), y_alone = Tensor::empty(gpu, dtype, {1, inner});
         mamba2_token({.projected = projected,
                       .conv_weight = conv_weight,
                       .conv_bias = conv_bias,
@@ -276,6 +281,20 @@ TEST("token step: the middle of a Mamba-2 layer agrees with convolution and ssd,
                       .y = gated,
                       .gate = true});
         CHECK(gated_state.to_vector<float>() == state.to_vector<float>());
+        mamba2_token({.projected = last(projected),
+                      .conv_weight = conv_weight,
+                      .conv_bias = conv_bias,
+                      .window = last(window),
+                      .A_log = A_log,
+                      .D_skip = D_skip,
+                      .dt_bias = dt_bias,
+                      .dt_min = 0.01,
+                      .dt_max = 2,
+                      .groups = c.G,
+                      .state = state_alone,
+                      .y = y_alone});
+        CHECK(state_alone.to_vector<float>() == last(state).contiguous().to_vector<float>());
+        CHECK(y_alone.to_vector<float>() == last(y).contiguous().to_vector<float>());
         shift_window(window, now);
         const auto conv = causal_conv1d_silu(now.contiguous().reshape({c.B, 1, C}), conv_weight, conv_bias, expected_window);
         const Tensor mixed = conv.y.value();
@@ -293,6 +312,39 @@ TEST("token step: the middle of a Mamba-2 layer agrees with convolution and ssd,
         CHECK(window.to_vector<float>() == expected_window.to_vector<float>());
       }
     }
+}
+
+TEST("token step: a product is cut as the GPU demands, and its sums alike for every number of rows") {
+  constexpr GpuSizes kLarge{227 * 1024, 132}, kSmall{99 * 1024, 84};  // sm_90, sm_86
+  const auto rows = [](const GpuSizes& gpu, int64_t R, int64_t D, int64_t B = 1, Dtype dtype = Dtype::bf16) {
+    const ProductCut cut = cut_product({R, D, B, size_of(dtype), D}, gpu);
+    if (cut.fits) CHECK(cut.shared_bytes <= gpu.shared_memory_per_block - 2048);
+    return cut.fits ? 1 << cut.rows_log2 : 0;
+  };
+  CHECK(rows(kLarge, 4384, 1024) == 64);   // twice the rows: too few blocks
+  CHECK(rows(kLarge, 4096, 2048) == 32);   // twice the rows: too much memory
+  CHECK(rows(kLarge, 50288, 1024) == 32);  // in turns: two blocks share a multiprocessor
+  CHECK(rows(kLarge, 1024, 2048) == 16);   // a tile, though that leaves half of the multiprocessors idle
+  CHECK(rows(kLarge, 40, 64) == 16);
+  CHECK(rows(kSmall, 4384, 1024) == 16);
+  CHECK(rows(kSmall, 1024, 2048) == 16);
+  CHECK(rows(kSmall, 1024, 2048, 8) == 8);
+  CHECK(rows(kSmall, 10576, 2560) == 8);  // half a tile
+  CHECK(rows(kSmall, 2560, 5120) == 4);
+  CHECK(rows(kSmall, 2560, 5120, 8) == 0);  // a matrix product then, and norms by themselves
+  CHECK(rows(kLarge, 2560, 5120, 8) == 8);
+  CHECK(rows(kLarge, 100, 4096, 1, Dtype::f32) == 8);
+  CHECK(rows(kLarge, 100, 16384, 1, Dtype::f32) == 0);
+  for (const GpuSizes& gpu : {kLarge, kSmall})
+    for (const int64_t R : {24, 1000, 3072, 50288})
+      for (const int64_t D : {64, 768, 1024, 2048, 2560})
+        for (int64_t B = 2; B <= kTokenStepRows; ++B) {
+          const int one = rows(gpu, R, D), many = rows(gpu, R, D, B);
+          CHECK((one == many || (one <= kTile && many <= kTile)));  // within a tile all warps share the columns
+          const auto with_window = [&](int64_t rows_of_x) { return cut_product({R, D, rows_of_x, 2, (rows_of_x + 1) * D}, gpu); };
+          if (with_window(B).fits && with_window(B).rows_log2 > kTileLog2) CHECK(with_window(B).rows_log2 == with_window(1).rows_log2);
+          if (with_window(B).fits && with_window(1).rows_log2 > kTileLog2) CHECK(with_window(B).rows_log2 == with_window(1).rows_log2);
+        }
 }
 
 TEST("token step: what does not fit is named, and a CPU has none") {
