@@ -4,15 +4,17 @@
 //
 // selective_scan_bwd_walk_kernel
 // moves   x, dt, z, grad_y in, grad_x, grad_dt, grad_z out: 14 bytes per token and channel in bf16, dt and x once more, and the states of
-//         chunks; 2 N f32 of partial sums of grad_B_t and grad_C_t per token and 64 channels
+//         chunks; 2 N f32 of partial sums of grad_B_t and grad_C_t per token and 64 channels. Before that, for each channel, N f32 of every
+//         piece of the segments behind its own, from L2: segments are few, 16 for one long row of 1536 channels on 132 SMs
 // flops   2 N exponentials, 15 N others per token and channel, and about as many again to move and to add up
-// floor   the same shape: about 33 instructions for each state and token: 1.6 ms of issue at 1.97 GHz; 0.9 ms of ex2
+// floor   the same shape: about 29 instructions for each state and token: 1.4 ms of issue at 1.97 GHz; 0.9 ms of ex2
 // split   N <= 16: four lanes share two channels, a lane has a quarter of the entries of both, a block 64 channels of one segment. It goes
 //         through its chunks from the last to the first: first forward, leaving the state in front of every fourth token in shared
 //         memory; then for four tokens at a time, last first, forward once more with states and decays kept in registers, and back with the
 //         gradient of the state. Sums over the entries of a channel go through shuffles, sums over the channels of a warp through shared
-//         memory, and what the four warps have for 16 tokens is added up together. Three blocks share an SM: registers are what there are
-//         too few of, and eight states in a lane leave room for a third warp on every scheduler where sixteen do not
+//         memory, and what the four warps have for 16 tokens is added up together, half a run later, so that no warp waits for another that
+//         is a little behind. Three blocks share an SM: registers are what there are too few of, and eight states in a lane leave room for
+//         a third warp on every scheduler where sixteen do not. They leave little to the L1 cache: what is spilled comes from L2
 // needs   N <= 256; any strides over B and T (how far tokens may be apart: scan_rows)
 // agrees  with the CPU reference: kSelectiveScanToleranceF32; bf16 adds one rounding of each result
 // order   sums over channels: lanes, then warps, then blocks of 64 channels, each in a fixed order; sums over tokens: one partial per
@@ -37,12 +39,43 @@ struct OwnedBack {
 
 // --- gradients ------------------------------------------------------------------------------------------------
 
+/// What pieces of segments do to the gradient of a state (SegmentGrads).
+struct Pieces {
+  const float *grads, *dt_sums;  // [B, count, D, kN] and [B, count, D]
+  int count, per_segment;        // none where there is one segment
+};
+
+/// Carries a lane's gradients back through the pieces from `last` to `first` of row b. What several do is asked for at a time.
+template <class Split>
+__device__ void carry_through(const Pieces& pieces, int64_t b, int first, int last, const int64_t (&channel)[2], int64_t channels,
+                              const float (&A2)[2][Split::kEntries], float (&carry)[2][Split::kEntries]) {
+  constexpr int kAtOnce = 32 / Split::kEntries;
+#pragma unroll 1
+  for (int i = last; i >= first; i -= kAtOnce) {
+    float added[kAtOnce][2][Split::kEntries], dt_sum[kAtOnce][2];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int64_t row = (b * pieces.count + max(i - k, first)) * channels;
+      load_states<Split>(pieces.grads + row * Split::kN, channel, channels, added[k]);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) dt_sum[k][j] = channel[j] < channels ? pieces.dt_sums[row + channel[j]] : 0.0f;
+    }
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k)
+      if (i - k >= first)
+#pragma unroll
+        for (int j = 0; j < 2; ++j)
+#pragma unroll
+          for (int e = 0; e < Split::kEntries; ++e) carry[j][e] = added[k][j][e] + exp2_approx(A2[j][e] * dt_sum[k][j]) * carry[j][e];
+  }
+}
+
 template <class T>
 struct WalkBack {
   ScanRows<const T> grad_y;
-  ScanRows<T> grad_x, grad_dt, grad_z;             // null data: not wanted
-  const float* carries;                            // [B, pieces, D, carries_row]: gradients of states, or null for zeros; the one at the
-  int64_t pieces, per_segment, carries_row;        // end of segment s at its last piece (SegmentGrads); carries_row: N or kN
+  ScanRows<T> grad_x, grad_dt, grad_z;  // null data: not wanted
+  const float* grad_h_T;                // [B, D, N] or null for zeros
+  Pieces pieces;
   const float* borders;                            // [B, chunks, D, kN]: the state in front of each chunk
   float* grad_h0;                                  // [B, D, N] or null
   float *A_partials, *D_partials, *bias_partials;  // [B * segments, D, N], [B * segments, D] twice
@@ -56,6 +89,22 @@ template <class Split>
 constexpr int kWalkBackBlocks = Split::kN > 16 ? 1 : 3;
 template <class Split>
 constexpr ScanCost kWalkBackCost = Split::kN > 16 ? ScanCost{1, 1.0, 1.0, 1.3} : ScanCost{3, 2.5, 1.0, 1.3};
+
+/// A barrier of the block in shared memory of which a thread says that it has arrived long before it asks for the others. `round` counts
+/// its uses from 0.
+struct LaterBarrier {
+  uint64_t state;
+  __device__ uint32_t at() { return static_cast<uint32_t>(__cvta_generic_to_shared(&state)); }
+  __device__ void create() { asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(at()), "r"(kScanThreads) : "memory"); }
+  __device__ void arrive() { asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(at()) : "memory"); }
+  __device__ void wait(int round) {
+    asm volatile(
+        "{\n .reg .pred over;\n"
+        "again:\n mbarrier.test_wait.parity.shared.b64 over, [%0], %1;\n @!over bra again;\n}" ::"r"(at()),
+        "r"(round % 2)
+        : "memory");
+  }
+};
 
 template <class T, class Split>
 struct WalkBackShared {
@@ -97,6 +146,7 @@ struct WalkBackShared {
   };
   Steps steps[kScanWarps];
   alignas(16) float by_warp[kScanWarps][kSpan][2][kN];  // the warp's share of grad_B_t and of grad_C_t
+  LaterBarrier shares_written, shares_read;             // of all spans of a chunk but the first
 };
 
 /// Adds what the lanes of a warp have left for the entries over its channels, for all tokens of a run: `shares` [2, kRun, quads,
@@ -135,12 +185,11 @@ __global__ void __launch_bounds__(kScanThreads, kWalkBackBlocks<Split>)
   const ScanPlace<Split, T> place(p, g.first_group, g.groups, 0, p.segments);
   const int tid = static_cast<int>(threadIdx.x), warp = static_cast<int>(threadIdx.x / kWarp), lane = Split::lane();
   const int n0 = kept(Split::first_entry()), own = kept(Split::own_channel()), token0 = kept(first_owned<Split, kRun>());
-  const int64_t own_channel = place.first_channel + warp * Split::kWarpChannels + own, channel[2] = {own_channel, own_channel ^ 1};
+  const int own_channel = static_cast<int>(place.first_channel) + warp * Split::kWarpChannels + own;
+  const int64_t channel[2] = {own_channel, own_channel ^ 1};
   const bool own_real = own_channel < p.channels;
   const bool gated = p.z.data != nullptr, graded = g.grad_y.data != nullptr;
   const int64_t in_segments = place.segment_index(p) * p.channels;
-  const int64_t last_piece = min((place.segment + 1) * g.per_segment, g.pieces) - 1;
-  const float* const carries = g.carries + (place.b * g.pieces + last_piece) * p.channels * g.carries_row;
   float* const slots = shared.slots[warp];
   constexpr int kSlot = Shared::kSlot;
   auto& steps = shared.steps[warp];
@@ -155,18 +204,20 @@ __global__ void __launch_bounds__(kScanThreads, kWalkBackBlocks<Split>)
   for (int j = 0; j < 2; ++j)
 #pragma unroll
     for (int e = 0; e < kEntries; ++e)
-      carry[j][e] = g.carries != nullptr && channel[j] < p.channels && n0 + e < p.N ? carries[channel[j] * g.carries_row + n0 + e] : 0.0f;
+      carry[j][e] = g.grad_h_T != nullptr && channel[j] < p.channels && n0 + e < p.N
+                        ? g.grad_h_T[(place.b * p.channels + channel[j]) * p.N + n0 + e]
+                        : 0.0f;
+  // Through all pieces behind this segment.
+  carry_through<Split>(g.pieces, place.b, (static_cast<int>(place.segment) + 1) * g.pieces.per_segment, g.pieces.count - 1, channel,
+                       p.channels, A2, carry);
 
-  // Where the gradients of a run are written. These addresses go back from run to run, from the last one of the segment on.
-  const int64_t last_chunk = (place.end - 1) / kScanChunk, last_run = (place.end - 1) / kRun * kRun, last = last_run + token0;
-  OwnedAt<T> grad_x_at(g.grad_x, place.b, last, own_channel), grad_dt_at(g.grad_dt, place.b, last, own_channel),
-      grad_z_at(g.grad_z, place.b, last, own_channel);
-  // And from chunk to chunk: its partial sums, and the state in front of it.
-  float* partials = kept(g.BC_partials + ((place.group * p.batch + place.b) * p.tokens + last_chunk * kScanChunk) * 2 * g.N4);
-  const float* border = kept(g.borders + (place.b * p.chunks + last_chunk) * p.channels * kN);
+  const int first_chunk = static_cast<int>(place.begin / kScanChunk), last_chunk = static_cast<int>((place.end - 1) / kScanChunk);
+  const auto begin_of = [](int chunk) { return static_cast<int64_t>(chunk) * kScanChunk; };
+  const auto border = [&](int chunk) {  // the state in front of it
+    return in_global_memory(g.borders + (place.b * p.chunks + chunk) * p.channels * kN);
+  };
 
   const bool all_channels = place.whole(p);
-  const bool all_tensors = gated && graded && g.grad_x.data != nullptr && g.grad_dt.data != nullptr && g.grad_z.data != nullptr;
 
   // Inputs travel to shared memory by themselves, as in the forward walk: those of a run while the one behind it is walked, x and dt of a
   // chunk, for the way forward through it, during the second half of the one behind. Where not all of a run is there, or not in 16 bytes,
@@ -182,13 +233,20 @@ __global__ void __launch_bounds__(kScanThreads, kWalkBackBlocks<Split>)
     return rows;
   };
   constexpr int kPer = 16 / static_cast<int>(sizeof(T)), kRow = kC < kPer ? 1 : kC / kPer, kRunCopies = 4 * kRun * kRow;
-  const auto source = [&](int copy) {  // 16 bytes of the inputs of a run
-    return OwnedAt<const T>(input(copy / (kRun * kRow)), place.b, last_run + copy / kRow % kRun, first_channel + copy % kRow * kPer);
+  const int64_t last_run = (place.end - 1) / kRun * kRun;
+  const auto at_copy = [&](auto rows, int copy) {  // where 16 bytes of the inputs or results of a run are; from run to run they go back
+    return OwnedAt(rows, place.b, last_run + copy / kRow % kRun, first_channel + copy % kRow * kPer);
+  };
+  const auto source = [&](int copy) { return at_copy(input(copy / (kRun * kRow)), copy); };
+  const auto target = [&](int copy) {
+    ScanRows<T> rows = g.grad_x;
+    if (copy / (kRun * kRow) == 1) rows = g.grad_dt;
+    if (copy / (kRun * kRow) == 2) rows = g.grad_z;
+    return at_copy(rows, copy);
   };
   static_assert(kRunCopies <= 2 * kWarp);
-  OwnedAt<const T> run_source = source(lane % kRunCopies), second_source = source(lane + kRunCopies / 2);
-  TileCopy<T, kScanChunk, kC> x_copy(p.x, place.b, last_chunk * kScanChunk, first_channel),
-      dt_copy(p.dt, place.b, last_chunk * kScanChunk, first_channel);
+  OwnedAt run_source = source(lane % kRunCopies), second_source = source(lane + kRunCopies / 2);
+  OwnedAt run_target = target(lane % kRunCopies), second_target = target(lane + kRunCopies / 2);
   const auto carry_in = [&](int which, int64_t begin, int tokens, float behind, T* to, int rows) {
     const ScanRows<const T> from = input(which);
     for (int i = lane; i < rows * kC; i += kWarp)
@@ -196,8 +254,8 @@ __global__ void __launch_bounds__(kScanThreads, kWalkBackBlocks<Split>)
                   ? from.at(place.b, begin + i / kC)[first_channel + i % kC]
                   : static_cast<T>(behind);
   };
-  const auto fetch_run = [&](int64_t begin, int tokens, RawRun& to) {
-    if (copies && tokens == kRun) {
+  const auto fetch_run = [&](auto whole, int64_t begin, int tokens, RawRun& to) {
+    if (whole || (copies && tokens == kRun)) {
       const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(&to)) + static_cast<uint32_t>(lane) * 16;
       if (kRunCopies >= kWarp || lane < kRunCopies) copy_16_bytes(at, run_source[0]);
       if (kRunCopies > kWarp) copy_16_bytes(at + kWarp * 16, second_source[0]);
@@ -220,29 +278,34 @@ __global__ void __launch_bounds__(kScanThreads, kWalkBackBlocks<Split>)
     copy_16_bytes(to + Shared::kEntriesAt * 4,
                   (tid < kEntryCopies ? p.B_t : p.C_t).at(place.b, begin + copy / (kN / 8)) + copy % (kN / 8) * 8);
   };
-  const auto fetch_chunk = [&](int64_t begin, int tokens) {
-    if (copies && tokens == kScanChunk) {
-      x_copy.start(raw_chunk.x);
-      dt_copy.start(raw_chunk.dt);
+  const auto fetch_chunk = [&](auto whole, int64_t begin, int tokens) {
+    if (whole || (copies && tokens == kScanChunk)) {
+      TileCopy<T, kScanChunk, kC>(p.x, place.b, begin, first_channel).start(raw_chunk.x);
+      TileCopy<T, kScanChunk, kC>(p.dt, place.b, begin, first_channel).start(raw_chunk.dt);
     } else {
       carry_in(0, begin, tokens, 0.0f, &raw_chunk.x[0][0], kScanChunk);
       carry_in(1, begin, tokens, -INFINITY, &raw_chunk.dt[0][0], kScanChunk);  // a step of zero keeps the state: behind the last token
     }
-    x_copy.move(-kScanChunk);
-    dt_copy.move(-kScanChunk);
   };
-  fetch_chunk(last_chunk * kScanChunk, static_cast<int>(place.end - last_chunk * kScanChunk));
+  if (tid == 0) {
+    shared.shares_written.create();
+    shared.shares_read.create();
+  }
+  int rounds = 0;  // of the two barriers; the first __syncthreads below is between
+  fetch_chunk(std::false_type{}, begin_of(last_chunk), static_cast<int>(place.end - begin_of(last_chunk)));
   commit_copies();
 
-  for (int64_t chunk = last_chunk; chunk >= place.begin / kScanChunk; --chunk) {
-    const int64_t begin = chunk * kScanChunk;
-    const int tokens = static_cast<int>(min(static_cast<int64_t>(kScanChunk), place.end - begin)), runs = (tokens + kRun - 1) / kRun;
+  // `whole`: all tokens, channels, entries and tensors are there, and arrive by themselves; nothing of that is asked again and again.
+  const auto walk_chunk = [&](auto whole, int chunk) {
+    const int64_t begin = begin_of(chunk);
+    const int tokens = whole ? kScanChunk : static_cast<int>(min(static_cast<int64_t>(kScanChunk), place.end - begin)),
+              runs = (tokens + kRun - 1) / kRun;
     const int own_tokens = own_real ? tokens : 0;  // without a channel there is no token either
 
     auto& raw_last_run = *reinterpret_cast<RawRun*>(&shared.by_warp[warp]);
     static_assert(sizeof(RawRun) <= sizeof(shared.by_warp[0]));
-    fetch_run(begin + (runs - 1) * kRun, tokens - (runs - 1) * kRun, raw_last_run);
-    commit_copies();
+    // Where its results leave from there, too, they do not meet the run's own shares, which are the last of their span.
+    static_assert(kC * sizeof(T) % 16 != 0 || sizeof(RawRun) <= (Shared::kSpan - kRun) * sizeof(shared.by_warp[0][0]));
 
     // Forward: the state in front of every run. The steps of tokens are formed while those before them are walked.
     {
@@ -274,13 +337,13 @@ __global__ void __launch_bounds__(kScanThreads, kWalkBackBlocks<Split>)
           for (int e = 0; e < kEntries; ++e) h[j][e] = exp2_approx(step.x * A2[j][e]) * h[j][e] + step.y * B_t[e];
         }
       };
-      const bool arrived = state_arrives && chunk < last_chunk;
+      const bool arrived = (whole ? Shared::kStateArrives : state_arrives) && chunk < last_chunk;
       if (!arrived) {
-        load_states<Split>(in_global_memory(border), channel, p.channels, h);
+        load_states<Split>(border(chunk), channel, p.channels, h);
         stage_entries<Split>(p.B_t, p, place.b, begin, place.end, kScanChunk, shared.B_t[0]);  // everybody has done with the chunk before
         stage_entries<Split>(p.C_t, p, place.b, begin, place.end, kScanChunk, shared.C_t[0]);
       }
-      wait_for_copies<1>();  // x and dt are there
+      wait_for_copies<0>();  // x and dt are there
       __syncwarp();
       if (arrived) {
 #pragma unroll
@@ -294,6 +357,8 @@ __global__ void __launch_bounds__(kScanThreads, kWalkBackBlocks<Split>)
 #pragma unroll
       for (int i = 0; i < kForwardOwned; ++i) form_forward(i, 0, 0);
       __syncthreads();
+      fetch_run(whole, begin + (runs - 1) * kRun, tokens - (runs - 1) * kRun, raw_last_run);
+      commit_copies();
       int turn = 0;
 #pragma unroll 1
       for (int t = 0; t < last_forward; t += kForward) {
@@ -315,8 +380,30 @@ __global__ void __launch_bounds__(kScanThreads, kWalkBackBlocks<Split>)
       }
     }
 
-    // Back through a run. `whole`: all tokens, channels and tensors are there.
-    const auto walk_run = [&](auto whole, int run, const RawRun& raw) {
+    // What the warps have for the span of tokens that begins with a run.
+    const auto sum_over_warps = [&](int run) {
+      constexpr int kQuadsPerRow = kN / 4, kTasks = 2 * Shared::kSpan * kQuadsPerRow;
+      const int rows = 2 * (tokens - run * kRun), N4 = whole ? kN : static_cast<int>(g.N4);  // grad_B_t and grad_C_t in turn
+      float* const partials =
+          in_global_memory(g.BC_partials + ((place.group * p.batch + place.b) * p.tokens + begin + run * kRun) * 2 * N4);
+#pragma unroll
+      for (int turn = 0; turn < (kTasks + kScanThreads - 1) / kScanThreads; ++turn) {
+        const int task = turn * kScanThreads + tid, row = task / kQuadsPerRow, n = task % kQuadsPerRow * 4;
+        if (task >= kTasks || (!whole && (row >= rows || n >= N4))) continue;
+        float sum[4] = {};
+#pragma unroll
+        for (int w = 0; w < kScanWarps; ++w) {
+          float share[4];
+          read_floats(&shared.by_warp[w][0][0][0] + 4 * task, share);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) sum[i] += share[i];
+        }
+        store_pack(partials + row * N4 + n, Pack<float, 4>{{sum[0], sum[1], sum[2], sum[3]}});
+      }
+    };
+
+    // Back through a run.
+    const auto walk_run = [&](int run, RawRun& raw) {
       OwnedBack<T, kOwned> in;
 #pragma unroll
       for (int i = 0; i < kOwned; ++i) {
@@ -374,6 +461,13 @@ __global__ void __launch_bounds__(kScanThreads, kWalkBackBlocks<Split>)
       }
       const int in_span = run * kRun % Shared::kSpan;
       sum_over_owners<Split>(along_C);
+      // The span behind has been left for now, when the other warps have long done with it, too.
+      const bool span_behind = run < runs - 1 && (run + 1) * kRun % Shared::kSpan == 0;
+      if (span_behind) {
+        shared.shares_written.wait(rounds);
+        sum_over_warps(run + 1);
+        shared.shares_read.arrive();
+      }
 
       // Back through the run with the gradient of the state. Tokens behind the end have dt = B = C = grad_r = 0: they pass the gradient on.
       float along_B[kRun], along_A[kRun];
@@ -405,6 +499,7 @@ __global__ void __launch_bounds__(kScanThreads, kWalkBackBlocks<Split>)
       }
       sum_over_owners<Split>(along_B);
       sum_over_owners<Split>(along_A);
+      if (span_behind) shared.shares_read.wait(rounds++);
       sum_over_channels<Shared, Split>(slot, shared.by_warp[warp] + in_span);
 
       float grad_x[kOwned], grad_dt[kOwned], grad_z[kOwned];
@@ -419,56 +514,62 @@ __global__ void __launch_bounds__(kScanThreads, kWalkBackBlocks<Split>)
         sum_D += grad_r[i] * x;  // grad_r is 0 behind the end, grad_dt is not
         sum_bias += whole || i < left ? grad_dt[i] : 0.0f;
       }
-      if (whole || g.grad_z.data != nullptr)
 #pragma unroll
-        for (int i = 0; i < kOwned; ++i) grad_z[i] *= whole || graded ? in.grad_y[i].f32() * silu_slope(in.z[i].f32(), gate[i]) : 0.0f;
-      if (Split::template owns<kRun>()) {
-        if (whole || g.grad_x.data != nullptr) grad_x_at.template write<whole>(grad_x, left);
-        if (whole || g.grad_dt.data != nullptr) grad_dt_at.template write<whole>(grad_dt, left);
-        if (whole || g.grad_z.data != nullptr) grad_z_at.template write<whole>(grad_z, left);
+      for (int i = 0; i < kOwned; ++i) grad_z[i] *= whole || graded ? in.grad_y[i].f32() * silu_slope(in.z[i].f32(), gate[i]) : 0.0f;
+      if constexpr (whole) {  // through shared memory, where the inputs were, and on in 16 bytes
+        if (Split::template owns<kRun>())
+#pragma unroll
+          for (int i = 0; i < kOwned; ++i) {
+            raw.of[0][token0 + i][own] = static_cast<T>(grad_x[i]);
+            raw.of[1][token0 + i][own] = static_cast<T>(grad_dt[i]);
+            raw.of[2][token0 + i][own] = static_cast<T>(grad_z[i]);
+          }
+        __syncwarp();
+        constexpr int kTargets = kRunCopies / 4 * 3;
+        const T* const from = &raw.of[0][0][0] + lane * kPer;
+        if (kTargets >= kWarp || lane < kTargets) store_pack(run_target[0], load_pack<kPer>(from));
+        if (kTargets > kWarp && lane < kTargets - kWarp) store_pack(second_target[0], load_pack<kPer>(from + kWarp * kPer));
+      } else if (Split::template owns<kRun>()) {
+#pragma unroll
+        for (int i = 0; i < kOwned; ++i) {
+          const int64_t at = begin + run * kRun + token0 + i;
+          if (i >= left) break;
+          if (g.grad_x.data != nullptr) g.grad_x.at(place.b, at)[own_channel] = static_cast<T>(grad_x[i]);
+          if (g.grad_dt.data != nullptr) g.grad_dt.at(place.b, at)[own_channel] = static_cast<T>(grad_dt[i]);
+          if (g.grad_z.data != nullptr) g.grad_z.at(place.b, at)[own_channel] = static_cast<T>(grad_z[i]);
+        }
       }
-      grad_x_at.move(-kRun);
-      grad_dt_at.move(-kRun);
-      grad_z_at.move(-kRun);
+      run_target.move(-kRun);
+      second_target.move(-kRun);
     };
 
+    RawRun* raw = &raw_last_run;
 #pragma unroll 1
     for (int run = runs - 1; run >= 0; --run) {
       __syncwarp();  // everybody has done with the run behind
-      if (run > 0) fetch_run(begin + (run - 1) * kRun, kRun, steps.back.raw[(run - 1) % 2]);
-      if (run == min(runs - 1, Shared::kArrivesAt) && begin > place.begin) {
-        fetch_chunk(begin - kScanChunk, kScanChunk);
-        if (state_arrives) fetch_state(begin - kScanChunk, border - p.channels * kN);
+      RawRun& next_raw = steps.back.raw[(run + 1) % 2];
+      if (run > 0) fetch_run(whole, begin + (run - 1) * kRun, kRun, next_raw);
+      if (run == min(runs - 1, Shared::kArrivesAt) && chunk > first_chunk) {
+        fetch_chunk(whole, begin_of(chunk - 1), kScanChunk);
+        if (whole ? Shared::kStateArrives : state_arrives) fetch_state(begin_of(chunk - 1), border(chunk - 1));
       }
       commit_copies();
       wait_for_copies<1>();  // this run's inputs are there
       __syncwarp();
-      const RawRun& raw = run == runs - 1 ? raw_last_run : steps.back.raw[run % 2];
-      choose(all_channels && all_tensors && tokens == kScanChunk, [&](auto whole) { walk_run(whole, run, raw); });
+      walk_run(run, *raw);
+      raw = &next_raw;
 
-      if (run * kRun % Shared::kSpan != 0) continue;
-      __syncthreads();
-      constexpr int kQuadsPerRow = kN / 4, kTasks = 2 * Shared::kSpan * kQuadsPerRow;
-      const int rows = 2 * (tokens - run * kRun), N4 = static_cast<int>(g.N4);  // grad_B_t and grad_C_t in turn
-#pragma unroll
-      for (int turn = 0; turn < (kTasks + kScanThreads - 1) / kScanThreads; ++turn) {
-        const int task = turn * kScanThreads + tid, row = task / kQuadsPerRow, n = task % kQuadsPerRow * 4;
-        if (task >= kTasks || row >= rows || n >= N4) continue;
-        float sum[4] = {};
-#pragma unroll
-        for (int w = 0; w < kScanWarps; ++w) {
-          float share[4];
-          read_floats(&shared.by_warp[w][0][0][0] + 4 * task, share);
-#pragma unroll
-          for (int i = 0; i < 4; ++i) sum[i] += share[i];
-        }
-        store_pack(in_global_memory(partials + (run * kRun * 2 + row) * N4 + n), Pack<float, 4>{{sum[0], sum[1], sum[2], sum[3]}});
-      }
-      __syncthreads();
+      if (run > 0 && run * kRun % Shared::kSpan == 0) shared.shares_written.arrive();
     }
-    partials -= kScanChunk * 2 * g.N4;
-    border -= p.channels * kN;
-  }
+    __syncthreads();
+    sum_over_warps(0);  // before another __syncthreads, in the next chunk, nothing is written there again
+  };
+  const auto sixteens = [](const ScanRows<T>& rows) { return rows.data != nullptr && rows.sixteens; };
+  const bool whole_block =
+      copies && sixteens(g.grad_x) && sixteens(g.grad_dt) && sixteens(g.grad_z) && p.N == kN && state_arrives == Shared::kStateArrives;
+#pragma unroll 1
+  for (int chunk = last_chunk; chunk >= first_chunk; --chunk)
+    choose(whole_block && begin_of(chunk + 1) <= place.end, [&](auto whole) { walk_chunk(whole, chunk); });
 
   sum_D = sum_of_owners<Split, kRun>(sum_D);
   sum_bias = sum_of_owners<Split, kRun>(sum_bias);
@@ -517,10 +618,10 @@ __global__ void selective_scan_bwd_sums_kernel(const Sums<T> a) {
 #pragma unroll
     for (const SegmentSums& of : a.by_segment) {
       if (i >= 0 && i < of.width) {
-        float sum = of.beta == 0 ? 0.0f : of.beta * of.destination[i];
+        float sum = 0;
 #pragma unroll 8
         for (int64_t k = 0; k < a.segments; ++k) sum += of.partials[k * of.width + i];
-        of.destination[i] = sum;
+        of.destination[i] = of.beta == 0 ? sum : of.beta * of.destination[i] + sum;
       }
       i -= of.width;
     }
@@ -563,8 +664,8 @@ void backward(const SelectiveScanBackward& g) {
   const auto f32 = [&](Shape shape) { return Tensor::empty(device, Dtype::f32, shape); };
   const ScanRows<const T> grad_y = scan_rows<const T>(g.grad_y);
 
-  SegmentGrads grads;
-  if (p.segments > 1) grads = selective_scan_segment_grads(in, g.grad_y, g.grad_h_T, p.segments, p.segment_tokens);
+  SegmentGrads pieces;
+  if (p.segments > 1) pieces = selective_scan_segment_grads(in, g.grad_y, p.segments, p.segment_tokens);
 
   const int64_t N4 = (N + 3) / 4 * 4, per_group = B * tokens * 2 * N4;
   const int64_t at_once = std::clamp<int64_t>(kPartialBytes / (4 * per_group), 1, groups);
@@ -575,10 +676,9 @@ void backward(const SelectiveScanBackward& g) {
                 scan_rows<T>(g.grad_x),
                 scan_rows<T>(g.grad_dt),
                 scan_rows<T>(g.grad_z),
-                address_of<float>(p.segments > 1 ? grads.pieces.grads : g.grad_h_T),
-                p.segments > 1 ? grads.count : 1,
-                p.segments > 1 ? grads.per_segment : 1,
-                p.segments > 1 ? Split::kN : N,
+                address_of<float>(g.grad_h_T),
+                {address_of<float>(pieces.grads), address_of<float>(pieces.dt_sums), static_cast<int>(pieces.count),
+                 static_cast<int>(pieces.per_segment)},
                 g.borders.data<float>(),
                 address_of<float>(g.grad_h0),
                 A_partials.data<float>(),

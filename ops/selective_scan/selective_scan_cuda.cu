@@ -53,6 +53,9 @@ template <class T, class Split, Walk walk>
 struct WalkShared {
   static constexpr int kEntryInputs = walk == Walk::outputs ? 2 : 1, kC = Split::kWarpChannels;
   static constexpr int kTokens = Split::kN > 64 ? 4 : kC <= 8 && Split::kN <= 16 ? 16 : 8;
+  /// A lane that owns all tokens of a channel finishes each result at once, from x and z as they are in memory; with several owners what
+  /// that takes is formed with the steps.
+  static constexpr bool kAtOnce = walk == Walk::outputs && Split::kOwners == 1;
   // Owners of different tokens of a channel meet different banks.
   static constexpr int kPad = Split::kOwners > 1 ? 16 / kTokens : 0, kRawPad = Split::kOwners == 2 ? 16 / static_cast<int>(sizeof(T)) : 0;
   /// As it is in memory, of tiles that are on their way.
@@ -65,11 +68,12 @@ struct WalkShared {
   /// For the walk.
   struct Tile {
     alignas(16) float entries[kEntryInputs][kTokens][Split::kN];
-    alignas(16) float2 steps[kTokens][kC + kPad];                             // dt after bias and softplus, dt x; for grads dt, grad_r
-    alignas(16) float2 ends[walk == Walk::outputs ? kTokens : 1][kC + kPad];  // D_skip x, silu(z): for the result
+    alignas(16) float2 steps[kTokens][kC + kPad];  // dt after bias and softplus, dt x; for grads dt, grad_r
+    alignas(16) float2 ends[walk == Walk::outputs && !kAtOnce ? kTokens : 1][kC + kPad];  // D_skip x, silu(z): for the result
   };
   static constexpr int kAhead = kTokens == 16 ? 2 : 3;
-  Raw raw[kAhead];
+  static constexpr int kRaws = kAhead + (kAtOnce ? 1 : 0);
+  Raw raw[kRaws];
   Tile tiles[2];  // one that is worked on, one that is filled
 };
 
@@ -88,7 +92,7 @@ __global__ void __launch_bounds__(kScanThreads, kForwardCost<Split>.at_once)
   using Tile = typename Shared::Tile;
   constexpr int kTokens = Shared::kTokens, kN = Split::kN, kEntries = Split::kEntries, kOwned = Split::template owned<kTokens>();
   constexpr int kC = Split::kWarpChannels, kChannels = Split::kChannels, kAhead = Shared::kAhead;
-  constexpr bool outputs = walk == Walk::outputs, back = walk == Walk::grads, gates = walk != Walk::ends;
+  constexpr bool outputs = walk == Walk::outputs, at_once = Shared::kAtOnce, back = walk == Walk::grads, gates = walk != Walk::ends;
   extern __shared__ __align__(16) char shared_bytes[];
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = Split::lane();
   auto& shared = reinterpret_cast<Shared*>(shared_bytes)[warp];
@@ -167,13 +171,13 @@ __global__ void __launch_bounds__(kScanThreads, kForwardCost<Split>.at_once)
     C_copy.move(kNext);
   };
 
+  const auto gate_of = [&](const Raw& raw, int t) { return gate_scale * silu(to_f32(raw.z[gates ? t : 0][own])) + no_gate; };
   const auto form_owned = [&](const Raw& raw, int i, Tile& tile) {
     if (!Split::template owns<kTokens>()) return;
     const float dt = softplus_approx(to_f32(raw.dt[token0 + i][own]) + bias), x = to_f32(raw.x[token0 + i][own]);
-    const float gate = gates ? gate_scale * silu(to_f32(raw.z[gates ? token0 + i : 0][own])) + no_gate : 1.0f;
-    tile.steps[token0 + i][own] = make_float2(dt, back ? x * gate : dt * x);
-    if constexpr (outputs) tile.ends[token0 + i][own] = make_float2(D_skip * x, gate);
-    else dt_sum += dt;
+    tile.steps[token0 + i][own] = make_float2(dt, back ? x * gate_of(raw, token0 + i) : dt * x);
+    if constexpr (outputs && !at_once) tile.ends[token0 + i][own] = make_float2(D_skip * x, gate_of(raw, token0 + i));
+    if constexpr (!outputs) dt_sum += dt;
   };
   constexpr int kPacks = kTokens * kN / (4 * kWarp);  // of four entries
   const auto form_entries = [&](const Raw& raw, Tile& tile) {
@@ -220,8 +224,9 @@ __global__ void __launch_bounds__(kScanThreads, kForwardCost<Split>.at_once)
         store_states<Split>(border, channel, p.channels, h);
         border += p.channels * kN;
       }
-    fetch(number + kAhead, shared.raw[raw_turn]);
-    raw_turn = raw_turn + 1 < kAhead ? raw_turn + 1 : 0;
+    [[maybe_unused]] const Raw& raw = shared.raw[raw_turn];
+    fetch(number + kAhead, shared.raw[!at_once ? raw_turn : raw_turn > 0 ? raw_turn - 1 : kAhead]);  // one that nobody needs any more
+    raw_turn = raw_turn + 1 < Shared::kRaws ? raw_turn + 1 : 0;
 
     // Through the tile, while the steps of the next one are formed: one stretch of instructions, so that the waits of one part are filled
     // by another.
@@ -249,12 +254,13 @@ __global__ void __launch_bounds__(kScanThreads, kForwardCost<Split>.at_once)
       }
       if constexpr (outputs) y[t] = sum[0];
       if constexpr (outputs && kChannels == 2) y[t] += Split::other_part(sum[1], 1);
+      if constexpr (at_once) y[t] = (y[t] + D_skip * to_f32(raw.x[t][own])) * gate_of(raw, t);
       if (t == 0) form_entries(next_raw, next_tile);
 #pragma unroll
       for (int i = t * kOwned / kTokens; i < (t + 1) * kOwned / kTokens; ++i) form_owned(next_raw, i, next_tile);
     }
     [[maybe_unused]] float2 ends[kOwned];
-    if constexpr (outputs)
+    if constexpr (outputs && !at_once)
 #pragma unroll
       for (int i = 0; i < kOwned; ++i) ends[i] = tile.ends[Split::template owns<kTokens>() ? token0 + i : 0][own];
     wait_for_copies<kAhead - 2>();  // the inputs of the tile behind the next one are there
@@ -264,7 +270,7 @@ __global__ void __launch_bounds__(kScanThreads, kForwardCost<Split>.at_once)
       sum_over_owners<Split>(y);
       float results[kOwned];
 #pragma unroll
-      for (int i = 0; i < kOwned; ++i) results[i] = (y[i] + ends[i].x) * ends[i].y;
+      for (int i = 0; i < kOwned; ++i) results[i] = at_once ? y[i] : (y[i] + ends[i].x) * ends[i].y;
       const int tokens = tokens_of(number), left = own_real ? tokens - token0 : 0;
       if (Split::template owns<kTokens>())
         choose(all_channels && tokens == kTokens, [&](auto whole) { y_at.template write<whole>(results, left); });
@@ -286,17 +292,16 @@ __global__ void __launch_bounds__(kScanThreads, kForwardCost<Split>.at_once)
 }
 
 struct ConnectArgs {
-  float *ends, *grads;  // [B, segments, D, kN]; one of them null
-  const float *dt_sum, *A_log;
-  const float* outer;  // [B, D, N]: h0, or grad_h_T; null for zeros
-  int64_t batch, segments, needed, channels, N;
+  float* ends;  // [B, segments, D, kN]: the state at the end of each, from zero; afterwards that at its beginning, of the whole scan
+  const float *dt_sum, *A_log;  // [B, segments, D]; [D, N]
+  const float* h0;              // [B, D, N]; null for zeros
+  int64_t segments, channels, N;
   int kN_log2;
   unsigned blocks_per_row;
 };
 
-/// What a segment does to a state (ends) or, from the last to the first, to the gradient of one (grads): after this, what reaches it.
-/// Several threads of a block share a state where segments are many: each puts `ahead` of them together, and takes what those in front of
-/// it make.
+/// Carries states from segment to segment. Several threads of a block share a state where segments are many: each puts `ahead` of them
+/// together, and takes what those in front of it make.
 template <int stripes, int ahead>
 __global__ void __launch_bounds__(kScanThreads, stripes > 1 ? 4 : 6) connect_segments_kernel(const ConnectArgs a) {
   constexpr int kStates = kScanThreads / stripes;
@@ -304,21 +309,19 @@ __global__ void __launch_bounds__(kScanThreads, stripes > 1 ? 4 : 6) connect_seg
   const int stripe = static_cast<int>(threadIdx.x) / kStates, column = static_cast<int>(threadIdx.x) % kStates;
   const int64_t b = blockIdx.x / a.blocks_per_row, i = static_cast<int64_t>(blockIdx.x % a.blocks_per_row) * kStates + column;
   const int64_t d = i >> a.kN_log2, n = i - (d << a.kN_log2);
-  const bool there = d < a.channels, real = there && n < a.N, forwards = a.ends != nullptr;
+  const bool there = d < a.channels, real = there && n < a.N;
   const float A2 = real ? -expf(a.A_log[d * a.N + n]) * kLog2e : 0.0f;
-  // From turn to turn, on and on or back from the last one.
-  const int64_t start = (b * a.segments + (forwards ? 0 : a.segments - 1)) * a.channels, step = forwards ? a.channels : -a.channels;
-  float* value = (forwards ? a.ends : a.grads) + ((start + stripe * ahead * step) << a.kN_log2) + i;
+  const int64_t start = b * a.segments * a.channels, step = a.channels, value_step = step << a.kN_log2;  // from segment to segment
+  float* value = a.ends + ((start + stripe * ahead * step) << a.kN_log2) + i;
   const float* dt_sum = a.dt_sum + start + stripe * ahead * step + d;
-  const int64_t value_step = step << a.kN_log2;
 
-  float reached = real && a.outer != nullptr ? a.outer[(b * a.channels + d) * a.N + n] : 0.0f;
-  for (int64_t base = 0; base < a.needed; base += stripes * ahead) {
+  float reached = real && a.h0 != nullptr ? a.h0[(b * a.channels + d) * a.N + n] : 0.0f;
+  for (int64_t base = 0; base < a.segments; base += stripes * ahead) {
     const int64_t first = base + stripe * ahead;
     float own[ahead], kept[ahead];
 #pragma unroll
     for (int k = 0; k < ahead; ++k) {  // what the last one does reaches nobody, and need not be known
-      const bool counts = there && first + k + 1 < a.needed;
+      const bool counts = there && first + k + 1 < a.segments;
       own[k] = counts ? value[k * value_step] : 0.0f;
       kept[k] = counts ? exp2_approx(A2 * dt_sum[k * step]) : 0.0f;
     }
@@ -338,13 +341,26 @@ __global__ void __launch_bounds__(kScanThreads, stripes > 1 ? 4 : 6) connect_seg
     }
 #pragma unroll
     for (int k = 0; k < ahead; ++k) {
-      if (there && first + k < a.needed) value[k * value_step] = here;
+      if (there && first + k < a.segments) value[k * value_step] = here;
       here = own[k] + kept[k] * here;
     }
     if constexpr (stripes == 1) reached = here;
     value += stripes * ahead * value_step;
     dt_sum += stripes * ahead * step;
   }
+}
+
+void connect_segments(const Tensor& ends, const Tensor& dt_sum, const Tensor& A_log, const Tensor& h0) {
+  const auto kN = static_cast<unsigned>(ends.dim(3));
+  ConnectArgs a{ends.data<float>(),    dt_sum.data<float>(), A_log.data<float>(),
+                address_of<float>(h0), ends.dim(1),          ends.dim(2),
+                A_log.dim(1),          std::countr_zero(kN), 0};
+  const auto run = [&](auto kernel, int64_t stripes) {
+    const int64_t states = kScanThreads / stripes, blocks_per_row = (a.channels * kN + states - 1) / states;
+    a.blocks_per_row = static_cast<unsigned>(blocks_per_row);
+    launch_scan(kernel, "connect_segments_kernel", ends.dim(0) * blocks_per_row, 0, ends.device().cuda_context(), a);
+  };
+  a.segments > 16 ? run(connect_segments_kernel<8, 16>, 8) : run(connect_segments_kernel<1, 8>, 1);
 }
 
 template <class T, class Split, Walk walk>
@@ -369,15 +385,15 @@ void forward(const SelectiveScanInputs& in, const SelectiveScanResult& out) {
 
   WalkOutputs<T> w{
       scan_rows<T>(out.y), out.h_T.data<float>(), address_of<float>(in.h0), p.N, address_of<float>(out.borders), nullptr, nullptr, {}};
-  ScanSegments segments;
+  Tensor ends, dt_sum;
   if (p.segments > 1) {
     const Device& device = in.x.device();
-    segments.ends = Tensor::empty(device, Dtype::f32, Shape{B, p.segments, D, Split::kN});
-    segments.dt_sum = Tensor::empty(device, Dtype::f32, Shape{B, p.segments, D});
-    w.ends = segments.ends.data<float>();
-    w.dt_sum = segments.dt_sum.data<float>();
+    ends = Tensor::empty(device, Dtype::f32, Shape{B, p.segments, D, Split::kN});
+    dt_sum = Tensor::empty(device, Dtype::f32, Shape{B, p.segments, D});
+    w.ends = ends.data<float>();
+    w.dt_sum = dt_sum.data<float>();
     launch_walk<T, Split, Walk::ends>(p, w, 0, p.segments - 1, cuda);  // what the last one does to a state is seen by the walk below
-    connect_segments(segments, in.A_log, in.h0, 0);
+    connect_segments(ends, dt_sum, in.A_log, in.h0);
     w.starts = w.ends;
     w.starts_row = Split::kN;
   }
@@ -386,31 +402,7 @@ void forward(const SelectiveScanInputs& in, const SelectiveScanResult& out) {
 
 }  // namespace
 
-void connect_segments(const ScanSegments& segments, const Tensor& A_log, const Tensor& outer, int64_t needless) {
-  const Tensor& values = segments.ends.defined() ? segments.ends : segments.grads;
-  const auto kN = static_cast<unsigned>(values.dim(3));
-  ConnectArgs a{address_of<float>(segments.ends),
-                address_of<float>(segments.grads),
-                segments.dt_sum.data<float>(),
-                A_log.data<float>(),
-                address_of<float>(outer),
-                values.dim(0),
-                values.dim(1),
-                values.dim(1) - needless,
-                values.dim(2),
-                A_log.dim(1),
-                std::countr_zero(kN),
-                0};
-  const auto run = [&](auto kernel, int64_t stripes) {
-    const int64_t states = kScanThreads / stripes, blocks_per_row = (a.channels * kN + states - 1) / states;
-    a.blocks_per_row = static_cast<unsigned>(blocks_per_row);
-    launch_scan(kernel, "connect_segments_kernel", a.batch * blocks_per_row, 0, values.device().cuda_context(), a);
-  };
-  a.needed > 16 ? run(connect_segments_kernel<8, 16>, 8) : run(connect_segments_kernel<1, 8>, 1);
-}
-
-SegmentGrads selective_scan_segment_grads(const SelectiveScanInputs& in, const Tensor& grad_y, const Tensor& grad_h_T, int64_t segments,
-                                          int64_t segment_tokens) {
+SegmentGrads selective_scan_segment_grads(const SelectiveScanInputs& in, const Tensor& grad_y, int64_t segments, int64_t segment_tokens) {
   const Device& device = in.x.device();
   const int64_t B = in.x.dim(0), tokens = in.x.dim(1), D = in.x.dim(2);
   SegmentGrads result;
@@ -430,20 +422,19 @@ SegmentGrads selective_scan_segment_grads(const SelectiveScanInputs& in, const T
       if (chunks % per_segment == 0 && time(per_segment) < time(best)) best = per_segment;
     result.per_segment = best;
     result.count = pieces(best);
-    result.pieces.grads = Tensor::empty(device, Dtype::f32, Shape{B, result.count, D, Split::kN});
-    result.pieces.dt_sum = Tensor::empty(device, Dtype::f32, Shape{B, result.count, D});
+    result.grads = Tensor::empty(device, Dtype::f32, Shape{B, result.count, D, Split::kN});
+    result.dt_sums = Tensor::empty(device, Dtype::f32, Shape{B, result.count, D});
     const auto run = [&](auto element) {
       using T = decltype(element);
       WalkOutputs<T> w{};
-      w.ends = result.pieces.grads.data<float>();
-      w.dt_sum = result.pieces.dt_sum.data<float>();
+      w.ends = result.grads.data<float>();
+      w.dt_sum = result.dt_sums.data<float>();
       w.grad_y = scan_rows<const T>(grad_y);
       launch_walk<T, Split, Walk::grads>(scan_problem<T>(in, result.count, segment_tokens / best), w, best, result.count - best,
                                          device.cuda_context());
     };
     in.x.dtype() == Dtype::bf16 ? run(__nv_bfloat16{}) : run(float{});
   });
-  connect_segments(result.pieces, in.A_log, grad_h_T, result.per_segment - 1);
   return result;
 }
 
@@ -462,7 +453,6 @@ SelectiveScanResult selective_scan_fwd_cuda(const SelectiveScanInputs& in, bool 
       using Four = ScanSplit<4, 4>;
       using FourOfOne = ScanSplit<4, 4, 1, Lanes::apart>;
       const double two = cut_forward<Split>(in).time, four = cut_forward<Four>(in).time, of_one = cut_forward<FourOfOne>(in).time;
-      // TUNE
       if (of_one < std::min(two, four)) return run(FourOfOne{});
       if (four < two) return run(Four{});
     }

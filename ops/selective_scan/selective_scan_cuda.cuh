@@ -419,24 +419,13 @@ void launch_scan(Kernel kernel, const char* name, int64_t blocks, size_t shared,
   launch(kernel, name, dim3(static_cast<unsigned>(blocks)), dim3(kScanThreads), shared, cuda, args...);
 }
 
-/// What is known of each segment before its neighbours are: walks over it begin with zero.
-struct ScanSegments {
-  Tensor ends;    // [B, segments, D, kN]: state at the end; after connect_segments the state at the beginning, of the whole scan
-  Tensor grads;   // or the gradient of the state at the beginning; afterwards that at the end
-  Tensor dt_sum;  // [B, segments, D]
-};
-
-/// Carries states from segment to segment, from outer = h0 on, or gradients back from outer = grad_h_T; not to the last `needless` of them
-/// on this way.
-void connect_segments(const ScanSegments& segments, const Tensor& A_log, const Tensor& outer, int64_t needless);
-
-/// The gradient of the state at the end of each segment, given that at the end of the sequence (undefined: zero).
+/// What a segment does to the gradient of a state: exp(A dt_sum) times that at its end, and grads. Segments are cut into `per_segment`
+/// pieces each, the last one into as many as it needs; those of the first segment reach nobody and are not written.
 struct SegmentGrads {
-  ScanSegments
-      pieces;  // that of segment s is at piece (s + 1) * per_segment - 1; the last segment may have fewer, and ends with the last one
-  int64_t count = 0, per_segment = 0;
+  Tensor grads;    // [B, count, D, kN]: the gradient at the beginning of a piece, from zero at its end
+  Tensor dt_sums;  // [B, count, D]
+  int64_t count = 0, per_segment = 1;
 };
-SegmentGrads selective_scan_segment_grads(const SelectiveScanInputs& in, const Tensor& grad_y, const Tensor& grad_h_T, int64_t segments,
-                                          int64_t segment_tokens);
+SegmentGrads selective_scan_segment_grads(const SelectiveScanInputs& in, const Tensor& grad_y, int64_t segments, int64_t segment_tokens);
 
 }  // namespace longhand

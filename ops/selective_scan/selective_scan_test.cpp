@@ -505,6 +505,8 @@ TEST("selective_scan on CUDA in segments: a long sequence of few channels") {
   const SwitchScope scope = poison();
   for (const Sizes& s : {Sizes{1, 3000, 16, 16}, Sizes{2, 1025, 70, 16}, Sizes{1, 5000, 5, 24}, Sizes{1, 2048, 8, 130}})
     expect_cuda_parity({s, {}, 0, -0.5});
+  // Whole blocks of channels, whose inputs and gradients travel 16 bytes at a time; from wider rows, too.
+  for (int64_t padding : {0, 8, 3}) expect_cuda_parity({Sizes{2, 1100, 192, 16}, {}, padding, -0.5});
 }
 
 TEST("selective_scan on CUDA agrees with the CPU whether rows and channels fill the GPU or not") {
