@@ -63,6 +63,7 @@ class Kept {
   Kept() = default;
   explicit Kept(const Variable& variable);
   bool defined() const { return remade_ != nullptr || value_.defined(); }
+  bool made_again() const { return remade_ != nullptr; }
   /// The tensor. One that is made again is made once for all who keep it, and lives until the last of them is gone.
   const Tensor& get() const;
 

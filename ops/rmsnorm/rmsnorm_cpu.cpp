@@ -39,7 +39,7 @@ void forward(const RmsnormForward& f) {
 
 template <class T>
 void backward(const RmsnormBackward& b) {
-  const StridedRows base_rows = strided_rows_of(b.base), grad_y_rows = strided_rows_of(b.grad_y),
+  const StridedRows base_rows = strided_rows_of(b.base), addend_rows = strided_rows_of(b.addend), grad_y_rows = strided_rows_of(b.grad_y),
                     grad_sum_rows = strided_rows_of(b.grad_sum), grad_base_rows = strided_rows_of(b.grad_base),
                     grad_addend_rows = strided_rows_of(b.grad_addend);
   const int64_t width = base_rows.width, chunks = (base_rows.count + kRowsPerChunk - 1) / kRowsPerChunk;
@@ -49,8 +49,14 @@ void backward(const RmsnormBackward& b) {
 #pragma omp parallel for schedule(static)
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     T* grad_weight = b.grad_weight ? partials.data() + chunk * width : nullptr;
+    std::vector<T> sum(static_cast<std::size_t>(b.addend.defined() ? width : 0));
     for (int64_t row = chunk * kRowsPerChunk; row < std::min(base_rows.count, (chunk + 1) * kRowsPerChunk); ++row) {
       const T* x = b.base.data<T>() + base_rows.begin(row);
+      if (b.addend.defined()) {
+        const T* addend = b.addend.data<T>() + addend_rows.begin(row);
+        for (int64_t c = 0; c < width; ++c) sum[static_cast<std::size_t>(c)] = x[c] + addend[c];
+        x = sum.data();
+      }
       const T* grad_y = b.grad_y.data<T>() + grad_y_rows.begin(row);
       const T rstd = b.rstd.data<T>()[row];
       T dot = 0;  // sum_c xhat * u

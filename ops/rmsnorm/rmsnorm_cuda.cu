@@ -13,8 +13,8 @@
 // order   fixed shuffle tree, no atomics: the same input gives the same bits
 //
 // rmsnorm_bwd_kernel
-// moves   grad_y, base (and grad_sum) in, grad_base (and grad_addend) out: 12 bytes per element, 16 with grad_sum, 2 more where y is left
-//         once more
+// moves   grad_y, base (and grad_sum) in, grad_base (and grad_addend) out: 12 bytes per element, 16 with grad_sum, 2 more where the sum
+//         comes in its two parts, 2 more where y is left once more
 // split   as forward, but a grid that fits the GPU walks over the rows, so that weight gradients stay in registers; each block leaves one
 //         partial row and sum_partials adds them
 // order   rows are dealt to blocks by the grid's size: fixed for a build and a GPU
@@ -98,13 +98,14 @@ struct BackwardArgs {
   const Act* grad_y;
   const Base* grad_sum;  // may be null: zero
   const Base* base;
+  const Act* addend;  // may be null: base alone was normalised
   const float* weight;
   const float* rstd;
   Base* grad_base;   // may be null: not wanted
   Act* grad_addend;  // may be null: not wanted
   Act* y;            // contiguous; may be null: not wanted
   float* partials;   // [gridDim.x, width]; may be null: not wanted
-  StridedRows grad_y_rows, grad_sum_rows, base_rows, grad_base_rows, grad_addend_rows;
+  StridedRows grad_y_rows, grad_sum_rows, base_rows, addend_rows, grad_base_rows, grad_addend_rows;
   int width;
 };
 
@@ -119,16 +120,25 @@ __global__ void __launch_bounds__(Split::kMaxThreads) rmsnorm_bwd_kernel(const B
     const Base* base = a.base + a.base_rows.begin(row);
     const Act* grad_y = a.grad_y + a.grad_y_rows.begin(row);
     const Base* grad_sum = a.grad_sum + (a.grad_sum != nullptr ? a.grad_sum_rows.begin(row) : 0);
+    const Act* addend = a.addend + (a.addend != nullptr ? a.addend_rows.begin(row) : 0);
     Pack<Base, vec> base_in[per_thread], grad_sum_in[per_thread];
+    Pack<Act, vec> addend_in[per_thread];
     Pack<Act, vec> grad_y_in[per_thread];
 #pragma unroll
     for (int k = 0; k < per_thread; ++k) {
       const int c = Split::column(k);
       if (c >= a.width) continue;
       base_in[k] = load_pack<vec>(base + c);
+      if (a.addend != nullptr) addend_in[k] = load_pack<vec>(addend + c);
       grad_y_in[k] = load_pack<vec>(grad_y + c);
       if (a.grad_sum != nullptr) grad_sum_in[k] = load_pack<vec>(grad_sum + c);
     }
+
+    if (a.addend != nullptr)
+#pragma unroll
+      for (int k = 0; k < per_thread; ++k)
+#pragma unroll
+        for (int i = 0; i < vec; ++i) base_in[k].at[i] = static_cast<Base>(to_f32(base_in[k].at[i]) + to_f32(addend_in[k].at[i]));
 
     const float rstd = a.rstd[row];
     float dot = 0;  // sum_c xhat * u
@@ -190,34 +200,48 @@ void forward(const RmsnormForward& f) {
 
 template <class Base, class Act>
 void backward(const RmsnormBackward& b) {
-  BackwardArgs<Base, Act> args{address_of<Act>(b.grad_y),      address_of<Base>(b.grad_sum),   address_of<Base>(b.base),
-                               address_of<float>(b.weight),    address_of<float>(b.rstd),      address_of<Base>(b.grad_base),
-                               address_of<Act>(b.grad_addend), address_of<Act>(b.y),           nullptr,
-                               strided_rows_of(b.grad_y),      strided_rows_of(b.grad_sum),    strided_rows_of(b.base),
-                               strided_rows_of(b.grad_base),   strided_rows_of(b.grad_addend), static_cast<int>(b.base.dim(-1))};
+  BackwardArgs<Base, Act> args{address_of<Act>(b.grad_y),
+                               address_of<Base>(b.grad_sum),
+                               address_of<Base>(b.base),
+                               address_of<Act>(b.addend),
+                               address_of<float>(b.weight),
+                               address_of<float>(b.rstd),
+                               address_of<Base>(b.grad_base),
+                               address_of<Act>(b.grad_addend),
+                               address_of<Act>(b.y),
+                               nullptr,
+                               strided_rows_of(b.grad_y),
+                               strided_rows_of(b.grad_sum),
+                               strided_rows_of(b.base),
+                               strided_rows_of(b.addend),
+                               strided_rows_of(b.grad_base),
+                               strided_rows_of(b.grad_addend),
+                               static_cast<int>(b.base.dim(-1))};
   const CudaContext& cuda = b.base.device().cuda_context();
   const int64_t width = b.base.dim(-1);
   if (b.base.numel() == 0) {
     if (b.grad_weight) sum_partials_cuda(Tensor::empty(b.base.device(), Dtype::f32, {0, width}), *b.grad_weight);
     return;
   }
-  split_rows({&b.grad_y, &b.grad_sum, &b.base, &b.weight, &b.grad_base, &b.grad_addend, &b.y}, width, [&](auto split, unsigned threads) {
-    using Split = decltype(split);
-    const auto kernel = &rmsnorm_bwd_kernel<Base, Act, Split>;
-    int resident = 0;  // blocks that one SM holds at a time
-    cuda_check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, static_cast<int>(threads), 0),
-               "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
-    const int64_t blocks = (args.base_rows.count + Split::kRowsPerBlock - 1) / Split::kRowsPerBlock;
-    const dim3 grid(static_cast<unsigned>(std::min<int64_t>(blocks, static_cast<int64_t>(resident) * cuda.sm_count))), block(threads);
-    Tensor partials;
-    if (b.grad_weight) {
-      partials = Tensor::empty(b.base.device(), Dtype::f32, {grid.x, width});
-      args.partials = partials.data<float>();
-    }
-    kernel<<<grid, block, 0, cuda.stream>>>(args);
-    launch_check("rmsnorm_bwd_kernel", grid, block);
-    if (b.grad_weight) sum_partials_cuda(partials, *b.grad_weight);
-  });
+  split_rows({&b.grad_y, &b.grad_sum, &b.base, &b.addend, &b.weight, &b.grad_base, &b.grad_addend, &b.y}, width,
+             [&](auto split, unsigned threads) {
+               using Split = decltype(split);
+               const auto kernel = &rmsnorm_bwd_kernel<Base, Act, Split>;
+               int resident = 0;  // blocks that one SM holds at a time
+               cuda_check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, static_cast<int>(threads), 0),
+                          "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+               const int64_t blocks = (args.base_rows.count + Split::kRowsPerBlock - 1) / Split::kRowsPerBlock;
+               const dim3 grid(static_cast<unsigned>(std::min<int64_t>(blocks, static_cast<int64_t>(resident) * cuda.sm_count))),
+                   block(threads);
+               Tensor partials;
+               if (b.grad_weight) {
+                 partials = Tensor::empty(b.base.device(), Dtype::f32, {grid.x, width});
+                 args.partials = partials.data<float>();
+               }
+               kernel<<<grid, block, 0, cuda.stream>>>(args);
+               launch_check("rmsnorm_bwd_kernel", grid, block);
+               if (b.grad_weight) sum_partials_cuda(partials, *b.grad_weight);
+             });
 }
 
 }  // namespace

@@ -21,12 +21,12 @@ struct RmsnormForward {
   Tensor rstd;  // [rows] dtype of weight
 };
 
-/// With xhat = rstd * base and u = weight * grad_y:  grad_base = rstd * (u - xhat * mean(xhat * u)) + grad_sum,  grad_weight = sum_rows
-/// grad_y * xhat
+/// With xhat = rstd * (base + addend) and u = weight * grad_y:  grad_base = rstd * (u - xhat * mean(xhat * u)) + grad_sum,  grad_weight =
+/// sum_rows grad_y * xhat
 struct RmsnormBackward {
   Tensor grad_y;                            // [.., D]; rows at two strides
   Tensor grad_sum;                          // [.., D] dtype of base, or undefined: zero
-  Tensor base, weight, rstd;                // base is what was normalised
+  Tensor base, addend, weight, rstd;        // base + addend, or base where addend is undefined, is what was normalised
   Tensor grad_base;                         // written; undefined: not wanted
   Tensor grad_addend;                       // the same rounded to grad_y's dtype; undefined: not wanted
   Tensor y;                                 // [.., D] dtype of grad_y; written with the bits of the forward; undefined: not wanted

@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "core/allocator.h"
 #include "core/error.h"
 #include "core/switches.h"
 #include "ops/rmsnorm/rmsnorm_kernels.h"
@@ -182,6 +183,55 @@ TEST("rmsnorm and add_rmsnorm leave their output behind the backward with the sa
           "rmsnorm", [](const std::vector<Variable>& in) { return rmsnorm(in[0], in[1], 1e-5); }, {x, weight}, what);
       const auto add = [&](const std::vector<Variable>& in) { return add_rmsnorm(in[0], in[2], in[1], 1e-5, dtype).y; };
       expect_left("add_rmsnorm", add, {x, weight, residual}, what + " with a residual");
+    }
+}
+
+TEST("add_rmsnorm: of a chain every second sum is kept as its parts, to the same bits") {
+  const Poison poison;
+  for (const auto& [device, dtype] : places_of_activations())
+    for (const int64_t width : {5, 128, 1024}) {
+      const Dtype wide = dtype == Dtype::f64 ? dtype : Dtype::f32;
+      const Shape shape{33, width};
+      CAPTURE(device.name());
+      CAPTURE(name_of(dtype));
+      CAPTURE(width);
+      const auto gradients = [&](Recompute level, int64_t& kept_bytes) {
+        const RecomputeScope scope(level);
+        const Variable weight = Variable::leaf(random_tensor(device, wide, {width}, 1)),
+                       stream = Variable::leaf(random_tensor(device, wide, shape, 2));
+        std::vector<Variable> leaves{weight, stream}, roots;
+        std::vector<Tensor> grads;
+        Variable residual = stream;
+        std::vector<Kept> kept;  // what others keep of the same values
+        std::vector<std::vector<double>> values;
+        for (uint64_t i = 0; i < 5; ++i) {
+          leaves.push_back(Variable::leaf(random_tensor(device, dtype, shape, 10 + i)));
+          grads.push_back(random_tensor(device, dtype, shape, 20 + i));
+        }
+        grads.push_back(random_tensor(device, wide, shape, 30));
+        const int64_t before = device.allocator().use().live_bytes;
+        for (std::size_t i = 0; i < 5; ++i) {
+          const auto out = add_rmsnorm(leaves[2 + i], residual, weight, 1e-5, dtype);
+          for (const Variable& output : {out.residual, out.y}) {
+            kept.push_back(Kept(output));
+            values.push_back(output.value().to_vector<double>());
+          }
+          residual = out.residual;
+          roots.push_back(Variable(out.y));
+        }
+        roots.push_back(residual);
+        kept_bytes = device.allocator().use().live_bytes - before;
+        for (std::size_t i = 0; i < kept.size(); ++i) CHECK(kept[i].get().to_vector<double>() == values[i]);
+        backward(roots, grads);
+        std::vector<double> all;
+        for (const Variable& leaf : leaves)
+          for (const double value : leaf.grad().to_vector<double>()) all.push_back(value);
+        return all;
+      };
+      int64_t kept_whole = 0, kept_in_parts = 0;
+      const auto whole = gradients(Recompute::none, kept_whole), in_parts = gradients(Recompute::light, kept_in_parts);
+      CHECK(whole == in_parts);
+      CHECK(kept_whole - kept_in_parts >= 2 * 33 * width * size_of(wide));  // of five sums the first and the third
     }
 }
 
