@@ -9,6 +9,7 @@
 #include "core/error.h"
 #include "core/op_scope.h"
 #include "ops/common/gemm.h"
+#include "ops/linear/linear_kernels.h"
 
 namespace longhand {
 namespace {
@@ -54,6 +55,12 @@ Tensor product(const Tensor& x, const Tensor& w, const Tensor& bias) {
   return y;
 }
 
+// Whether all gradients are formed in one pass over grad_y.
+bool in_one_pass(const BackwardCall& call, const Tensor& grad_y, const Tensor& w) {
+  const auto fits = on_device<bool(const Tensor&, const Tensor&)>(w.device(), nullptr, LONGHAND_CUDA_IMPL(linear_narrow_fits_cuda));
+  return fits != nullptr && call.needs(0) && call.needs(1) && call.needs(2) && fits(grad_y, w);
+}
+
 }  // namespace
 
 Variable linear(const Variable& x, const Variable& weight, const Variable& bias) {
@@ -61,8 +68,13 @@ Variable linear(const Variable& x, const Variable& weight, const Variable& bias)
   require_linear_args(x, weight, bias);
   const Tensor w = weight.value(), b = bias.value();  // [out, in], [out]
   const Awaited x_later(x);                           // for the gradient of the weight, which nothing else in the backward needs
-  const Variable y = record("linear", product(x.value(), w, b), {x, weight, bias}, [x_later, w](BackwardCall& call) {
+  const Variable y = record("linear", product(x.value(), w, b), {x, weight, bias}, [x_later, x_now = Kept(x), w](BackwardCall& call) {
     const Tensor grad_y = as_matrix(call.grad(0));  // [R, out]
+    if (in_one_pass(call, grad_y, w)) {
+      on_device<void(const NarrowGradients&)>(w.device(), nullptr, LONGHAND_CUDA_IMPL(linear_narrow_bwd_cuda))(
+          {grad_y, as_matrix(x_now.get()), w, call.accumulate(0), call.accumulate(1), call.accumulate(2)});
+      return;
+    }
     if (call.needs(0)) {
       const auto [grad_x, beta] = call.accumulate(0);
       gemm(false, grad_y, false, w, grad_x.reshape({grad_y.dim(0), w.dim(1)}), 1.0, beta);

@@ -161,3 +161,35 @@ TEST("linear: CUDA agrees with the CPU, forward and backward, odd widths and str
     }
   }
 }
+
+TEST("linear: CUDA agrees with the CPU where a narrow input's gradients are formed in one pass, also into sums and odd rows") {
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  const SwitchScope poison(set_poison);
+  const Device cpu = Device::cpu(), gpu = Device::cuda();
+  constexpr int64_t in = 16;
+  for (const int64_t rows : {0, 1, 63, 64, 200, 20000})
+    for (const int64_t out : {256, 512, 1024})
+      for (const int64_t beside : {48, 3}) {  // columns of the projection in front of x: rows that move by 16 bytes, and others
+        if (rows == 20000 && (out != 512 || beside != 48)) continue;
+        const Tensor wide = random_tensor(cpu, Dtype::bf16, {1, rows, beside + in}, 1);
+        const Tensor w = random_tensor(cpu, Dtype::bf16, {out, in}, 2), g = random_tensor(cpu, Dtype::bf16, {1, rows, out}, 4);
+        const Tensor bias = random_tensor(cpu, Dtype::bf16, {out}, 3).to(Dtype::f32);
+        const auto run = [&](const Device& device, Dtype type, bool twice) {
+          const Variable x_wide = Variable::leaf(wide.to(device).to(type)), weight = Variable::leaf(w.to(device).to(type));
+          const Variable b = Variable::leaf(bias.to(device));
+          const Variable x = split(multiplied(x_wide), {beside, in})[1];
+          std::vector<Variable> roots{linear(x, weight, b)};
+          std::vector<Tensor> grads{g.to(device).to(type)};
+          if (twice) roots.push_back(linear(x, weight, b)), grads.push_back(grads[0]);
+          backward(roots, grads);
+          return std::vector{x_wide.grad().to_vector<double>(), weight.grad().to_vector<double>(), b.grad().to_vector<double>()};
+        };
+        for (const bool twice : {false, true}) {
+          const auto expected = run(cpu, Dtype::f32, twice), actual = run(gpu, Dtype::bf16, twice);
+          const char* names[] = {"grad_x", "grad_weight", "grad_bias"};
+          for (std::size_t i = 0; i < 3; ++i)
+            expect_close(actual[i], expected[i], 0x1p-6, 1e-3,
+                         std::string(names[i]) + (twice ? ", twice, " : ", ") + wide.describe() + " out " + std::to_string(out));
+        }
+      }
+}
