@@ -104,14 +104,34 @@ struct BackwardArgs {
   StridedRows grad_out_rows, y_rows, z_rows, grad_y_rows, grad_z_rows;
   GatedNorm form;
   int groups, group_size;
+  int64_t grad_out_next = 0, y_next = 0, z_next = 0, grad_y_next = 0,
+          grad_z_next = 0;  // elements from a row of a warp to its next one: see RowWalk
+};
+
+/// Where the rows of a warp begin. steady: there is one step from each to the next one (the heads of a token are the rows of a block);
+/// otherwise a row of two strides costs a division.
+template <bool steady>
+class RowWalk {
+ public:
+  __device__ RowWalk(const StridedRows& rows, int64_t row, int64_t next) : rows_(rows), next_(next), at_(steady ? rows.begin(row) : 0) {}
+  __device__ int64_t begin(int64_t row) const { return steady ? at_ : rows_.begin(row); }
+  __device__ void advance() {
+    if (steady) at_ += next_;
+  }
+
+ private:
+  const StridedRows& rows_;
+  const int64_t& next_;
+  int64_t at_;
 };
 
 constexpr int kStages = 3;  // rows of a block: one in work, the others on their way through shared memory, each piece for who asks
 template <class Split>
 constexpr bool kAhead = Split::kPerThread == 1 && Split::kVec > 1;
 
-template <class T, class Split>
-__global__ void __launch_bounds__(Split::kMaxThreads) gated_rmsnorm_bwd_kernel(const BackwardArgs<T> a) {
+template <class T, class Split, bool steady>
+__global__ void __launch_bounds__(Split::kMaxThreads, kAhead<Split>&& Split::kWarpPerRow ? 6 : 1)
+    gated_rmsnorm_bwd_kernel(const BackwardArgs<T> a) {
   constexpr int vec = Split::kVec, per_thread = Split::kPerThread;
   constexpr bool ahead = kAhead<Split>;
   const int64_t step = static_cast<int64_t>(gridDim.x) * Split::kRowsPerBlock;
@@ -123,17 +143,20 @@ __global__ void __launch_bounds__(Split::kMaxThreads) gated_rmsnorm_bwd_kernel(c
   const auto place = [](int at) {  // a thread's pieces lie blockDim.x packs apart, so that neighbours fill one line
     return reinterpret_cast<Pack<T, vec>*>(shared_memory()) + static_cast<int>(threadIdx.x) + at * 3 * static_cast<int>(blockDim.x);
   };
-  const auto ask = [&](int64_t next, int to) {
+  RowWalk<steady> grad_out_walk(a.grad_out_rows, row, a.grad_out_next), y_walk(a.y_rows, row, a.y_next), z_walk(a.z_rows, row, a.z_next),
+      grad_y_walk(a.grad_y_rows, row, a.grad_y_next), grad_z_walk(a.grad_z_rows, row, a.grad_z_next);
+  const auto ask = [&](int64_t next, int to) {  // for rows in turn
     if (next < a.y_rows.count) {
       const int c = Split::column(0);
       if (c < a.group_size) {
         Pack<T, vec>* at = place(to);
-        copy_pack_async(at, a.grad_out + a.grad_out_rows.begin(next) + first + c);
-        copy_pack_async(at + blockDim.x, a.y + a.y_rows.begin(next) + first + c);
-        copy_pack_async(at + 2 * blockDim.x, a.z + a.z_rows.begin(next) + first + c);
+        copy_pack_async(at, a.grad_out + grad_out_walk.begin(next) + first + c);
+        copy_pack_async(at + blockDim.x, a.y + y_walk.begin(next) + first + c);
+        copy_pack_async(at + 2 * blockDim.x, a.z + z_walk.begin(next) + first + c);
       }
     }
     close_copies();
+    grad_out_walk.advance(), y_walk.advance(), z_walk.advance();
   };
   const auto weights_of = [&](int k) {  // ones where there is no weight
     Pack<float, vec> weight;
@@ -215,10 +238,11 @@ __global__ void __launch_bounds__(Split::kMaxThreads) gated_rmsnorm_bwd_kernel(c
           grad_z[i] = weighted * yi * slope;
         }
       }
-      if (a.grad_y != nullptr) store_pack(a.grad_y + a.grad_y_rows.begin(row) + first + c, round_to<T>(grad_y));
-      if (a.grad_z != nullptr) store_pack(a.grad_z + a.grad_z_rows.begin(row) + first + c, round_to<T>(grad_z));
+      if (a.grad_y != nullptr) store_pack(a.grad_y + grad_y_walk.begin(row) + first + c, round_to<T>(grad_y));
+      if (a.grad_z != nullptr) store_pack(a.grad_z + grad_z_walk.begin(row) + first + c, round_to<T>(grad_z));
       if (a.out != nullptr) store_pack(a.out + (row * a.groups + blockIdx.y) * a.group_size + c, round_to<T>(out));
     }
+    grad_y_walk.advance(), grad_z_walk.advance();
   }
   if (a.partials != nullptr)
     Split::write_partial(grad_weight, a.group_size, a.partials + (static_cast<int64_t>(blockIdx.x) * a.groups + blockIdx.y) * a.group_size);
@@ -271,19 +295,33 @@ void backward(const GatedRmsnormBackward& b) {
                        static_cast<int>(b.groups),  static_cast<int>(group_size)};
   split_groups<T, true>({&b.grad_out, &b.y, &b.z, &b.weight, &b.grad_y, &b.grad_z, &b.out}, group_size, [&](auto split, unsigned threads) {
     using Split = decltype(split);
-    const auto kernel = &gated_rmsnorm_bwd_kernel<T, Split>;
     const std::size_t shared = kAhead<Split> ? kStages * 3 * threads * sizeof(Pack<T, Split::kVec>) : 0;
+    auto kernel = &gated_rmsnorm_bwd_kernel<T, Split, false>;
     int resident = 0;  // blocks that one SM holds at a time
     cuda_check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, static_cast<int>(threads), shared),
                "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
     const int64_t needed = (args.y_rows.count + Split::kRowsPerBlock - 1) / Split::kRowsPerBlock;
     const int64_t fitting = std::max<int64_t>(static_cast<int64_t>(resident) * cuda.sm_count / b.groups, 1);
     const dim3 grid(static_cast<unsigned>(std::min(needed, fitting)), static_cast<unsigned>(b.groups)), block(threads);
+    const int64_t step = static_cast<int64_t>(grid.x) * Split::kRowsPerBlock;
+    constexpr bool can_be_steady = kAhead<Split> && Split::kWarpPerRow;
+    bool steady = can_be_steady;
+    const auto next = [&](const StridedRows& rows) {
+      if (rows.inner >= rows.count) return step * rows.inner_stride;
+      steady = steady && step % rows.inner == 0;
+      return step / rows.inner * rows.outer_stride;
+    };
+    args.grad_out_next = next(args.grad_out_rows);
+    args.y_next = next(args.y_rows);
+    args.z_next = next(args.z_rows);
+    args.grad_y_next = next(args.grad_y_rows);
+    args.grad_z_next = next(args.grad_z_rows);
     Tensor partials;
     if (b.grad_weight) {
       partials = Tensor::empty(b.y.device(), Dtype::f32, {grid.x, width});
       args.partials = partials.data<float>();
     }
+    if (steady) kernel = &gated_rmsnorm_bwd_kernel<T, Split, can_be_steady>;
     kernel<<<grid, block, shared, cuda.stream>>>(args);
     launch_check("gated_rmsnorm_bwd_kernel", grid, block, shared);
     if (b.grad_weight) sum_partials_cuda(partials, *b.grad_weight);

@@ -178,6 +178,15 @@ TEST("gated_rmsnorm on CUDA agrees with the CPU") {
   };
   expect_parity(heads, {{{2, 5, 3, 32}, Dtype::bf16}, {{2, 5, 128}, Dtype::bf16}, {{32}, Dtype::f32, 1.0}}, Device::cuda(),
                 kGatedRmsnormToleranceF32, 0, "heads");
+  // So many that a warp has several: four heads are the rows of a block, three are not.
+  for (const int64_t count : {4, 3}) {
+    const auto many = [count](const std::vector<Variable>& in) {
+      const Variable gate = reshape(split(in[1], {24, count * 64, 8})[1], {1, 2000, count, 64});
+      return std::vector<Variable>{gated_rmsnorm(in[0], gate, in[2], {1e-6, 1, true})};
+    };
+    expect_parity(many, {{{1, 2000, count, 64}, Dtype::bf16}, {{1, 2000, count * 64 + 32}, Dtype::bf16}, {{64}, Dtype::f32, 1.0}},
+                  Device::cuda(), kGatedRmsnormToleranceF32, 0, "many heads");
+  }
 }
 
 TEST("gated_rmsnorm on CUDA gives the same bits twice") {
