@@ -18,16 +18,16 @@ struct Outcome {
   int64_t kept_bytes = 0;  // between forward and backward
 };
 
-ModelConfig config_of(const std::string& family, bool short_conv) {
+ModelConfig config_of(const std::string& family, bool short_conv, bool whole_slices) {
   ModelConfig config = small_config(family);
-  config.d_model = 144;  // wider than what counts as a narrow projection
+  config.d_model = whole_slices ? 256 : 144;  // wider than what counts as a narrow projection
   if (short_conv) config.options["use_short_conv"] = 1;
   return config;
 }
 
 // Loss and final state of a batch that starts from a state that wants a gradient too.
-Outcome outcome_of(const ModelConfig& config, const Device& device, Dtype dtype, Recompute level) {
-  constexpr int64_t B = 3, T = 70;
+Outcome outcome_of(const ModelConfig& config, const Device& device, Dtype dtype, Recompute level, int64_t T) {
+  constexpr int64_t B = 3;
   LanguageModel model(config, device, dtype, dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32);
   model.initialize(3);
   model.set_recompute(RecomputePlan(static_cast<std::size_t>(config.n_layer), level));
@@ -74,17 +74,19 @@ TEST("recompute: every level gives the same bits of losses, states and gradients
   std::vector<std::pair<Device, Dtype>> places{{Device::cpu(), Dtype::f32}, {Device::cpu(), Dtype::f64}};
   if (cuda_device_count() > 0) places.insert(places.end(), {{Device::cuda(), Dtype::f32}, {Device::cuda(), Dtype::bf16}});
   for (const auto& [device, dtype] : places) {
-    for (const char* family : {"mamba1", "mamba2", "gla", "gla with convolutions"}) {
+    for (const char* family : {"mamba1", "mamba2", "gla", "gla with convolutions", "gla in whole chunks"}) {
       CAPTURE(family);
       CAPTURE(device.name());
       CAPTURE(name_of(dtype));
-      const bool plain = std::string(family) != "gla with convolutions";
-      const ModelConfig config = config_of(plain ? family : "gla", !plain);
-      const Outcome none = outcome_of(config, device, dtype, Recompute::none);
+      const std::string kind = family;
+      const bool whole = kind == "gla in whole chunks", convolutions = kind == "gla with convolutions";
+      const int64_t T = whole ? 128 : 70;
+      const ModelConfig config = config_of(whole || convolutions ? "gla" : kind, convolutions, whole);
+      const Outcome none = outcome_of(config, device, dtype, Recompute::none, T);
       int64_t kept = none.kept_bytes;
       for (const Recompute level : {Recompute::light, Recompute::projections, Recompute::full}) {
         CAPTURE(name_of(level));
-        const Outcome other = outcome_of(config, device, dtype, level);
+        const Outcome other = outcome_of(config, device, dtype, level, T);
         CHECK(other.loss == none.loss);
         CHECK(other.states == none.states);
         CHECK(other.grads == none.grads);

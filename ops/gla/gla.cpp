@@ -75,20 +75,22 @@ GlaOutput gla(const Variable& q, const Variable& k, const Variable& v, const Var
                      whole(given.h0)};
   const GlaRule rule{options.gate == GlaOptions::Gate::logit, options.gate_normalizer, options.gate_min,
                      options.scale != 0 ? options.scale : 1 / std::sqrt(static_cast<double>(in.sizes().Dk))};
-  auto [o, h_T] = on_device(in.q.device(), &gla_fwd_cpu, LONGHAND_CUDA_IMPL(gla_fwd_cuda))(in, rule);  // [B, T, H, Dv], [B, H, Dk, Dv]
-  const auto backward_gla = [kept_q = Kept(q), kept_k = Kept(k), kept_v = Kept(v), kept_gate = Kept(gate), h0_value = in.h0,
-                             rule](BackwardCall& call) {
+  const GlaResult result = on_device(in.q.device(), &gla_fwd_cpu, LONGHAND_CUDA_IMPL(gla_fwd_cuda))(in, rule);
+  // What was prepared costs more than a pass over memory, like a projection.
+  const GlaPrepared prepared = recompute_level() < Recompute::projections ? result.prepared : GlaPrepared{};
+  const auto backward_gla = [kept_q = Kept(q), kept_k = Kept(k), kept_v = Kept(v), kept_gate = Kept(gate), h0_value = in.h0, rule,
+                             prepared](BackwardCall& call) {
     const GlaInputs all{with_packed_tokens(kept_q.get()), with_packed_tokens(kept_k.get()), with_packed_tokens(kept_v.get()),
                         with_packed_tokens(kept_gate.get()), h0_value};
     const Tensor grad_o = with_packed_tokens(call.grad(0)), grad_h_T = whole(call.grad(1));
     const auto place = [&](int input) { return call.needs(input) ? writable_packed_tokens(call.buffer(input)) : Tensor(); };
     const GlaGradients out{place(0), place(1), place(2), place(3),
                            call.needs(4) ? Tensor::empty(all.h0.device(), all.h0.dtype(), all.h0.shape()) : Tensor()};
-    on_device(all.q.device(), &gla_bwd_cpu, LONGHAND_CUDA_IMPL(gla_bwd_cuda))(all, rule, grad_o, grad_h_T, out);
+    on_device(all.q.device(), &gla_bwd_cpu, LONGHAND_CUDA_IMPL(gla_bwd_cuda))(all, rule, prepared, grad_o, grad_h_T, out);
     const Tensor* grads[] = {&out.q, &out.k, &out.v, &out.gate, &out.h0};
     for (int i = 0; i < 5; ++i) call.set(i, *grads[i]);
   };
-  auto outputs = record("gla", {o, h_T}, {q, k, v, gate, h0}, backward_gla);
+  auto outputs = record("gla", {result.o, result.h_T}, {q, k, v, gate, h0}, backward_gla);
   return {outputs[0], outputs[1]};
 }
 

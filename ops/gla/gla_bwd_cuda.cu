@@ -1,7 +1,7 @@
 // GLA on CUDA, backward. The states at chunk beginnings, the gradients of the states at chunk ends and grad v come from two walks
 // (gla_cuda.cu); with them every chunk stands alone.
 //
-// gla_chunk_bwd_kernel: grad q, grad k, grad gate
+// gla_chunk_bwd_kernel: grad q, grad k, grad gate; of the chunks that gla_chunk_bwd_mild_cuda.cu has left, where it runs
 // moves   per token and head q, k, gate in, their gradients out, v and grad o in once per slice of Dk (from L2 when slices run together);
 //         per chunk and head two turned states of Dk Dv
 // flops   per chunk and head the products with the states (2 * 64 Dk Dv each), grad o v' once per slice (64 * 64 * Dv), squares of the
@@ -18,24 +18,12 @@
 #include <algorithm>
 
 #include "core/error.h"
-#include "ops/gla/gla_cuda.cuh"
+#include "ops/gla/gla_chunks_cuda.cuh"
 
 namespace longhand {
 namespace {
 
-template <class T>
-struct ChunkBwdArgs {
-  TokenRows<const T> q, k, v, gate, grad_o;
-  TokenRows<T> grad_q, grad_k, grad_gate;  // data null: not wanted
-  const T *states, *state_grads;           // [B, chunks, H, Dv, D]
-  GateArgs gates;
-  float scale;
-  int64_t B, tokens, H, chunks;
-  int Dk, Dv, D, slices, stages;
-};
-
-constexpr float kLog2OfNothing = -126.0f;  // below, exp2_approx gives 0
-constexpr int kSumStride = kSlice + 8;     // floats: accumulator fragments, written two columns at a time, meet all banks evenly
+constexpr int kSumStride = kSlice + 8;  // floats: accumulator fragments, written two columns at a time, meet all banks evenly
 
 template <class T>
 struct ChunkBwdLayout {  // shared memory in bytes; the stages and, later, what the products left share one place
@@ -50,14 +38,14 @@ struct ChunkBwdLayout {  // shared memory in bytes; the stages and, later, what 
 };
 
 template <class T>
-__global__ void __launch_bounds__(kSliceThreads, sizeof(T) == 2 ? 2 : 1) gla_chunk_bwd_kernel(const ChunkBwdArgs<T> a) {
+__device__ __forceinline__ void chunk_bwd(const GlaChunkBwdArgs<T>& a, int64_t piece) {
   using Layout = ChunkBwdLayout<T>;
   constexpr int stride = Layout::stride;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, quad = lane % 4;
   const int tile_row = 16 * (warp % 4), first_column = 32 * (warp / 4);  // in products
   const int leaf = warp, row = kLeafTokens * leaf, column = 2 * lane;    // by columns
-  const int slice = static_cast<int>(blockIdx.x % a.slices);
-  const int64_t unit = blockIdx.x / a.slices, h = unit % a.H, chunk = unit / a.H % a.chunks, b = unit / a.H / a.chunks, t0 = chunk * kChunk;
+  const int slice = static_cast<int>(piece % a.slices);
+  const int64_t unit = piece / a.slices, h = unit % a.H, chunk = unit / a.H % a.chunks, b = unit / a.H / a.chunks, t0 = chunk * kChunk;
   const int valid = static_cast<int>(a.tokens - t0 < kChunk ? a.tokens - t0 : kChunk);
   const int width = a.Dk - kSlice * slice < kSlice ? a.Dk - kSlice * slice : kSlice;
 
@@ -281,6 +269,12 @@ __global__ void __launch_bounds__(kSliceThreads, sizeof(T) == 2 ? 2 : 1) gla_chu
   store(a.grad_gate, grad_q);
 }
 
+template <class T>
+__global__ void __launch_bounds__(kSliceThreads, sizeof(T) == 2 ? 2 : 1)
+    gla_chunk_bwd_kernel(const __grid_constant__ GlaChunkBwdArgs<T> a) {
+  a.search.each([&](int64_t piece) { chunk_bwd(a, piece); });
+}
+
 // --- launchers ------------------------------------------------------------------------------------------------
 
 Tensor rows_of_batch(const Tensor& t, int64_t begin, int64_t end) {
@@ -289,15 +283,16 @@ Tensor rows_of_batch(const Tensor& t, int64_t begin, int64_t end) {
 
 /// Backward of some rows of the batch.
 template <class T>
-void backward_rows(const GlaInputs& in, const GlaRule& rule, const Tensor& grad_o, const Tensor& grad_h_T, const GlaGradients& out) {
+void backward_rows(const GlaInputs& in, const GlaRule& rule, const GlaPrepared& kept, const Tensor& grad_o, const Tensor& grad_h_T,
+                   const GlaGradients& out) {
   const CudaContext& context = in.q.device().cuda_context();
   const GlaSizes s = in.sizes();
-  const GlaPrepared prepared = gla_prepare_cuda(in, rule);
-  const Tensor state_grads = gla_chunk_state_gradients_cuda(in, prepared, grad_o, grad_h_T, out.v, out.h0);
-  if (!out.q.defined() && !out.k.defined() && !out.gate.defined()) return;
-  const Tensor states = gla_chunk_states_cuda(in, prepared);
+  const GlaPrepared prepared = kept.q.defined() ? kept : gla_prepare_cuda(in, rule);
+  const bool chunks_wanted = out.q.defined() || out.k.defined() || out.gate.defined();
+  const GlaBorders borders = gla_borders_cuda(in, prepared, grad_o, grad_h_T, out.v, out.h0, chunks_wanted);
+  if (!chunks_wanted) return;
 
-  ChunkBwdArgs<T> args{};
+  GlaChunkBwdArgs<T> args{};
   args.q = token_rows<const T>(in.q, s.Dk);
   args.k = token_rows<const T>(in.k, s.Dk);
   args.v = token_rows<const T>(in.v, s.Dv);
@@ -306,8 +301,8 @@ void backward_rows(const GlaInputs& in, const GlaRule& rule, const Tensor& grad_
   args.grad_q = token_rows<T>(out.q, s.Dk);
   args.grad_k = token_rows<T>(out.k, s.Dk);
   args.grad_gate = token_rows<T>(out.gate, s.Dk);
-  args.states = address_of<const T>(states);
-  args.state_grads = address_of<const T>(state_grads);
+  args.states = address_of<const T>(borders.states);
+  args.state_grads = address_of<const T>(borders.gradients);
   args.gates = gate_args(rule);
   args.scale = static_cast<float>(rule.scale);
   args.B = s.B;
@@ -321,7 +316,13 @@ void backward_rows(const GlaInputs& in, const GlaRule& rule, const Tensor& grad_
   args.stages = ChunkBwdLayout<T>::total_bytes(2) <= context.shared_memory_per_block ? 2 : 1;
   const int64_t blocks = s.B * args.chunks * s.H * args.slices;
   if (blocks == 0) return;
-  launch(&gla_chunk_bwd_kernel<T>, "gla_chunk_bwd_kernel", dim3(static_cast<unsigned>(blocks)), dim3(kSliceThreads),
+  args.search = SteepSearch::of_all(blocks);
+  if constexpr (sizeof(T) == 2)
+    if (gla_chunk_bwd_has_mild(args, context)) {
+      launch_gla_chunk_bwd_mild(args, context);
+      args.search = SteepSearch::among(address_of<const float>(prepared.decay), blocks, kSlice, 2 * context.sm_count);
+    }
+  launch(&gla_chunk_bwd_kernel<T>, "gla_chunk_bwd_kernel", args.search.grid(), dim3(kSliceThreads),
          static_cast<size_t>(ChunkBwdLayout<T>::total_bytes(args.stages)), context, args);
 }
 
@@ -329,7 +330,8 @@ void backward_rows(const GlaInputs& in, const GlaRule& rule, const Tensor& grad_
 constexpr int64_t kBorderBytes = int64_t{512} << 20;
 
 template <class T>
-void backward(const GlaInputs& in, const GlaRule& rule, const Tensor& grad_o_or_none, const Tensor& grad_h_T, const GlaGradients& out) {
+void backward(const GlaInputs& in, const GlaRule& rule, const GlaPrepared& prepared, const Tensor& grad_o_or_none, const Tensor& grad_h_T,
+              const GlaGradients& out) {
   const GlaSizes s = in.sizes();
   const Tensor grad_o = grad_o_or_none.defined() ? grad_o_or_none : Tensor::zeros(in.q.device(), in.q.dtype(), in.v.shape());
   const int64_t border_bytes = 2 * s.B * chunk_count(s.T) * s.H * s.Dv * padded_key_dim(s.Dk) * static_cast<int64_t>(sizeof(T));
@@ -339,16 +341,19 @@ void backward(const GlaInputs& in, const GlaRule& rule, const Tensor& grad_o_or_
     const int64_t end = std::min(begin + rows, s.B);
     const auto piece = [&](const Tensor& t) { return rows_of_batch(t, begin, end); };
     const GlaInputs some{piece(in.q), piece(in.k), piece(in.v), piece(in.gate), piece(in.h0)};
+    const GlaPrepared chunks{piece(prepared.q), piece(prepared.k), piece(prepared.scores), piece(prepared.decay)};
     const GlaGradients grads{piece(out.q), piece(out.k), piece(out.v), piece(out.gate), piece(out.h0)};
-    backward_rows<T>(some, rule, piece(grad_o), piece(grad_h_T), grads);
+    backward_rows<T>(some, rule, chunks, piece(grad_o), piece(grad_h_T), grads);
   }
 }
 
 }  // namespace
 
-void gla_bwd_cuda(const GlaInputs& in, const GlaRule& rule, const Tensor& grad_o, const Tensor& grad_h_T, const GlaGradients& out) {
+void gla_bwd_cuda(const GlaInputs& in, const GlaRule& rule, const GlaPrepared& prepared, const Tensor& grad_o, const Tensor& grad_h_T,
+                  const GlaGradients& out) {
   if (!gla_takes_keys_whole(in)) return gla_bwd_key_slices_cuda(in, rule, grad_o, grad_h_T, out);
-  in.q.dtype() == Dtype::bf16 ? backward<Bf16>(in, rule, grad_o, grad_h_T, out) : backward<float>(in, rule, grad_o, grad_h_T, out);
+  in.q.dtype() == Dtype::bf16 ? backward<Bf16>(in, rule, prepared, grad_o, grad_h_T, out)
+                              : backward<float>(in, rule, prepared, grad_o, grad_h_T, out);
 }
 
 }  // namespace longhand

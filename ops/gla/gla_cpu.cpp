@@ -472,7 +472,8 @@ GlaResult gla_fwd_cpu(const GlaInputs& in, const GlaRule& rule) {
   return out;
 }
 
-void gla_bwd_cpu(const GlaInputs& in, const GlaRule& rule, const Tensor& grad_o, const Tensor& grad_h_T, const GlaGradients& out) {
+void gla_bwd_cpu(const GlaInputs& in, const GlaRule& rule, const GlaPrepared&, const Tensor& grad_o, const Tensor& grad_h_T,
+                 const GlaGradients& out) {
   in.q.dtype() == Dtype::f64 ? chunked_bwd<double>(in, rule, grad_o, grad_h_T, out) : chunked_bwd<float>(in, rule, grad_o, grad_h_T, out);
 }
 

@@ -1,15 +1,4 @@
-// GLA on CUDA: what every chunk gives by itself, and the walks over the chunks with the state in registers.
-//
-// gla_prepare_kernel: decayed queries and keys, scores and decay of every chunk
-// moves   q, k, gate in; decayed q, k and 64 scores a token out: 5 Dk + 64 elements per token and head
-// flops   per chunk and head 3 exponentials per gate; the scores by squares of 8, 16 and 32 tokens (28 x 64 x Dk products on tensor cores)
-//         and the triangles of 8 tokens left on the diagonal (8 x 36 x Dk products, running decays in f32)
-// floor   B 32, T 2048, H 4, Dk 128, bf16: 370 MB / 3.0 TB/s = 0.12 ms on an H100 SXM
-// split   one block of 8 warps per (row, chunk, head), 64 columns of Dk at a time; a warp has a leaf of 8 tokens, a lane two columns of it
-//         in registers. Products of a scale, 16 x 16 each, are spread over the warps
-// needs   Dk <= 256, padded to 64, 128 or 256
-// agrees  bf16 rounds each decayed operand once, and the scores
-// order   fixed: columns of a lane, lanes by a tree, slices in order
+// GLA on CUDA: the walks over the chunks (prepared by gla_prepare_cuda.cu) with the state in registers.
 //
 // gla_walk_kernel<outputs>: o and h_T (forward), grad v and grad h0 (backward, from the last chunk)
 // moves   prepared q and k, scores, v in, o out: 2 Dk + 64 + 2 Dv elements per token and head; the parts of Dv read q, k and scores
@@ -24,178 +13,13 @@
 // agrees  with the CPU reference to kGlaToleranceF32, kGlaToleranceBf16 (gla_kernels.h); bf16 rounds o, and the state in its product
 // order   fixed, no atomics. How many segments there are depends on the GPU's size
 // Exponentials are ex2.approx, reciprocals rcp.approx (cuda_math.cuh).
+#include <algorithm>
+
 #include "core/error.h"
 #include "ops/gla/gla_walk_cuda.cuh"
 
 namespace longhand {
 namespace {
-
-// --- prepare ----------------------------------------------------------------------------------------------------
-
-template <class T>
-struct PrepareArgs {
-  TokenRows<const T> q, k, gate;
-  T *decayed_q, *decayed_k, *scores;
-  float* decay;
-  GateArgs gates;
-  float scale;
-  int64_t tokens, H, chunks;
-  int Dk, D;
-};
-
-template <class T>
-constexpr int kSliceTile = kChunk* tile_stride<T>(kSlice);  // elements of a tile of 64 tokens and 64 columns
-
-// Decayed queries and keys of one scale, twice; logarithms of the leaves' decays, twice. The scores take the place of the tiles at the end.
-constexpr int kScoreStride = kChunk + 4;
-template <class T>
-constexpr int kPrepareBytes = 4 * kSliceTile<T>* static_cast<int>(sizeof(T)) + 2 * kLeaves* kSlice * 4;
-static_assert(kPrepareBytes<Bf16> >= kChunk * kScoreStride * 4);
-
-/// The sums over a warp of 32 values: lane l gets that of values[l].
-__device__ __forceinline__ float transposed_sums(float (&values)[32]) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int kept = 16; kept >= 1; kept /= 2) {
-    const bool upper = lane & kept;
-#pragma unroll
-    for (int k = 0; k < 16; ++k)
-      if (k < kept) {
-        const float given = upper ? values[k] : values[k + kept], own = upper ? values[k + kept] : values[k];
-        values[k] = own + __shfl_xor_sync(0xffffffffu, given, kept);
-      }
-  }
-  return values[0];
-}
-
-template <class T>
-__global__ void __launch_bounds__(kSliceThreads, 2) gla_prepare_kernel(const PrepareArgs<T> a) {
-  constexpr int stride = tile_stride<T>(kSlice), pairs = kLeafTokens * (kLeafTokens + 1) / 2;
-  const int leaf = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, quad = lane % 4, row = kLeafTokens * leaf;
-  const int64_t unit = blockIdx.x, h = unit % a.H, chunk = unit / a.H % a.chunks, b = unit / a.H / a.chunks, t0 = chunk * kChunk;
-  const int valid = static_cast<int>(a.tokens - t0 < kChunk ? a.tokens - t0 : kChunk);
-
-  T* const tiles = reinterpret_cast<T*>(shared_memory());  // [2] of q, then k
-  float* const all_leaf_sums = reinterpret_cast<float*>(tiles + 4 * kSliceTile<T>);
-  float* const sums = reinterpret_cast<float*>(shared_memory());  // at the end: the scores [64][kScoreStride]
-
-  // Squares on the diagonal of scale 8 (warps 0 to 3), of scale 16 (warps 4 and 5) and of scale 32 (warps 4 to 7), 16 x 16 each.
-  float inner[2][4], outer[2][4];
-  clear(inner);
-  clear(outer);
-  float leaf_scores[pairs] = {};  // tokens j <= i of the leaf, at i (i + 1) / 2 + j; of this lane's columns
-  int turn = 0;
-
-  for (int slice = 0; slice < a.D / kSlice; ++slice) {
-    const int width = a.Dk - kSlice * slice < kSlice ? a.Dk - kSlice * slice : kSlice;
-    float* const leaf_sums = all_leaf_sums + slice % 2 * kLeaves * kSlice;
-    Two<T> q[kLeafTokens], k[kLeafTokens];
-    LeafDecays decays;
-    {
-      const auto load = [&](Two<T>(&to)[kLeafTokens], const TokenRows<const T>& from) {
-        load_leaf(to, from.data + b * from.batch + (t0 + row) * from.token + h * a.Dk + kSlice * slice + 2 * lane, from.token, valid - row,
-                  width - 2 * lane, from.vectors);
-      };
-      Two<T> gate[kLeafTokens];
-      load(gate, a.gate);
-      load(q, a.q);
-      load(k, a.k);
-      float2 alpha[kLeafTokens], sum = make_float2(0, 0);
-#pragma unroll
-      for (int i = 0; i < kLeafTokens; ++i) {
-        const float2 given = gate[i].wide();
-        const bool exists = row + i < valid;
-        const float2 log2 = make_float2(exists && 2 * lane < width ? log2_gate<T>(given.x, a.gates) : 0.0f,
-                                        exists && 2 * lane + 1 < width ? log2_gate<T>(given.y, a.gates) : 0.0f);
-        sum = sum + log2;
-        alpha[i] = exp2_of(log2);
-      }
-      *reinterpret_cast<float2*>(leaf_sums + leaf * kSlice + 2 * lane) = sum;
-      float2 key[kLeafTokens];  // keys decay as the queries go by
-#pragma unroll
-      for (int i = 0; i < kLeafTokens; ++i) {
-        const float2 query = q[i].wide();
-        key[i] = k[i].wide();
-#pragma unroll
-        for (int j = 0; j <= i; ++j) {
-          if (j < i) key[j] = key[j] * alpha[i];
-          leaf_scores[i * (i + 1) / 2 + j] += query.x * key[j].x + query.y * key[j].y;
-        }
-      }
-      decays.start(alpha);
-    }
-#pragma unroll
-    for (int square = kLeafTokens; square < kChunk; square *= 2, ++turn) {  // queries of odd blocks against keys of the block before
-      T *const q_tile = tiles + turn % 2 * 2 * kSliceTile<T>, *const k_tile = q_tile + kSliceTile<T>;
-      const bool odd = leaf / (square / kLeafTokens) % 2 == 1;
-#pragma unroll
-      for (int i = 0; i < kLeafTokens; ++i) {
-        if (odd) {
-          const float2 decayed = q[i].wide() * decays.from_begin[i];
-          store_two(q_tile + (row + i) * stride + 2 * lane, decayed.x, decayed.y, true, true);
-        } else {
-          const float2 decayed = k[i].wide() * decays.to_end[i];
-          store_two(k_tile + (row + i) * stride + 2 * lane, decayed.x, decayed.y, true, true);
-        }
-      }
-      __syncthreads();  // and the tiles of the turn before may be written again
-      const auto add = [&](float(&scores)[2][4], int i16, int j16) {
-#pragma unroll
-        for (int first = 0; first < kSlice; first += 16)
-          multiply<Stored::transposed, 1>(scores, Left<T>::template load<Stored::as_is>(q_tile + 16 * i16 * stride + first, stride),
-                                          k_tile + 16 * j16 * stride + first, stride);
-      };
-      if (square == 8 && leaf < 4) add(inner, leaf, leaf);
-      if (square == 16 && (leaf == 4 || leaf == 5)) add(inner, 2 * leaf - 7, 2 * leaf - 8);
-      if (square == 32 && leaf >= 4) add(outer, leaf / 2, leaf % 2);
-      decays.widen(square, leaf, leaf_sums);
-    }
-#pragma unroll
-    for (int i = 0; i < kLeafTokens; ++i) {
-      decays.from_begin[i] = a.scale * (q[i].wide() * decays.from_begin[i]);
-      decays.to_end[i] = k[i].wide() * decays.to_end[i];
-    }
-    const int64_t at = (unit * kChunk + row) * a.D + kSlice * slice + 2 * lane;
-    store_leaf(a.decayed_q + at, a.D, decays.from_begin, kLeafTokens, 2, true);
-    store_leaf(a.decayed_k + at, a.D, decays.to_end, kLeafTokens, 2, true);
-    if (leaf == 0) *reinterpret_cast<float2*>(a.decay + unit * a.D + kSlice * slice + 2 * lane) = chunk_decay(leaf_sums);
-  }
-
-  // The scores, below the diagonal: squares, then leaves.
-  __syncthreads();
-  const auto place = [&](int i, int j) { return sums + i * kScoreStride + j; };
-  const auto put_square = [&](const float(&scores)[2][4], int i16, int j16) {
-#pragma unroll
-    for (int n8 = 0; n8 < 2; ++n8)
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-        store_two(place(16 * i16 + g + 8 * half, 16 * j16 + 8 * n8 + 2 * quad), scores[n8][2 * half], scores[n8][2 * half + 1], true, true);
-  };
-  if (leaf < 4) store_two(place(16 * leaf + 8 + g, 16 * leaf + 2 * quad), inner[0][2], inner[0][3], true, true);
-  if (leaf == 4 || leaf == 5) put_square(inner, 2 * leaf - 7, 2 * leaf - 8);
-  if (leaf >= 4) put_square(outer, leaf / 2, leaf % 2);
-  float most[32];
-#pragma unroll
-  for (int k = 0; k < 32; ++k) most[k] = leaf_scores[k];
-  const float score = transposed_sums(most);
-  int i = 0;
-  while ((i + 1) * (i + 2) / 2 <= lane) ++i;
-  *place(row + i, row + lane - i * (i + 1) / 2) = score;
-#pragma unroll
-  for (int k = 32; k < pairs; ++k) {
-    const float sum = warp_sum(leaf_scores[k]);
-    if (lane == 0) *place(row + kLeafTokens - 1, row + k - kLeafTokens * (kLeafTokens - 1) / 2) = sum;
-  }
-  __syncthreads();
-  constexpr int pack = 16 / static_cast<int>(sizeof(T)), packs = kChunk / pack;
-  for (int u = static_cast<int>(threadIdx.x); u < kChunk * packs; u += kSliceThreads) {
-    const int i_out = u / packs, first = u % packs * pack;
-    float scaled[pack];
-#pragma unroll
-    for (int e = 0; e < pack; ++e) scaled[e] = first + e <= i_out ? a.scale * *place(i_out, first + e) : 0.0f;
-    store_pack(a.scores + (unit * kChunk + i_out) * kChunk + first, round_to<T>(scaled));
-  }
-}
 
 // --- walk -----------------------------------------------------------------------------------------------------
 
@@ -417,26 +241,31 @@ void launch_walk(const GlaWalkArgs<T>& args, const CudaContext& context) {
   }
 }
 
-/// Runs a walk, in segments when rows, heads and parts alone leave much of the GPU idle.
-template <class T, bool outputs, bool backwards>
-void run_walk(GlaWalkArgs<T> args, const Tensor& start, const Device& device) {
-  const CudaContext& context = device.cuda_context();
-  const int64_t heads = args.B * args.H, blocks = heads * args.parts;
-  if (blocks == 0) return;
-  // As many segments as make a full wave of blocks, where there is room for three or more: two passes over them take less time than one
-  // pass of blocks that have an SM to themselves. Shorter segments than 4 chunks cost more than they bring.
-  int64_t at_once = 2;  // blocks of an SM
+/// Cuts a walk into segments when rows, heads and parts alone leave much of the GPU idle.
+template <class T>
+void cut_into_segments(GlaWalkArgs<T>& args, bool outputs, const Tensor& start, const CudaContext& context) {
+  const int64_t blocks = std::max<int64_t>(1, args.B * args.H * args.parts);
+  // As many segments as make a full wave of blocks, where there is room for some: two passes over them take less time than one pass of
+  // blocks that have an SM to themselves. Shorter segments than 4 chunks cost more than they bring.
+  int64_t at_once = 2, worth = 3;  // blocks of an SM; from how many segments on
   if constexpr (sizeof(T) == 2)
-    if (gla_walk_has_warpgroups(args, outputs, context)) at_once = kGlaWalkBlocksAtOnce;
+    if (gla_walk_has_warpgroups(args, outputs, context)) at_once = kGlaWalkBlocksAtOnce, worth = kGlaWalkBlocksAtOnce + 1;
   const int64_t wanted = at_once * context.sm_count / blocks, possible = args.chunks / 4;
-  args.segments = wanted < 3 ? 1 : wanted < possible ? wanted : possible;
+  args.segments = wanted < worth ? 1 : wanted < possible ? wanted : possible;
   if (args.segments < 1) args.segments = 1;
   args.chunks_per_segment = (args.chunks + args.segments - 1) / args.segments;
   if (args.chunks_per_segment > 0) args.segments = (args.chunks + args.chunks_per_segment - 1) / args.chunks_per_segment;
   if (args.segments < 1) args.segments = 1;
   args.start = address_of<const float>(start);
   args.end_per_segment = false;
+}
 
+template <class T, bool outputs, bool backwards>
+void run_walk(GlaWalkArgs<T> args, const Tensor& start, const Device& device) {
+  const CudaContext& context = device.cuda_context();
+  const int64_t heads = args.B * args.H;
+  if (heads * args.parts == 0) return;
+  cut_into_segments(args, outputs, start, context);
   Tensor starts, decays;
   if (args.segments > 1) {
     const int64_t Dk = args.Dk, Dv = args.Dv;
@@ -480,8 +309,8 @@ template <class T>
 GlaResult forward(const GlaInputs& in, const GlaRule& rule) {
   const GlaSizes s = in.sizes();
   const Shape o_shape{s.B, s.T, s.H, s.Dv}, state_shape{s.B, s.H, s.Dk, s.Dv};
-  const GlaResult out{Tensor::empty(in.q.device(), in.q.dtype(), o_shape), Tensor::empty(in.q.device(), Dtype::f32, state_shape)};
   const GlaPrepared prepared = gla_prepare_cuda(in, rule);
+  const GlaResult out{Tensor::empty(in.q.device(), in.q.dtype(), o_shape), Tensor::empty(in.q.device(), Dtype::f32, state_shape), prepared};
   GlaWalkArgs<T> args = walk_args<T>(in, prepared);
   args.rows = token_rows<const T>(in.v, s.Dv);
   args.side = address_of<const T>(prepared.k);
@@ -499,20 +328,17 @@ Tensor empty_borders(const GlaInputs& in) {
 }
 
 template <class T>
-Tensor chunk_states(const GlaInputs& in, const GlaPrepared& prepared) {
-  const Tensor borders = empty_borders(in);
+GlaWalkArgs<T> states_walk(const GlaInputs& in, const GlaPrepared& prepared, const Tensor& borders) {
   GlaWalkArgs<T> args = walk_args<T>(in, prepared);
   args.rows = token_rows<const T>(in.v, in.sizes().Dv);
   args.side = address_of<const T>(prepared.k);
   args.borders = address_of<T>(borders);
-  run_walk<T, false, false>(args, in.h0, in.q.device());
-  return borders;
+  return args;
 }
 
 template <class T>
-Tensor chunk_state_gradients(const GlaInputs& in, const GlaPrepared& prepared, const Tensor& grad_o, const Tensor& grad_h_T,
-                             const Tensor& grad_v, const Tensor& grad_h0) {
-  const Tensor borders = empty_borders(in);
+GlaWalkArgs<T> gradients_walk(const GlaInputs& in, const GlaPrepared& prepared, const Tensor& grad_o, const Tensor& grad_v,
+                              const Tensor& grad_h0, const Tensor& borders) {
   GlaWalkArgs<T> args = walk_args<T>(in, prepared);
   args.rows = token_rows<const T>(grad_o, in.sizes().Dv);
   args.side = address_of<const T>(prepared.q);
@@ -520,31 +346,29 @@ Tensor chunk_state_gradients(const GlaInputs& in, const GlaPrepared& prepared, c
   args.y = token_rows<T>(grad_v, in.sizes().Dv);
   args.borders = address_of<T>(borders);
   args.end = address_of<float>(grad_h0);
-  grad_v.defined() ? run_walk<T, true, true>(args, grad_h_T, in.q.device()) : run_walk<T, false, true>(args, grad_h_T, in.q.device());
-  return borders;
+  return args;
 }
 
 template <class T>
-void prepare(const GlaInputs& in, const GlaRule& rule, const GlaPrepared& out) {
-  const GlaSizes s = in.sizes();
-  const int64_t chunks = chunk_count(s.T), blocks = s.B * chunks * s.H;
-  if (blocks == 0) return;
-  const PrepareArgs<T> args{token_rows<const T>(in.q, s.Dk),
-                            token_rows<const T>(in.k, s.Dk),
-                            token_rows<const T>(in.gate, s.Dk),
-                            address_of<T>(out.q),
-                            address_of<T>(out.k),
-                            address_of<T>(out.scores),
-                            out.decay.data<float>(),
-                            gate_args(rule),
-                            static_cast<float>(rule.scale),
-                            s.T,
-                            s.H,
-                            chunks,
-                            static_cast<int>(s.Dk),
-                            padded_key_dim(s.Dk)};
-  launch(&gla_prepare_kernel<T>, "gla_prepare_kernel", dim3(static_cast<unsigned>(blocks)), dim3(kSliceThreads), kPrepareBytes<T>,
-         in.q.device().cuda_context(), args);
+GlaBorders chunk_borders(const GlaInputs& in, const GlaPrepared& prepared, const Tensor& grad_o, const Tensor& grad_h_T,
+                         const Tensor& grad_v, const Tensor& grad_h0, bool with_states) {
+  const Device& device = in.q.device();
+  const GlaBorders out{with_states ? empty_borders(in) : Tensor(), empty_borders(in)};
+  GlaWalkArgs<T> gradients = gradients_walk<T>(in, prepared, grad_o, grad_v, grad_h0, out.gradients);
+  if constexpr (sizeof(T) == 2)
+    if (with_states && grad_v.defined() && in.q.numel() > 0) {
+      const CudaContext& context = device.cuda_context();
+      GlaWalkArgs<T> states = states_walk<T>(in, prepared, out.states);
+      cut_into_segments(gradients, true, grad_h_T, context);
+      cut_into_segments(states, false, in.h0, context);
+      if (gla_walks_go_together(gradients, states, context)) {
+        launch_gla_walks_together(gradients, states, context);
+        return out;
+      }
+    }
+  grad_v.defined() ? run_walk<T, true, true>(gradients, grad_h_T, device) : run_walk<T, false, true>(gradients, grad_h_T, device);
+  if (with_states) run_walk<T, false, false>(states_walk<T>(in, prepared, out.states), in.h0, device);
+  return out;
 }
 
 }  // namespace
@@ -555,24 +379,10 @@ bool gla_takes_keys_whole(const GlaInputs& in) {
   return in.q.dim(3) <= kMaxKeyDim && fits;
 }
 
-GlaPrepared gla_prepare_cuda(const GlaInputs& in, const GlaRule& rule) {
-  const GlaSizes s = in.sizes();
-  const int64_t chunks = chunk_count(s.T), D = padded_key_dim(s.Dk), tokens = kChunk;
-  const Shape keys{s.B, chunks, s.H, tokens, D}, scores{s.B, chunks, s.H, tokens, tokens}, decay{s.B, chunks, s.H, D};
-  const auto make = [&](Dtype dtype, const Shape& shape) { return Tensor::empty(in.q.device(), dtype, shape); };
-  const GlaPrepared out{make(in.q.dtype(), keys), make(in.q.dtype(), keys), make(in.q.dtype(), scores), make(Dtype::f32, decay)};
-  in.q.dtype() == Dtype::bf16 ? prepare<Bf16>(in, rule, out) : prepare<float>(in, rule, out);
-  return out;
-}
-
-Tensor gla_chunk_states_cuda(const GlaInputs& in, const GlaPrepared& prepared) {
-  return in.q.dtype() == Dtype::bf16 ? chunk_states<Bf16>(in, prepared) : chunk_states<float>(in, prepared);
-}
-
-Tensor gla_chunk_state_gradients_cuda(const GlaInputs& in, const GlaPrepared& prepared, const Tensor& grad_o, const Tensor& grad_h_T,
-                                      const Tensor& grad_v, const Tensor& grad_h0) {
-  return in.q.dtype() == Dtype::bf16 ? chunk_state_gradients<Bf16>(in, prepared, grad_o, grad_h_T, grad_v, grad_h0)
-                                     : chunk_state_gradients<float>(in, prepared, grad_o, grad_h_T, grad_v, grad_h0);
+GlaBorders gla_borders_cuda(const GlaInputs& in, const GlaPrepared& prepared, const Tensor& grad_o, const Tensor& grad_h_T,
+                            const Tensor& grad_v, const Tensor& grad_h0, bool with_states) {
+  return in.q.dtype() == Dtype::bf16 ? chunk_borders<Bf16>(in, prepared, grad_o, grad_h_T, grad_v, grad_h0, with_states)
+                                     : chunk_borders<float>(in, prepared, grad_o, grad_h_T, grad_v, grad_h0, with_states);
 }
 
 GlaResult gla_fwd_cuda(const GlaInputs& in, const GlaRule& rule) {

@@ -10,21 +10,16 @@
 namespace longhand {
 
 /// Every chunk's queries and keys with their decays, its scores, and its decay: all that the walks need beside v.
-/// D is Dk padded with zeros to 64, 128 or 256; tokens behind T are zeros.
-struct GlaPrepared {
-  Tensor q;       // [B, chunks, H, 64, D]   scale * q_i * decay from the chunk's beginning through i
-  Tensor k;       // [B, chunks, H, 64, D]   k_j * decay from behind j to the chunk's end
-  Tensor scores;  // [B, chunks, H, 64, 64]  scale * sum_m q_i k_j decay from behind j through i; 0 for j > i
-  Tensor decay;   // [B, chunks, H, D] f32   over the whole chunk
-};
 GlaPrepared gla_prepare_cuda(const GlaInputs& in, const GlaRule& rule);
 
-/// The state at the beginning of every chunk, turned: [B, chunks, H, Dv, D] in the dtype of q, for use in products; carried in f32.
-Tensor gla_chunk_states_cuda(const GlaInputs& in, const GlaPrepared& prepared);
-
-/// The gradient of the state at the end of every chunk, laid out likewise; on the way the gradients of v and h0, where defined.
-Tensor gla_chunk_state_gradients_cuda(const GlaInputs& in, const GlaPrepared& prepared, const Tensor& grad_o, const Tensor& grad_h_T,
-                                      const Tensor& grad_v, const Tensor& grad_h0);
+/// Turned states at the borders of chunks, [B, chunks, H, Dv, D] in the dtype of q, for use in products; carried in f32.
+struct GlaBorders {
+  Tensor states;     // at the beginning of every chunk; undefined unless with_states
+  Tensor gradients;  // of the state at the end of every chunk
+};
+/// On the way the gradients of v and h0, where defined.
+GlaBorders gla_borders_cuda(const GlaInputs& in, const GlaPrepared& prepared, const Tensor& grad_o, const Tensor& grad_h_T,
+                            const Tensor& grad_v, const Tensor& grad_h0, bool with_states);
 
 constexpr int kMaxKeyDim = 256;  // a warp keeps 16 rows of the turned state in registers
 bool gla_takes_keys_whole(const GlaInputs& in);

@@ -21,8 +21,18 @@ struct GlaRule {
   double normalizer, gate_min, scale;
 };
 
+/// What the kernels of a device form of every chunk by itself, before the states walk over the chunks: of use to the backward too.
+/// Undefined where there is no such thing. CUDA: D is Dk padded with zeros to 64, 128 or 256; tokens behind T are zeros.
+struct GlaPrepared {
+  Tensor q;       // [B, chunks, H, 64, D]   scale * q_i * decay from the chunk's beginning through i
+  Tensor k;       // [B, chunks, H, 64, D]   k_j * decay from behind j to the chunk's end
+  Tensor scores;  // [B, chunks, H, 64, 64]  scale * sum_m q_i k_j decay from behind j through i; 0 for j > i
+  Tensor decay;   // [B, chunks, H, D] f32   over the whole chunk
+};
+
 struct GlaResult {
   Tensor o, h_T;
+  GlaPrepared prepared = {};
 };
 
 /// Where backward writes; undefined members are left out. q, k, v, gate may be strided over B and T; h0 is contiguous.
@@ -45,8 +55,14 @@ GlaResult gla_fwd_cpu(const GlaInputs& in, const GlaRule& rule);
 GlaResult gla_fwd_cuda(const GlaInputs& in, const GlaRule& rule);
 
 /// Gradients for grad_o (like o, packed behind T) and grad_h_T (contiguous); either may be undefined, meaning zero.
-void gla_bwd_cpu(const GlaInputs& in, const GlaRule& rule, const Tensor& grad_o, const Tensor& grad_h_T, const GlaGradients& out);
-void gla_bwd_cuda(const GlaInputs& in, const GlaRule& rule, const Tensor& grad_o, const Tensor& grad_h_T, const GlaGradients& out);
+/// prepared  by the forward of the same inputs; undefined: it is formed once more
+void gla_bwd_cpu(const GlaInputs& in, const GlaRule& rule, const GlaPrepared& prepared, const Tensor& grad_o, const Tensor& grad_h_T,
+                 const GlaGradients& out);
+void gla_bwd_cuda(const GlaInputs& in, const GlaRule& rule, const GlaPrepared& prepared, const Tensor& grad_o, const Tensor& grad_h_T,
+                  const GlaGradients& out);
+
+/// Whether mild chunks of these inputs have kernels of their own (gla_chunks_cuda.cuh): for tests, whose numbers do not show it.
+bool gla_tells_mild_chunks_cuda(const GlaInputs& in, const GlaRule& rule);
 
 /// The same for keys that are wider than the kernels take (gla_key_slices_cuda.cpp).
 GlaResult gla_fwd_key_slices_cuda(const GlaInputs& in, const GlaRule& rule);

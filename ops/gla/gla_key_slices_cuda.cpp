@@ -48,7 +48,7 @@ void gla_bwd_key_slices_cuda(const GlaInputs& in, const GlaRule& rule, const Ten
     };
     const GlaGradients part{like(out.q, slice.q), like(out.k, slice.k), like(out.v, slice.v), like(out.gate, slice.gate),
                             like(out.h0, slice.h0)};
-    gla_bwd_cuda(slice, rule, grad_o, keys_of(grad_h_T, 2, begin, end), part);
+    gla_bwd_cuda(slice, rule, {}, grad_o, keys_of(grad_h_T, 2, begin, end), part);
     const auto place = [&](const Tensor& whole, int axis, const Tensor& gradient) {
       if (whole.defined()) copy(whole.slice(axis, begin, end), gradient);
     };

@@ -555,7 +555,9 @@ TEST("gla on CUDA agrees with the CPU at awkward lengths and widths, values and 
        {Sizes{1, 1, 1, 1, 1}, Sizes{2, 3, 2, 3, 5}, Sizes{2, 8, 2, 16, 16}, Sizes{1, 9, 1, 17, 33}, Sizes{1, 17, 3, 24, 40},
         Sizes{3, 63, 4, 16, 32}, Sizes{2, 64, 2, 64, 64}, Sizes{2, 65, 2, 64, 128}, Sizes{1, 129, 3, 128, 256}, Sizes{1, 100, 2, 100, 72},
         Sizes{1, 70, 2, 256, 512}, Sizes{1, 130, 2, 200, 48}, Sizes{1, 90, 1, 65, 250}, Sizes{200, 1, 2, 32, 64}, Sizes{1, 3000, 1, 32, 24},
-        Sizes{1, 6000, 2, 64, 64}, Sizes{2, 1500, 4, 128, 256}})
+        Sizes{1, 6000, 2, 64, 64}, Sizes{2, 1500, 4, 128, 256},
+        // whole chunks and slices, with few heads and with enough of them to fill a GPU
+        Sizes{2, 192, 3, 128, 256}, Sizes{1, 128, 2, 256, 64}, Sizes{24, 128, 3, 128, 256}, Sizes{1, 8192, 2, 64, 128}})
     expect_parity(s, random_inputs(s, 300 + static_cast<uint64_t>(s.T), Dtype::f32));
 }
 
@@ -583,6 +585,16 @@ TEST("gla on CUDA agrees with the CPU at the smallest sizes: two segments of 64 
 
 TEST("gla on CUDA agrees with the CPU at the smallest sizes: two segments of 128 and 256 columns of keys") {
   expect_smallest_parity({{1, 460, 1, 72, 8}, {1, 460, 1, 73, 9}, {1, 460, 1, 136, 8}});
+}
+
+TEST("gla on CUDA agrees with the CPU at the smallest sizes: whole chunks, mild and steep") {
+  expect_smallest_parity({{1, 64, 1, 64, 64}, {1, 64, 1, 128, 64}, {1, 64, 1, 256, 64}});
+  if (cuda_device_count() == 0) return;
+  const test::EveryComparison every;
+  const Sizes s{1, 64, 1, 64, 64};
+  GlaInputs in = random_inputs(s, 391, Dtype::f32);
+  longhand::fill(in.gate.slice(1, 31, 32), -60);
+  expect_parity(s, in, kLogGates);
 }
 
 TEST("gla on CUDA agrees with the CPU at the smallest sizes: rows enough for blocks of one stage") {
@@ -616,54 +628,89 @@ TEST("gla on CUDA agrees with the CPU where keys are wider than the kernels") {
 TEST("gla on CUDA: without h0, log gates, a clamp, a scale") {
   if (cuda_device_count() == 0) SKIP("no CUDA device");
   const SwitchScope scope = poison();
-  const Sizes s{2, 100, 2, 64, 64};
-  expect_parity(s, random_inputs(s, 310, Dtype::f32, false));
-  expect_parity(s, random_inputs(s, 311, Dtype::f32), {.gate_normalizer = 1, .scale = 0.3});
-  GlaInputs held = random_inputs(s, 312, Dtype::f32);
-  expect_parity(s, held, {.gate_normalizer = 2, .gate_min = -0.4});
-  draw_gates(held.gate, 313, [](auto& g) { return uniform(g, -0.2, 0); });
-  expect_parity(s, held, kLogGates);
+  for (const int64_t T : {100, 128}) {
+    const Sizes s{2, T, 2, 64, 64};
+    expect_parity(s, random_inputs(s, 310, Dtype::f32, false));
+    expect_parity(s, random_inputs(s, 311, Dtype::f32), {.gate_normalizer = 1, .scale = 0.3});
+    GlaInputs held = random_inputs(s, 312, Dtype::f32);
+    expect_parity(s, held, {.gate_normalizer = 2, .gate_min = -0.4});
+    draw_gates(held.gate, 313, [](auto& g) { return uniform(g, -0.2, 0); });
+    expect_parity(s, held, kLogGates);
+  }
 }
 
 TEST("gla on CUDA with gates of every size side by side") {
   if (cuda_device_count() == 0) SKIP("no CUDA device");
   const SwitchScope scope = poison();
-  const Sizes s{1, 200, 2, 64, 64};
-  GlaInputs in = random_inputs(s, 320, Dtype::f32);
   const std::pair<const char*, std::function<double(std::mt19937_64&)>> kinds[] = {
       {"mixed", mixed_gate},
       {"mostly kept, sometimes -1e4", [](auto& g) { return g() % 24 == 0 ? -1e4 : uniform(g, -0.02, 0); }},
       {"-inf among soft gates", [](auto& g) { return g() % 24 == 0 ? -kInfinity : uniform(g, -0.1, 0); }},
+      {"soft, in a few columns of some chunks -1e4", [](auto& g) { return g() % 4000 == 0 ? -1e4 : uniform(g, -0.1, 0); }},
+      // around 2^-64 over a chunk, where the GPU begins to treat chunks by squares
+      {"all just mild", [](auto&) { return -0.6914; }},
+      {"all just steep", [](auto&) { return -0.6953; }},
+      {"columns on both sides", [](auto& g) { return uniform(g, -1.4, 0); }},
       {"all 0", [](auto&) { return 0.0; }}};
-  for (const auto& [name, draw] : kinds) {
-    draw_gates(in.gate, 321, draw);
-    expect_parity(s, in, kLogGates, name);
-  }
-  for (Dtype dtype : {Dtype::f32, Dtype::bf16})
-    for (const bool logits : {false, true}) {
-      draw_gates(in.gate, 322, [&](auto& g) { return uniform(g, -1e4, logits ? 1e4 : 0); });
-      for (const auto& values : run_on(Device::cuda(), dtype, s, in, logits ? GlaOptions{} : kLogGates))
-        CHECK(std::all_of(values.begin(), values.end(), [](double v) { return std::isfinite(v); }));
+  for (const Sizes& s : {Sizes{1, 200, 2, 64, 64}, Sizes{1, 256, 2, 128, 64}}) {
+    GlaInputs in = random_inputs(s, 320, Dtype::f32);
+    for (const auto& [name, draw] : kinds) {
+      draw_gates(in.gate, 321, draw);
+      expect_parity(s, in, kLogGates, name);
     }
+    for (const double alone : {-44.0, -45.0}) {
+      longhand::fill(in.gate, -0.001);
+      longhand::fill(in.gate.slice(1, 31, 32), alone);
+      expect_parity(s, in, kLogGates, "one gate of " + std::to_string(alone));
+    }
+    for (Dtype dtype : {Dtype::f32, Dtype::bf16})
+      for (const bool logits : {false, true}) {
+        draw_gates(in.gate, 322, [&](auto& g) { return uniform(g, -1e4, logits ? 1e4 : 0); });
+        for (const auto& values : run_on(Device::cuda(), dtype, s, in, logits ? GlaOptions{} : kLogGates))
+          CHECK(std::all_of(values.begin(), values.end(), [](double v) { return std::isfinite(v); }));
+      }
+  }
+}
+
+TEST("gla on CUDA: whole chunks and slices of bf16 are told apart by how much they decay, others are not") {
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  const auto tells = [](const Sizes& s, Dtype dtype, int64_t padding) {
+    const auto keys = [&] { return Tensor::zeros(Device::cuda(), dtype, {s.B, s.T, s.H * s.Dk + padding}).slice(2, 0, s.H * s.Dk); };
+    const Shape shape{s.B, s.T, s.H, s.Dk};
+    const GlaInputs in{keys().reshape(shape),
+                       keys().reshape(shape),
+                       Tensor::zeros(Device::cuda(), dtype, {s.B, s.T, s.H, s.Dv}),
+                       keys().reshape(shape),
+                       {}};
+    return on_device<bool(const GlaInputs&, const GlaRule&)>(Device::cuda(), nullptr, LONGHAND_CUDA_IMPL(gla_tells_mild_chunks_cuda))(
+        in, GlaRule{true, 16, -1, 1});
+  };
+  if (!tells({1, 64, 1, 64, 64}, Dtype::bf16, 0)) SKIP("this build or GPU has no products of warpgroups");
+  CHECK(tells({2, 128, 3, 128, 64}, Dtype::bf16, 8));
+  CHECK(tells({1, 64, 1, 256, 64}, Dtype::bf16, 0));
+  CHECK_FALSE(tells({1, 64, 1, 64, 64}, Dtype::f32, 0));
+  CHECK_FALSE(tells({1, 100, 1, 64, 64}, Dtype::bf16, 0));
+  CHECK_FALSE(tells({1, 64, 1, 96, 64}, Dtype::bf16, 0));
+  CHECK_FALSE(tells({1, 64, 1, 64, 64}, Dtype::bf16, 3));
 }
 
 TEST("gla on CUDA: a gate of minus infinity has no gradient and lets nothing through") {
   if (cuda_device_count() == 0) SKIP("no CUDA device");
-  const Sizes s{1, 100, 1, 32, 32};
-  GlaInputs in = random_inputs(s, 330, Dtype::f32);
-  longhand::fill(in.gate.slice(1, 70, 71), -kInfinity);
-  for (Dtype dtype : {Dtype::f32, Dtype::bf16}) {
-    const auto whole = run_on(Device::cuda(), dtype, s, in, {});
-    for (int64_t m = 0; m < s.Dk; ++m) CHECK(whole[5][static_cast<std::size_t>(70 * s.Dk + m)] == 0);
-    CHECK(std::all_of(whole[6].begin(), whole[6].end(), [](double v) { return std::isfinite(v); }));
-    in.h0 = random_inputs(s, 331, Dtype::f32).h0;  // another beginning, the same end
-    CHECK(run_on(Device::cuda(), dtype, s, in, {})[1] == whole[1]);
-  }
+  for (const Sizes& s : {Sizes{1, 100, 1, 32, 32}, Sizes{1, 128, 1, 64, 64}})
+    for (Dtype dtype : {Dtype::f32, Dtype::bf16}) {
+      GlaInputs in = random_inputs(s, 330, Dtype::f32);
+      longhand::fill(in.gate.slice(1, 70, 71), -kInfinity);
+      const auto whole = run_on(Device::cuda(), dtype, s, in, {});
+      for (int64_t m = 0; m < s.Dk; ++m) CHECK(whole[5][static_cast<std::size_t>(70 * s.Dk + m)] == 0);
+      CHECK(std::all_of(whole[6].begin(), whole[6].end(), [](double v) { return std::isfinite(v); }));
+      in.h0 = random_inputs(s, 331, Dtype::f32).h0;  // another beginning, the same end
+      CHECK(run_on(Device::cuda(), dtype, s, in, {})[1] == whole[1]);
+    }
 }
 
 TEST("gla on CUDA gives the same bits twice") {
   if (cuda_device_count() == 0) SKIP("no CUDA device");
-  for (const Sizes& s : {Sizes{2, 300, 4, 128, 256}, Sizes{1, 3000, 2, 64, 64}, Sizes{1, 200, 2, 256, 100}}) {
+  for (const Sizes& s : {Sizes{2, 300, 4, 128, 256}, Sizes{1, 3000, 2, 64, 64}, Sizes{1, 200, 2, 256, 100}, Sizes{24, 128, 4, 128, 256}}) {
     if (test::is_left_out()) continue;
     const GlaInputs in = random_inputs(s, 340, Dtype::f32);
     for (Dtype dtype : {Dtype::f32, Dtype::bf16})

@@ -28,12 +28,12 @@ struct GlaWalkBlock {
   int64_t segment, row_head, h, b, k_begin, k_end;
 
   template <class T>
-  __device__ explicit GlaWalkBlock(const GlaWalkArgs<T>& a)
-      : part(static_cast<int>(blockIdx.x % a.parts)),
+  __device__ explicit GlaWalkBlock(const GlaWalkArgs<T>& a, unsigned block = blockIdx.x)
+      : part(static_cast<int>(block % a.parts)),
         first_column(kGlaPart * part),
         columns(a.Dv - first_column < kGlaPart ? a.Dv - first_column : kGlaPart),
-        segment(blockIdx.x / a.parts % a.segments),
-        row_head(blockIdx.x / a.parts / a.segments),
+        segment(block / a.parts % a.segments),
+        row_head(block / a.parts / a.segments),
         h(row_head % a.H),
         b(row_head / a.H),
         k_begin(segment * a.chunks_per_segment),
@@ -44,5 +44,9 @@ struct GlaWalkBlock {
 constexpr int kGlaWalkBlocksAtOnce = 4;  // of an SM
 bool gla_walk_has_warpgroups(const GlaWalkArgs<Bf16>& args, bool outputs, const CudaContext& context);
 void launch_gla_walk_warpgroups(const GlaWalkArgs<Bf16>& args, bool outputs, bool backwards, const CudaContext& context);
+/// The walk of the backward for grad v and the states' gradients, and the walk for states, side by side: of two kernels that leave much of
+/// the GPU idle the second would wait for the end of the first. Both in one segment, with few enough blocks to fetch ahead.
+bool gla_walks_go_together(const GlaWalkArgs<Bf16>& gradients, const GlaWalkArgs<Bf16>& states, const CudaContext& context);
+void launch_gla_walks_together(const GlaWalkArgs<Bf16>& gradients, const GlaWalkArgs<Bf16>& states, const CudaContext& context);
 
 }  // namespace longhand

@@ -8,7 +8,8 @@
 // floor   B 32, T 2048, H 4, Dk 128, Dv 256, bf16: 440 MB / 4.0 TB/s = 0.11 ms on an H200
 // split   one block of one warpgroup per (row, head, 64 columns of Dv, segment); the turned state, 64 rows by Dk columns, stays in f32
 //         registers and feeds its product from there, 16 columns at a time. Four blocks of an SM hide one another's waiting: 128 registers
-//         a thread, of which state, y and two operands take 104
+//         a thread, of which state, y and two operands take 104. Where there are no more than two an SM, each fetches a chunk ahead, and
+//         the two walks of the backward go side by side in one launch (gla_walks_together_kernel)
 // needs   bf16, Dk <= 128, 16-byte copies of v and o; sm_90a
 // agrees  with the CPU reference to kGlaToleranceBf16 (gla_kernels.h); bf16 rounds o, and the state in its product
 // order   fixed, no atomics. How many segments there are depends on the GPU's size
@@ -19,12 +20,13 @@
 namespace longhand {
 namespace {
 
-/// Shared memory in bytes: side, readout (or, without outputs, border rows), rows, scores, the chunk's decay.
-template <int D, bool outputs>
+/// Shared memory in bytes. A stage: side, readout (or, without outputs, border rows), rows, scores. Behind the stages their chunks' decays.
+template <int D, bool outputs, int stages>
 struct Layout {
   static constexpr int side_bytes = D / kPanelColumns * kPanelBytes;
   static constexpr int readout_place = side_bytes, rows_place = 2 * side_bytes, scores_place = rows_place + kPanelBytes;
-  static constexpr int decay_place = scores_place + (outputs ? kPanelBytes : 0), total_bytes = kPanelAlignment + decay_place + D * 4;
+  static constexpr int stage_bytes = scores_place + (outputs ? kPanelBytes : 0), decay_bytes = D * 4;
+  static constexpr int total_bytes = kPanelAlignment + stages * (stage_bytes + decay_bytes);
 };
 
 // Shared memory by its own addresses: a thread's places in a tile are then one register and constants. From pointers the compiler forms
@@ -75,19 +77,17 @@ __device__ __forceinline__ Left<Bf16> rounded_again(const float (&first)[4], con
   return {{two(first[0], first[1]), two(first[2], first[3]), two(second[0], second[1]), two(second[2], second[3])}};
 }
 
-template <int D, bool outputs, bool backwards>
-__global__ void __launch_bounds__(kWarpgroup, kGlaWalkBlocksAtOnce) gla_walk_warpgroup_kernel(const __grid_constant__ GlaWalkArgs<Bf16> a) {
+template <int D, bool outputs, bool backwards, int stages>
+__device__ __forceinline__ void walk(const GlaWalkArgs<Bf16>& a, unsigned block) {
 #if LONGHAND_WARPGROUP_INSTRUCTIONS
-  using L = Layout<D, outputs>;
+  using L = Layout<D, outputs, stages>;
   const unsigned thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  const auto [part, first_column, columns, segment, row_head, h, b, k_begin, k_end] = GlaWalkBlock(a);
+  const auto [part, first_column, columns, segment, row_head, h, b, k_begin, k_end] = GlaWalkBlock(a, block);
   // With outputs, ends are those of the whole walk and borders are kept on the way back only.
   const bool keeps_borders = outputs ? backwards : a.borders != nullptr, ends_segments = !outputs && a.end_per_segment;
   if (ends_segments && segment == a.segments - 1) return;  // nobody starts from its end
 
-  const unsigned side = (shared_address(shared_memory()) + kPanelAlignment - 1) / kPanelAlignment * kPanelAlignment,
-                 readout = side + L::readout_place, rows = side + L::rows_place, scores = side + L::scores_place,
-                 decay = side + L::decay_place;
+  const unsigned first_stage = (shared_address(shared_memory()) + kPanelAlignment - 1) / kPanelAlignment * kPanelAlignment;
 
   // The turned state: rows p = 16 * warp + lane / 4 and + 8 of this part, columns 8j + 2 * (lane % 4) and the next.
   float state[D / 8][4];
@@ -117,23 +117,48 @@ __global__ void __launch_bounds__(kWarpgroup, kGlaWalkBlocksAtOnce) gla_walk_war
   Bf16* y_to = outputs ? a.y.data + b * a.y.batch + first_token * a.y.token + h * a.Dv + first_column + column : nullptr;
   float product = 1.0f;  // the decay of column `thread` over the segment so far
 
-  for (int64_t k = k_begin; k < k_end; ++k) {
-    const int64_t chunk = backwards ? a.chunks - 1 - k : k, unit = (b * a.chunks + chunk) * a.H + h,
-                  left_tokens = a.tokens - chunk * kChunk;
-    const int valid = static_cast<int>(left_tokens < kChunk ? left_tokens : kChunk), rows_here = (column < columns ? valid : 0) - row;
-    __syncthreads();  // the tiles of the chunk before have been read
-    if (thread < D / 4) copy_16_async(decay + 16 * thread, a.decay + unit * D + 4 * thread);
-    if constexpr (outputs) load_whole_panels<D>(readout, a.readout + unit * kChunk * D, thread);
+  const auto chunk_at = [&](int64_t k) { return backwards ? a.chunks - 1 - k : k; };
+  const auto rows_in = [&](int64_t chunk) {  // how many rows from `row` on exist
+    const int64_t left_tokens = a.tokens - chunk * kChunk;
+    return (column < columns ? static_cast<int>(left_tokens < kChunk ? left_tokens : kChunk) : 0) - row;
+  };
+  const auto fetch = [&](int64_t k, unsigned stage) {  // the tiles of the walk's next chunk
+    const int64_t chunk = chunk_at(k), unit = (b * a.chunks + chunk) * a.H + h;
+    const int rows_here = rows_in(chunk);
+    const unsigned side = first_stage + stage * L::stage_bytes;
+    if (thread < D / 4)
+      copy_16_async(first_stage + stages * L::stage_bytes + stage * L::decay_bytes + 16 * thread, a.decay + unit * D + 4 * thread);
+    if constexpr (outputs) load_whole_panels<D>(side + L::readout_place, a.readout + unit * kChunk * D, thread);
     const Bf16* from = rows_from;
 #pragma unroll
     for (int pass = 0; pass < 4; ++pass, from += 16 * a.rows.token)
-      copy_16_async(rows + place + pass * 16 * kPanelRow, from, 16 * pass < rows_here);
+      copy_16_async(side + L::rows_place + place + pass * 16 * kPanelRow, from, 16 * pass < rows_here);
     rows_from += next_chunk * a.rows.token;
-    if constexpr (outputs) load_whole_panels<kChunk>(scores, a.scores + unit * kChunk * kChunk, thread);
+    if constexpr (outputs) load_whole_panels<kChunk>(side + L::scores_place, a.scores + unit * kChunk * kChunk, thread);
     load_whole_panels<D>(side, a.side + unit * kChunk * D, thread);
+  };
+  const auto arrived = [] {
     copies_arrived();
     publish_to_tensor_cores();
     __syncthreads();
+  };
+
+  if (stages > 1 && k_begin < k_end) fetch(k_begin, 0);
+  unsigned stage = 0;
+  for (int64_t k = k_begin; k < k_end; ++k) {
+    const int64_t chunk = chunk_at(k), unit = (b * a.chunks + chunk) * a.H + h;
+    const int rows_here = rows_in(chunk);
+    const unsigned side = first_stage + stage * L::stage_bytes, readout = side + L::readout_place, rows = side + L::rows_place,
+                   scores = side + L::scores_place, decay = first_stage + stages * L::stage_bytes + stage * L::decay_bytes;
+    if constexpr (stages > 1) {
+      arrived();  // and the other stage has been read
+      stage ^= 1;
+      if (k + 1 < k_end) fetch(k + 1, stage);
+    } else {
+      __syncthreads();  // the tiles of the chunk before have been read
+      fetch(k, 0);
+      arrived();
+    }
     if (ends_segments && thread < D) product *= load_one(decay + 4 * thread);
 
     const auto keep_border = [&](int n, const Left<Bf16>& left) {  // columns 16 * n .. of this warp's 16 rows
@@ -217,11 +242,40 @@ __global__ void __launch_bounds__(kWarpgroup, kGlaWalkBlocksAtOnce) gla_walk_war
 #endif
 }
 
+template <int D, bool outputs, bool backwards, int stages>
+__global__ void __launch_bounds__(kWarpgroup, kGlaWalkBlocksAtOnce / stages)
+    gla_walk_warpgroup_kernel(const __grid_constant__ GlaWalkArgs<Bf16> a) {
+  walk<D, outputs, backwards, stages>(a, blockIdx.x);
+}
+
+// Blocks below `first_blocks` are of the first walk.
+template <int D>
+__global__ void __launch_bounds__(kWarpgroup, kGlaWalkBlocksAtOnce / 2)
+    gla_walks_together_kernel(const __grid_constant__ GlaWalkArgs<Bf16> gradients, const __grid_constant__ GlaWalkArgs<Bf16> states,
+                              unsigned first_blocks) {
+  if (blockIdx.x < first_blocks) walk<D, true, true, 2>(gradients, blockIdx.x);
+  else walk<D, false, false, 2>(states, blockIdx.x - first_blocks);
+}
+
+int64_t blocks_of(const GlaWalkArgs<Bf16>& a) {
+  return a.B * a.H * a.segments * a.parts;
+}
+// Where half as many blocks of an SM are all there are, each of them has room to fetch a chunk ahead.
+bool fetches_ahead(const GlaWalkArgs<Bf16>& a, const CudaContext& context) {
+  return blocks_of(a) <= kGlaWalkBlocksAtOnce / 2 * context.sm_count;
+}
+
+template <int D, bool outputs, bool backwards, int stages>
+void launch_walk(const GlaWalkArgs<Bf16>& args, unsigned blocks, const CudaContext& context) {
+  launch(&gla_walk_warpgroup_kernel<D, outputs, backwards, stages>, "gla_walk_warpgroup_kernel", dim3(blocks), dim3(kWarpgroup),
+         static_cast<size_t>(Layout<D, outputs, stages>::total_bytes), context, args);
+}
+
 template <int D, bool outputs, bool backwards>
 void launch_walk(const GlaWalkArgs<Bf16>& args, const CudaContext& context) {
-  launch(&gla_walk_warpgroup_kernel<D, outputs, backwards>, "gla_walk_warpgroup_kernel",
-         dim3(static_cast<unsigned>(args.B * args.H * args.segments * args.parts)), dim3(kWarpgroup),
-         static_cast<size_t>(Layout<D, outputs>::total_bytes), context, args);
+  const auto blocks = static_cast<unsigned>(blocks_of(args));
+  fetches_ahead(args, context) ? launch_walk<D, outputs, backwards, 2>(args, blocks, context)
+                               : launch_walk<D, outputs, backwards, 1>(args, blocks, context);
 }
 
 template <int D>
@@ -234,11 +288,24 @@ void launch_walk(const GlaWalkArgs<Bf16>& args, bool outputs, bool backwards, co
 
 bool gla_walk_has_warpgroups(const GlaWalkArgs<Bf16>& a, bool outputs, const CudaContext& context) {
   return a.Dk <= 128 && a.rows.vectors && (!outputs || a.y.vectors) &&
-         has_warpgroup_instructions(&gla_walk_warpgroup_kernel<128, true, false>, context);
+         has_warpgroup_instructions(&gla_walk_warpgroup_kernel<128, true, false, 1>, context);
 }
 
 void launch_gla_walk_warpgroups(const GlaWalkArgs<Bf16>& args, bool outputs, bool backwards, const CudaContext& context) {
   args.Dk <= 64 ? launch_walk<64>(args, outputs, backwards, context) : launch_walk<128>(args, outputs, backwards, context);
+}
+
+bool gla_walks_go_together(const GlaWalkArgs<Bf16>& gradients, const GlaWalkArgs<Bf16>& states, const CudaContext& context) {
+  return gla_walk_has_warpgroups(gradients, true, context) && gla_walk_has_warpgroups(states, false, context) && gradients.segments == 1 &&
+         states.segments == 1 && fetches_ahead(gradients, context) && fetches_ahead(states, context);
+}
+
+void launch_gla_walks_together(const GlaWalkArgs<Bf16>& gradients, const GlaWalkArgs<Bf16>& states, const CudaContext& context) {
+  const auto first = static_cast<unsigned>(blocks_of(gradients)), all = first + static_cast<unsigned>(blocks_of(states));
+  const bool narrow = gradients.Dk <= 64;
+  launch(narrow ? &gla_walks_together_kernel<64> : &gla_walks_together_kernel<128>, "gla_walks_together_kernel", dim3(all),
+         dim3(kWarpgroup), static_cast<size_t>(narrow ? Layout<64, true, 2>::total_bytes : Layout<128, true, 2>::total_bytes), context,
+         gradients, states, first);
 }
 
 }  // namespace longhand
