@@ -2,6 +2,8 @@
 #include "train/memory_fit.h"
 
 #include <algorithm>
+#include <chrono>
+#include <limits>
 #include <optional>
 
 #include "core/allocator.h"
@@ -81,7 +83,10 @@ int64_t memory_for_training(const Recipe& recipe, const Device& device) {
   return free > 0 ? free + device.allocator().use().live_bytes : 0;
 }
 
-bool step_fits(const Recipe& recipe, const Device& device, int64_t bytes, const Communicator* processes) {
+namespace {
+
+// Milliseconds of a step of the recipe, timed over this many of them; none when steps do not fit.
+std::optional<double> step_ms(const Recipe& recipe, const Device& device, int64_t bytes, const Communicator* processes, int timed_steps) {
   Recipe tried = recipe;
   // Two micro-batches stand for any number of them.
   const int64_t parts = std::min<int64_t>(recipe.train.grad_accumulation, 2);
@@ -98,24 +103,82 @@ bool step_fits(const Recipe& recipe, const Device& device, int64_t bytes, const 
     const Batch batch = any_batch(tried);
     for (int step = 0; step < 3; ++step) trainer.step(batch);  // the second is recorded, beside what the first has left
     device.synchronize();
-    if (trainer.graph_lacked_memory() || !limit.was_kept()) return false;
+    const auto begin = std::chrono::steady_clock::now();
+    for (int step = 0; step < timed_steps; ++step) trainer.step(batch);
+    device.synchronize();
+    if (trainer.graph_lacked_memory() || !limit.was_kept()) return std::nullopt;
+    const std::chrono::duration<double, std::milli> elapsed = std::chrono::steady_clock::now() - begin;
+    return elapsed.count() / std::max(timed_steps, 1) * static_cast<double>(recipe.train.grad_accumulation) / static_cast<double>(parts);
   } catch (const MemoryError&) {
-    return false;
+    return std::nullopt;
   }
-  return true;
+}
+
+// The first of the plans, from the fastest to the smallest, whose steps fit all processes; recompute_plans() when none does.
+int64_t fitting_plan(Recipe recipe, const Device& device, int64_t bytes, Communicator* processes) {
+  const int64_t layers = recipe.model.n_layer, plans = recompute_plans(layers);
+  const auto place = smallest_that_fits(0, plans - 1, [&](int64_t tried) {
+    recipe.train.recompute = text_of(recompute_plan_at(tried, layers));
+    return step_fits(recipe, device, bytes, processes);
+  });
+  const int64_t own = place ? *place : plans;
+  return processes != nullptr ? processes->all_reduce_max(own) : own;
+}
+
+// Numbers of equal micro-batches, from few to many, that leave a row for each process.
+std::vector<int64_t> cuts_of(int64_t rows, const Communicator* processes) {
+  const int64_t fewest = processes != nullptr ? processes->size() : 1;
+  std::vector<int64_t> cuts;
+  for (int64_t parts = 1; parts <= rows / fewest; ++parts)
+    if (rows % parts == 0) cuts.push_back(parts);
+  return cuts;
+}
+
+[[noreturn]] void refuse_all(int64_t bytes) {
+  throw MemoryError("train: not even one row at a time fits",
+                    {{"memory", limit_text(bytes)}, {"try", "--set train.recompute=auto, or shorter rows"}});
+}
+
+// A plan for every number of micro-batches, and of these the fastest by the clock. More of them want less made again and fill the GPU less:
+// when one is slower than the one before, so are those behind it.
+void choose_rows_and_plan(Recipe& recipe, const Device& device, int64_t bytes, Communicator* processes) {
+  constexpr int kTimedSteps = 4;
+  const int64_t layers = recipe.model.n_layer;
+  constexpr double kWorthwhile = 0.98;  // of the time: a difference that the noise of a few steps does not make
+  std::optional<int64_t> best_us;
+  Recipe best = recipe;
+  for (const int64_t parts : cuts_of(recipe.train.batch_size, processes)) {
+    Recipe tried = recipe;
+    tried.train.grad_accumulation = parts;
+    const int64_t place = fitting_plan(tried, device, bytes, processes);
+    if (place == recompute_plans(layers)) continue;
+    tried.train.recompute = text_of(recompute_plan_at(place, layers));
+    constexpr int64_t kNever = std::numeric_limits<int64_t>::max() / 2;
+    const auto own_ms = step_ms(tried, device, bytes, processes, kTimedSteps);  // none: somebody else has taken memory since
+    int64_t us = own_ms ? static_cast<int64_t>(1e3 * *own_ms) : kNever;
+    if (processes != nullptr) us = processes->all_reduce_max(us);
+    if (us == kNever) continue;
+    if (best_us && static_cast<double>(us) >= kWorthwhile * static_cast<double>(*best_us)) break;
+    best_us = us;
+    best = tried;
+    if (place == 0) break;
+  }
+  if (!best_us) refuse_all(bytes);
+  recipe = best;
+}
+
+}  // namespace
+
+bool step_fits(const Recipe& recipe, const Device& device, int64_t bytes, const Communicator* processes) {
+  return step_ms(recipe, device, bytes, processes, 0).has_value();
 }
 
 void choose_recompute(Recipe& recipe, const Device& device, Communicator* processes) {
   if (recipe.train.recompute != kAutomaticRecompute) return;
   require_known(recipe, device);
-  const int64_t layers = recipe.model.n_layer, bytes = memory_for_training(recipe, device), plans = recompute_plans(layers);
-  const auto place = smallest_that_fits(0, plans - 1, [&](int64_t tried) {
-    recipe.train.recompute = text_of(recompute_plan_at(tried, layers));
-    return step_fits(recipe, device, bytes, processes);
-  });
-  int64_t agreed = place ? *place : plans;
-  if (processes != nullptr) agreed = processes->all_reduce_max(agreed);
-  if (agreed == plans)
+  const int64_t layers = recipe.model.n_layer, bytes = memory_for_training(recipe, device),
+                agreed = fitting_plan(recipe, device, bytes, processes);
+  if (agreed == recompute_plans(layers))
     throw MemoryError("train: a step does not fit, whatever is made again",
                       {{"memory", limit_text(bytes)},
                        {"rows at once", std::to_string(recipe.train.batch_size / recipe.train.grad_accumulation)},
@@ -125,23 +188,16 @@ void choose_recompute(Recipe& recipe, const Device& device, Communicator* proces
 
 void choose_micro_batches(Recipe& recipe, const Device& device, Communicator* processes) {
   require_known(recipe, device);
-  if (recipe.train.recompute == kAutomaticRecompute)
-    throw ConfigError("train: either the rows or what is made again can be chosen for you, not both",
-                      {{"train.recompute", recipe.train.recompute}, {"--batch", "auto"}, {"try", "--set train.recompute=light"}});
-  const int64_t rows = recipe.train.batch_size, bytes = memory_for_training(recipe, device);
-  const int64_t fewest = processes != nullptr ? processes->size() : 1;  // a row for each
-  std::vector<int64_t> cuts;                                            // numbers of micro-batches, from few to many
-  for (int64_t parts = 1; parts <= rows / fewest; ++parts)
-    if (rows % parts == 0) cuts.push_back(parts);
+  const int64_t bytes = memory_for_training(recipe, device);
+  if (recipe.train.recompute == kAutomaticRecompute) return choose_rows_and_plan(recipe, device, bytes, processes);
+  const std::vector<int64_t> cuts = cuts_of(recipe.train.batch_size, processes);
   const auto found = smallest_that_fits(0, std::ssize(cuts) - 1, [&](int64_t tried) {
     recipe.train.grad_accumulation = cuts[static_cast<std::size_t>(tried)];
     return step_fits(recipe, device, bytes, processes);
   });
   int64_t agreed = found ? *found : std::ssize(cuts);
   if (processes != nullptr) agreed = processes->all_reduce_max(agreed);
-  if (agreed == std::ssize(cuts))
-    throw MemoryError("train: not even one row at a time fits",
-                      {{"memory", limit_text(bytes)}, {"try", "--set train.recompute=full, or shorter rows"}});
+  if (agreed == std::ssize(cuts)) refuse_all(bytes);
   recipe.train.grad_accumulation = cuts[static_cast<std::size_t>(agreed)];
 }
 

@@ -20,8 +20,10 @@ bool step_fits(const Recipe& recipe, const Device& device, int64_t bytes, const 
 /// errors  MemoryError when none fits; ConfigError on a CPU without train.memory_gib
 void choose_recompute(Recipe& recipe, const Device& device, Communicator* processes = nullptr);
 
-/// Sets train.grad_accumulation to the smallest that cuts train.batch_size into micro-batches that fit memory_for_training().
-/// errors  as choose_recompute(); ConfigError when train.recompute is "auto" too
+/// Sets train.grad_accumulation to the smallest that cuts train.batch_size into micro-batches that fit memory_for_training(). Where
+/// train.recompute is "auto" that is set too: of the fastest plans that fit for each number of micro-batches, the one whose steps take the
+/// least time here and now. Which one that is does not change what a step computes, but for the order of sums over its rows.
+/// errors  as choose_recompute()
 void choose_micro_batches(Recipe& recipe, const Device& device, Communicator* processes = nullptr);
 
 /// The most rows at once, up to 4,096, that fit, found to an eighth; for measurements.

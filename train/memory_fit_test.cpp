@@ -102,8 +102,30 @@ TEST("memory fit: --batch auto cuts a step into as few micro-batches as fit, and
     Recipe recipe = longer_recipe(device);
     set_limit(recipe, outside + peaks[3] / 2);
     CHECK_THROWS_WITH_AS(choose_micro_batches(recipe, device), doctest::Contains("not even one row"), MemoryError);
-    Recipe both = longer_recipe(device, {"train.recompute=auto", "train.memory_gib=1"});
-    CHECK_THROWS_WITH_AS(choose_micro_batches(both, device), doctest::Contains("not both"), ConfigError);
+  }
+}
+
+TEST("memory fit: --batch auto and train.recompute = auto together take what fits, and where all fits cut nothing and make nothing again") {
+  for (const Device& device : devices()) {
+    CAPTURE(device.name());
+    const int64_t outside = device.allocator().use().live_bytes;
+    const auto chosen_within = [&](int64_t limit) {
+      Recipe recipe = longer_recipe(device, {"train.recompute=auto"});
+      set_limit(recipe, limit);
+      choose_micro_batches(recipe, device);
+      CHECK(recipe.train.batch_size == 8);
+      CHECK(8 % recipe.train.grad_accumulation == 0);
+      CHECK(peak_of(recipe, device) <= limit);
+      return std::pair(recipe.train.grad_accumulation, recipe.train.recompute);
+    };
+    const int64_t most = peak_of(longer_recipe(device), device) - outside,
+                  least = peak_of(longer_recipe(device, {"train.recompute=full", "train.grad_accumulation=8"}), device) - outside;
+    CHECK(chosen_within(outside + most + most / 16) == std::pair<int64_t, std::string>(1, "none"));
+    CHECK(chosen_within(outside + most / 2 + least / 2) != std::pair<int64_t, std::string>(1, "none"));
+    CHECK(chosen_within(outside + least + least / 16).first == 8);
+    Recipe tight = longer_recipe(device, {"train.recompute=auto"});
+    set_limit(tight, outside + least / 2);
+    CHECK_THROWS_WITH_AS(choose_micro_batches(tight, device), doctest::Contains("not even one row"), MemoryError);
   }
 }
 
