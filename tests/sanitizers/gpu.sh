@@ -73,8 +73,8 @@ one() {
   rc=$?
   end_session "$id"
   all=$(grep -cE "^========= ($reports)" "$file")
-  # (c) a race in a kernel of cuBLAS, or the hand-over of sums in SSD's backward; (d) what a device keeps to the end of the process: its
-  # workspace, once, and the pages of its arena
+  # (c) of docs/trust.md: a race in a kernel of cuBLAS, or the hand-over of sums in SSD's backward. And what a device keeps to the end of
+  # the process, which is no loss: its workspace, once, and the pages of its arena.
   known=$(awk -v tool="$tool" -v reports="^========= ($reports)" '$0 ~ reports {known += cause; cause = 0}
     tool == "racecheck" && /libcublas|nvjet|ssd_chunk_bwd_warpgroups/ {cause = 1}
     /^========= Leaked 67,108,864 bytes/ && !workspace {workspace = cause = 1}
