@@ -109,7 +109,8 @@ struct BackwardArgs {
   int width;
 };
 
-template <class Base, class Act, class Split>
+// Without kAddend there is none, and no thread holds registers for one: they would cost a quarter of the warps of an SM.
+template <class Base, class Act, class Split, bool kAddend>
 __global__ void __launch_bounds__(Split::kMaxThreads) rmsnorm_bwd_kernel(const BackwardArgs<Base, Act> a) {
   constexpr int vec = Split::kVec, per_thread = Split::kPerThread;
   const int64_t step = static_cast<int64_t>(gridDim.x) * Split::kRowsPerBlock;
@@ -120,7 +121,8 @@ __global__ void __launch_bounds__(Split::kMaxThreads) rmsnorm_bwd_kernel(const B
     const Base* base = a.base + a.base_rows.begin(row);
     const Act* grad_y = a.grad_y + a.grad_y_rows.begin(row);
     const Base* grad_sum = a.grad_sum + (a.grad_sum != nullptr ? a.grad_sum_rows.begin(row) : 0);
-    const Act* addend = a.addend + (a.addend != nullptr ? a.addend_rows.begin(row) : 0);
+    const bool in_parts = kAddend && a.addend != nullptr;
+    const Act* addend = a.addend + (in_parts ? a.addend_rows.begin(row) : 0);
     Pack<Base, vec> base_in[per_thread], grad_sum_in[per_thread];
     Pack<Act, vec> addend_in[per_thread];
     Pack<Act, vec> grad_y_in[per_thread];
@@ -129,12 +131,12 @@ __global__ void __launch_bounds__(Split::kMaxThreads) rmsnorm_bwd_kernel(const B
       const int c = Split::column(k);
       if (c >= a.width) continue;
       base_in[k] = load_pack<vec>(base + c);
-      if (a.addend != nullptr) addend_in[k] = load_pack<vec>(addend + c);
+      if (in_parts) addend_in[k] = load_pack<vec>(addend + c);
       grad_y_in[k] = load_pack<vec>(grad_y + c);
       if (a.grad_sum != nullptr) grad_sum_in[k] = load_pack<vec>(grad_sum + c);
     }
 
-    if (a.addend != nullptr)
+    if (in_parts)
 #pragma unroll
       for (int k = 0; k < per_thread; ++k)
 #pragma unroll
@@ -226,7 +228,7 @@ void backward(const RmsnormBackward& b) {
   split_rows({&b.grad_y, &b.grad_sum, &b.base, &b.addend, &b.weight, &b.grad_base, &b.grad_addend, &b.y}, width,
              [&](auto split, unsigned threads) {
                using Split = decltype(split);
-               const auto kernel = &rmsnorm_bwd_kernel<Base, Act, Split>;
+               const auto kernel = b.addend ? &rmsnorm_bwd_kernel<Base, Act, Split, true> : &rmsnorm_bwd_kernel<Base, Act, Split, false>;
                int resident = 0;  // blocks that one SM holds at a time
                cuda_check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, static_cast<int>(threads), 0),
                           "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
