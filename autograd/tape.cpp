@@ -315,6 +315,8 @@ void Node::run() {
 void Node::abandon() {
   used = true;
   function = nullptr;
+  for (Slot& output : outputs) output.grad = {};
+  pending.clear();
 }
 
 void Node::settle() {

@@ -91,11 +91,13 @@ struct ByteSource::State {
 
   int64_t file_at() const { return read_bytes - static_cast<int64_t>(filled - used); }
 
+  ErrorRow place_of_frame() const { return {"frame", fmt::format("{}, begins at stored byte {} of {}", frame, frame_at, file_bytes)}; }
+  ErrorRow text_before() const { return {"text", fmt::format("{} bytes came out before", text_at)}; }
   [[noreturn]] void fail(const std::string& sentence, const std::string& reason, const std::string& way_out) const {
     std::vector<ErrorRow> rows{{"file", path}};
     if (frame > 0) {
-      rows.push_back({"frame", fmt::format("{}, begins at stored byte {} of {}", frame, frame_at, file_bytes)});
-      rows.push_back({"text", fmt::format("{} bytes came out before", text_at)});
+      rows.push_back(place_of_frame());
+      rows.push_back(text_before());
     } else {
       rows.push_back({"stored byte", fmt::format("{} of {}", file_at(), file_bytes)});
     }
@@ -154,7 +156,9 @@ struct ByteSource::State {
     frame_may_give = static_cast<int64_t>(window_of(window)) - 2 * ZSTD_BLOCKSIZE_MAX;  // the decoder is up to a block ahead
   }
   [[noreturn]] void refuse_frame() const {
-    throw FileError(fmt::format("shard: frame {} unpacks to more than a file of this size may hold at once", frame), rows_of_may_hold());
+    std::vector<ErrorRow> rows = rows_of_may_hold();
+    rows.insert(rows.begin() + 1, {place_of_frame(), text_before()});
+    throw FileError(fmt::format("shard: frame {} unpacks to more than a file of this size may hold at once", frame), std::move(rows));
   }
 
   void open() {

@@ -2,6 +2,9 @@
 // Exit codes: 0 only on success, 1 for an error, 2 for a command line that cannot be understood, 128 + signal for an interrupted run.
 // Messages go to stderr, data to stdout.
 #include <fmt/core.h>
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 
 #include <CLI/CLI.hpp>
 #include <cstdio>
@@ -315,7 +318,16 @@ int run(int argc, char** argv) {
 }  // namespace
 }  // namespace longhand
 
+// Threads that prepare data hand texts and tokens to others. With an arena for every thread malloc would keep what comes back in a dozen
+// places, and a long run's memory would creep up for minutes (docs/decisions.md).
+static void share_malloc_arenas() {
+#ifdef __GLIBC__
+  mallopt(M_ARENA_MAX, 2);
+#endif
+}
+
 int main(int argc, char** argv) {
+  share_malloc_arenas();
   try {
     return longhand::run(argc, argv);
   } catch (const std::exception& problem) {

@@ -1,6 +1,7 @@
 // Real processes that are killed; tests/scale_test.cpp has one of a job killed behind the launcher's back.
 #include "train/neighbour_watch.h"
 
+#include <fcntl.h>
 #include <signal.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
@@ -37,6 +38,22 @@ class Idler {
 void not_blind(const std::string& reason) {
   FAIL_CHECK("the watch went blind: " << reason);
 }
+
+// While it lives this process may have files below `most` only.
+class FileLimit {
+ public:
+  explicit FileLimit(int most) {
+    REQUIRE(::getrlimit(RLIMIT_NOFILE, &before_) == 0);
+    const rlimit now{static_cast<rlim_t>(most), before_.rlim_max};
+    REQUIRE(::setrlimit(RLIMIT_NOFILE, &now) == 0);
+  }
+  ~FileLimit() { ::setrlimit(RLIMIT_NOFILE, &before_); }
+  FileLimit(const FileLimit&) = delete;
+  FileLimit& operator=(const FileLimit&) = delete;
+
+ private:
+  rlimit before_{};
+};
 
 bool comes_to(const std::atomic<int64_t>& value, int64_t wanted) {
   for (int tries = 0; tries < 5000 && value != wanted; ++tries) std::this_thread::sleep_for(std::chrono::milliseconds(1));
@@ -85,13 +102,9 @@ TEST("neighbour watch: one that was gone before the watch began is gone") {
 
 TEST("neighbour watch: without a file left to watch with, all are named as not watched") {
   const Idler first, second;
-  rlimit files{};
-  REQUIRE(::getrlimit(RLIMIT_NOFILE, &files) == 0);
-  const rlimit none{0, files.rlim_max};
-  REQUIRE(::setrlimit(RLIMIT_NOFILE, &none) == 0);
+  const FileLimit none(0);
   const NeighbourWatch watch(
       {{4, first.id()}, {5, second.id()}}, [](const Neighbour&) {}, not_blind, 1);
-  REQUIRE(::setrlimit(RLIMIT_NOFILE, &files) == 0);
   REQUIRE(watch.unwatched().size() == 2);
   CHECK(watch.unwatched()[1].first.rank == 5);
   CHECK(watch.unwatched()[1].second == "eventfd: Too many open files");
@@ -99,41 +112,41 @@ TEST("neighbour watch: without a file left to watch with, all are named as not w
 
 TEST("neighbour watch: those for whom a file was left are watched, however many are not") {
   const Idler first, second;
-  rlimit files{};
-  REQUIRE(::getrlimit(RLIMIT_NOFILE, &files) == 0);
-  const int next = ::dup(0);  // of the watch, for its end; the one behind is the first neighbour's
-  REQUIRE(next >= 0);
+  std::vector<int> open;  // until two places that follow each other were free: no hole is left in front of them
+  const auto take = [&] {
+    open.push_back(::open("/dev/null", O_RDONLY));
+    REQUIRE(open.back() >= 0);
+  };
+  for (take(), take(); open.back() != open[open.size() - 2] + 1;) take();
+  const int next = open[open.size() - 2];  // of the watch, for its end; the one behind is the first neighbour's
   ::close(next);
+  ::close(next + 1);
+  open.resize(open.size() - 2);
   std::vector<Neighbour> all{{0, first.id()}};
   for (int64_t rank = 1; rank < next + 20; ++rank) all.push_back({rank, second.id()});
-  const rlimit few{static_cast<rlim_t>(next + 2), files.rlim_max};
   std::atomic<int64_t> gone = -1;
-  REQUIRE(::setrlimit(RLIMIT_NOFILE, &few) == 0);
   {
+    const FileLimit few(next + 2);
     const NeighbourWatch watch(
         all, [&](const Neighbour& neighbour) { gone = neighbour.rank; }, not_blind, 1);
     CHECK(watch.unwatched().size() == all.size() - 1);
     ::kill(first.id(), SIGKILL);
     CHECK(comes_to(gone, 0));
   }
-  REQUIRE(::setrlimit(RLIMIT_NOFILE, &files) == 0);
+  for (const int file : open) ::close(file);
 }
 
 TEST("neighbour watch: when it can no longer wait it says so, and names who had ended") {
   const Idler other;
-  rlimit files{};
-  REQUIRE(::getrlimit(RLIMIT_NOFILE, &files) == 0);
   std::atomic<int64_t> gone = -1;
   std::string why;  // written before gone is
   const NeighbourWatch watch(
       {{3, other.id()}}, [&](const Neighbour& neighbour) { gone = neighbour.rank; }, [&](const std::string& reason) { why = reason; },
       60'000);
   std::this_thread::sleep_for(std::chrono::milliseconds(50));  // it waits for the other
-  const rlimit none{0, files.rlim_max};
-  REQUIRE(::setrlimit(RLIMIT_NOFILE, &none) == 0);
+  const FileLimit none(0);
   ::kill(other.id(), SIGKILL);
   CHECK(comes_to(gone, 3));
-  REQUIRE(::setrlimit(RLIMIT_NOFILE, &files) == 0);
   CHECK(why == "poll: Invalid argument");
 }
 
