@@ -1,49 +1,18 @@
-// The link to a GPU: page-locked buffers, each guarded by an event that says when the copy engine is done with it. See host_link.h.
+// The link to a GPU: page-locked buffers for copies up and down, several of each in flight. See host_link.h.
 #include <array>
 #include <cstring>
 
 #include "core/cuda_context.h"
 #include "core/error.h"
+#include "core/page_locked_slot.h"
 #include "train/host_link.h"
 
 namespace longhand {
 namespace {
 
-// Page-locked host memory of one copy in flight.
-class Slot {
- public:
-  Slot() { cuda_check(cudaEventCreateWithFlags(&done_, cudaEventDisableTiming | cudaEventBlockingSync), "cudaEventCreateWithFlags"); }
-  ~Slot() {
-    (void)cudaEventSynchronize(done_);
-    (void)cudaEventDestroy(done_);
-    (void)cudaFreeHost(memory_);
-  }
-  Slot(const Slot&) = delete;
-  Slot& operator=(const Slot&) = delete;
-
-  void* reserve(size_t bytes) {
-    wait();
-    if (bytes > bytes_) {
-      (void)cudaFreeHost(memory_);
-      memory_ = nullptr;
-      cuda_check(cudaMallocHost(&memory_, bytes), "cudaMallocHost");
-      bytes_ = bytes;
-    }
-    return memory_;
-  }
-  void mark(cudaStream_t stream) { cuda_check(cudaEventRecord(done_, stream), "cudaEventRecord"); }
-  void wait() { cuda_check(cudaEventSynchronize(done_), "cudaEventSynchronize"); }
-  bool done() const {
-    const cudaError_t status = cudaEventQuery(done_);
-    if (status != cudaErrorNotReady) cuda_check(status, "cudaEventQuery");
-    return status == cudaSuccess;
-  }
-  void* memory() const { return memory_; }
-
- private:
-  cudaEvent_t done_ = nullptr;
-  void* memory_ = nullptr;
-  size_t bytes_ = 0;
+// The trainer's thread sleeps while it waits.
+struct Slot : PageLockedSlot {
+  Slot() : PageLockedSlot(cudaEventBlockingSync) {}
 };
 
 class CudaHostLink final : public HostLink {

@@ -134,9 +134,11 @@ std::vector<int64_t> cuts_of(int64_t rows, const Communicator* processes) {
   return cuts;
 }
 
-[[noreturn]] void refuse_all(int64_t bytes) {
-  throw MemoryError("train: not even one row at a time fits",
-                    {{"memory", limit_text(bytes)}, {"try", "--set train.recompute=auto, or shorter rows"}});
+[[noreturn]] void refuse_all(const Recipe& recipe, int64_t bytes) {
+  const bool plan_was_chosen = recipe.train.recompute == kAutomaticRecompute;
+  throw MemoryError(
+      "train: not even one row at a time fits",
+      {{"memory", limit_text(bytes)}, {"try", plan_was_chosen ? "shorter rows" : "--set train.recompute=auto, or shorter rows"}});
 }
 
 // A plan for every number of micro-batches, and of these the fastest by the clock. More of them want less made again and fill the GPU less:
@@ -163,7 +165,7 @@ void choose_rows_and_plan(Recipe& recipe, const Device& device, int64_t bytes, C
     best = tried;
     if (place == 0) break;
   }
-  if (!best_us) refuse_all(bytes);
+  if (!best_us) refuse_all(recipe, bytes);
   recipe = best;
 }
 
@@ -197,7 +199,7 @@ void choose_micro_batches(Recipe& recipe, const Device& device, Communicator* pr
   });
   int64_t agreed = found ? *found : std::ssize(cuts);
   if (processes != nullptr) agreed = processes->all_reduce_max(agreed);
-  if (agreed == std::ssize(cuts)) refuse_all(bytes);
+  if (agreed == std::ssize(cuts)) refuse_all(recipe, bytes);
   recipe.train.grad_accumulation = cuts[static_cast<std::size_t>(agreed)];
 }
 

@@ -289,7 +289,8 @@ __device__ void form_rows_anew(const FinishArgs& a, int first_row, int rows, uns
 #pragma unroll
     for (int k = 0; k < 4; ++k)
 #pragma unroll
-      for (int n = 0; n < kAnewTiles; ++n) largest[k] = fmaxf(largest[k], fmaxf(logits[k / 2][n][k % 2 * 2], logits[k / 2][n][k % 2 * 2 + 1]));
+      for (int n = 0; n < kAnewTiles; ++n)
+        largest[k] = fmaxf(largest[k], fmaxf(logits[k / 2][n][k % 2 * 2], logits[k / 2][n][k % 2 * 2 + 1]));
   }
   const float top_of_lane = kLog2e * of_rows(largest, [](float p, float q) { return fmaxf(p, q); });
   float top[4], sums[4] = {};

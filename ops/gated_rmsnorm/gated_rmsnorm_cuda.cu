@@ -4,10 +4,10 @@
 // moves   y and z in, out out: 6 bytes per element in bf16
 // flops   about 12 and one exponential and one reciprocal per element: memory bound
 // floor   65536 x 1536 bf16: 604 MB / 3.0 TB/s = 0.20 ms on an H100 SXM
-// split   a warp per unit up to 1024 columns, a block of up to 512 threads beyond; the unit stays in registers between the sum and the
-// product needs   packs of 16 bytes (8 bf16, 4 f32), or 8 bytes (4 bf16), where widths, strides and addresses allow; else element by
-// element with a
-//         block per unit. A group has at most 16384 columns
+// split   a warp per unit up to 1024 columns, a block of up to 512 threads beyond; the unit stays in registers between the sum and
+//         the product
+// needs   packs of 16 bytes (8 bf16, 4 f32), or 8 bytes (4 bf16), where widths, strides and addresses allow; else element by element
+//         with a block per unit. A group has at most 16384 columns
 // agrees  with the CPU reference: kGatedRmsnormToleranceF32; bf16 adds one rounding of the output
 // order   fixed shuffle tree, no atomics: the same input gives the same bits
 //

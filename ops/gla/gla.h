@@ -26,10 +26,10 @@ struct GlaOutput {
 /// h0        [B, H, Dk, Dv]     f32 (f64 when q is f64), as h_T; undefined means zeros
 /// returns   o [B, T, H, Dv] dtype of q; h_T [B, H, Dk, Dv]; gates, sums and states in f32 (f64 when q is f64)
 /// holds     running [0, s), then [s, T) from that state, gives the run of [0, T) for every s, gradients too;
-///           finite for every gate from 0 to -1e4: no exponent above 0 is ever formed
+///           finite for every gate from 0 to -1e4: no exponent above 0 is formed, but for reciprocals of decays down to 2^-64 in a chunk
+///           on CUDA (ops/gla/README.md)
 /// saves     its inputs and, on CUDA below the level `projections` (autograd/recompute.h), what was formed of every chunk by itself;
-/// backward
-///           recomputes the states at chunk borders (freed when it returns)
+///           backward recomputes the states at chunk borders (freed when it returns)
 /// errors    ShapeError naming both tensors; DtypeError; DeviceError; ValueError for a gate_normalizer <= 0, a gate_min > 0, a scale that
 ///           is not finite
 /// widths    any Dk and Dv. CUDA has kernels for Dk up to 256; above, 128 keys of a head are taken at a time (gla_key_slices_cuda.cpp), and

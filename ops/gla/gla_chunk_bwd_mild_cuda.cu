@@ -5,10 +5,9 @@
 // flops   per chunk and head the products with the states (2 * 64 Dk Dv each), grad o v' once per slice (64 * 64 * Dv), and with the
 //         gradients of the scores queries and keys (2 * 64 * 64 Dk)
 // floor   B 16, T 2048, H 4, Dk 128, Dv 256, bf16: 600 MB / 4.0 TB/s = 0.15 ms on an H200, nearly half of it states
-// split   one block of two warpgroups per (row, chunk, head, 64 columns of Dk). Warpgroup 0 multiplies for grad q: grad o with the states,
-// then
-//         the scores' gradients with the keys; warpgroup 1 for grad k: v with the states' gradients, then the same scores' gradients,
-//         turned, with the queries. Beside products a warp has a leaf of 8 tokens and a lane two columns of it, in registers
+// split   one block of two warpgroups per (row, chunk, head, 64 columns of Dk). Warpgroup 0 multiplies for grad q: grad o with the
+//         states, then the scores' gradients with the keys; warpgroup 1 for grad k: v with the states' gradients, then the same scores'
+//         gradients, turned, with the queries. Beside products a warp has a leaf of 8 tokens and a lane two columns of it, in registers
 // needs   bf16; T, Dk and Dv multiples of 64, Dk one of 64, 128, 256; 16-byte copies; all three gradients wanted; sm_90a
 // agrees  as gla_chunk_bwd_kernel, which treats the chunks that are not mild. Pairs i = j are left out of the gate's gradient there as here
 // order   fixed, no atomics
@@ -152,15 +151,7 @@ __global__ void __launch_bounds__(kSliceThreads, 2) gla_chunk_bwd_mild_kernel(co
   }
 
   ChunkDecays decays;
-  {
-    float2 log2[kLeafTokens];
-#pragma unroll
-    for (int i = 0; i < kLeafTokens; ++i) {
-      const float2 given = gate[i].wide();
-      log2[i] = make_float2(log2_gate<Bf16>(given.x, gates), log2_gate<Bf16>(given.y, gates));
-    }
-    decays.form(log2, leaf, leaf_sums);  // its barrier: the stages have been read
-  }
+  decays.form(gate, gates, leaf, leaf_sums);  // its barrier: the stages have been read
   const unsigned in_sums = (8 * tile + g) * L::sums_stride + 2 * quad;
   const auto put = [&](float* sums) {
 #pragma unroll

@@ -103,6 +103,17 @@ __device__ __forceinline__ void multiply_half_panel(float (&acc)[4][4], uint64_t
 struct ChunkDecays {
   float2 from_begin[kLeafTokens], to_end[kLeafTokens], whole, inverse;  // inverse: 1 / whole
 
+  /// from the tokens' gates; leaf_sums as below
+  __device__ __forceinline__ void form(const Two<Bf16> (&gate)[kLeafTokens], const GateArgs& gates, unsigned leaf, float* leaf_sums) {
+    float2 log2[kLeafTokens];
+#pragma unroll
+    for (int i = 0; i < kLeafTokens; ++i) {
+      const float2 given = gate[i].wide();
+      log2[i] = make_float2(log2_gate<Bf16>(given.x, gates), log2_gate<Bf16>(given.y, gates));
+    }
+    form(log2, leaf, leaf_sums);
+  }
+
   /// from the logarithms of each token's decay; leaf_sums [8][64] is written and read, with a barrier of the block in between
   __device__ __forceinline__ void form(const float2 (&log2)[kLeafTokens], unsigned leaf, float* leaf_sums) {
     const unsigned column = 2 * (threadIdx.x % 32);

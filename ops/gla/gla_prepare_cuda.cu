@@ -1,8 +1,8 @@
 // GLA on CUDA: what every chunk gives by itself.
 //
-// gla_prepare_kernel: decayed queries and keys, scores and decay of every chunk; of those that gla_prepare_mild_cuda.cu has left, where it
-// runs moves   q, k, gate in; decayed q, k and 64 scores a token out: 5 Dk + 64 elements per token and head flops   per chunk and head 3
-// exponentials per gate; the scores by squares of 8, 16 and 32 tokens (28 x 64 x Dk products on tensor cores)
+// gla_prepare_kernel: decayed queries and keys, scores and decay of every chunk, or of those that gla_prepare_mild_cuda.cu has left
+// moves   q, k, gate in; decayed q, k and 64 scores a token out: 5 Dk + 64 elements per token and head
+// flops   per chunk and head 3 exponentials per gate; the scores by squares of 8, 16 and 32 tokens (28 x 64 x Dk products on tensor cores)
 //         and the triangles of 8 tokens left on the diagonal (8 x 36 x Dk products, running decays in f32)
 // floor   B 32, T 2048, H 4, Dk 128, bf16: 370 MB / 3.0 TB/s = 0.12 ms on an H100 SXM
 // split   one block of 8 warps per (row, chunk, head), 64 columns of Dk at a time; a warp has a leaf of 8 tokens, a lane two columns of it

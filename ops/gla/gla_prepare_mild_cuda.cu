@@ -4,9 +4,8 @@
 // moves   as gla_prepare_kernel (gla_prepare_cuda.cu)
 // flops   per chunk and head 3 exponentials per gate; the scores in one product (64 x 64 x Dk)
 // floor   B 16, T 2048, H 4, Dk 128, bf16: 184 MB / 4.0 TB/s = 0.046 ms on an H200
-// split   one block of 8 warps per (row, chunk, head), 64 columns of Dk at a time; a warp has a leaf of 8 tokens, a lane two columns of it
-// in
-//         registers. In the product a warpgroup has half of the scores' columns
+// split   one block of 8 warps per (row, chunk, head), 64 columns of Dk at a time; a warp has a leaf of 8 tokens, a lane two columns
+//         of it in registers. In the product a warpgroup has half of the scores' columns
 // needs   bf16; T and Dk multiples of 64, Dk one of 64, 128, 256; 16-byte copies; sm_90a
 // agrees  bf16 rounds each decayed operand once, and the scores; those of chunks that are not mild are written by gla_prepare_kernel
 // order   fixed: the columns of a product, slices in order
@@ -42,15 +41,7 @@ __global__ void __launch_bounds__(kSliceThreads, 3) gla_prepare_mild_kernel(cons
     load(q, a.q);
     load(k, a.k);
     ChunkDecays decays;
-    {
-      float2 log2[kLeafTokens];
-#pragma unroll
-      for (int i = 0; i < kLeafTokens; ++i) {
-        const float2 given = gate[i].wide();
-        log2[i] = make_float2(log2_gate<Bf16>(given.x, gates), log2_gate<Bf16>(given.y, gates));
-      }
-      decays.form(log2, leaf, leaf_sums + slice % 2 * kLeaves * kSlice);
-    }
+    decays.form(gate, gates, leaf, leaf_sums + slice % 2 * kLeaves * kSlice);
     const int64_t at = (int64_t{unit} * kChunk + row) * a.D + kSlice * slice + 2 * lane;
     Bf16 *q_to = a.decayed_q + at, *k_to = a.decayed_k + at;
     // row % 8 is i, so that a lane's place in a panel's row is lane / 4 exchanged with i

@@ -6,9 +6,8 @@
 // floor   65536 x 768, add form: 604 MB / 3.0 TB/s = 0.20 ms on an H100 SXM
 // split   a warp per row up to 768 columns, a block of up to 512 threads per row beyond; the row stays in registers between the sum of
 //         squares and the product. Packs of 4 elements: 16-byte accesses of the f32 stream, 8-byte ones of bf16, all coalesced
-// needs   packs: width, row strides and addresses in multiples of 4 elements; otherwise the same kernel runs element by element with a
-// block
-//         per row (vec = 1). Width at most 16384
+// needs   packs: width, row strides and addresses in multiples of 4 elements; otherwise the same kernel runs element by element with
+//         a block per row (vec = 1). Width at most 16384
 // agrees  with the CPU reference: kRmsnormToleranceF32; bf16 adds one rounding of the output
 // order   fixed shuffle tree, no atomics: the same input gives the same bits
 //

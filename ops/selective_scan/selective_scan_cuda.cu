@@ -2,8 +2,9 @@
 //
 // selective_scan_walk_kernel
 // moves   x, dt, z in, y out: 8 bytes per token and channel in bf16, and B_t, C_t once per 32 channels (from L2)
-// flops   N exponentials and 4 N others per token and channel; 3 more of the special-function unit and about 35 others for softplus and
-// silu floor   B32 T2048 D1536 N16 bf16: 805 MB / 3.0 TB/s = 0.27 ms, and 1.9e9 special functions at 16 per clock and SM = 0.46 ms at
+// flops   N exponentials and 4 N others per token and channel; 3 more of the special-function unit and about 35 others for softplus
+//         and silu
+// floor   B32 T2048 D1536 N16 bf16: 805 MB / 3.0 TB/s = 0.27 ms, and 1.9e9 special functions at 16 per clock and SM = 0.46 ms at
 //         1.97 GHz: bound by ex2, with 8 instructions for each beside it
 // split   N <= 16: two neighbouring lanes share two channels; a lane has half of the entries of both in registers, forms the steps of its
 //         own channel, and hands over half of a sum for the other: one exchange per token. 32 channels a warp; warps know nothing of each

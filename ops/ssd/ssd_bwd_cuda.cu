@@ -11,8 +11,9 @@
 //         team works on rows 16 * (w % 4) and the half w / 4 of the columns. With two teams the next head's tiles arrive while this
 //         head's are in use. On sm_90a, in bf16 and for P <= 64 and N <= 128, ssd_bwd_warpgroups_cuda.cu takes the chunks
 // needs   P <= 128, N <= 256 (f32: 128), padded as in the walks; one block of up to 227 KB of shared memory
-// agrees  with the CPU reference to kSsdToleranceF32, kSsdToleranceBf16 (ssd.h); bf16 rounds the states, the sum of d(C B'), C B' E, rho dt
-// X order   fixed, no atomics: heads of a team in order, teams in order, parts of a group summed in order, sums over rows and chunks by a
+// agrees  with the CPU reference to kSsdToleranceF32, kSsdToleranceBf16 (ssd.h); bf16 rounds the states, the sum of d(C B'), C B' E,
+//         rho dt X
+// order   fixed, no atomics: heads of a team in order, teams in order, parts of a group summed in order, sums over rows and chunks by a
 //         fixed tree. How many parts and teams there are depends on the GPU
 //
 // The gradient of a_t = dt_t A, with W_ij = d(C B')_ij (C B')_ij, late_i = e^{Lambda_i} dY_i . S C_i, early_j = rho_j dt_j x_j . R B_j:

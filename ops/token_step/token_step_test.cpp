@@ -254,45 +254,31 @@ TEST("token step: the middle of a Mamba-2 layer agrees with convolution and ssd,
         const Tensor now = projected.slice(1, inner, inner + C), y = Tensor::empty(gpu, dtype, {c.B, inner}), gated_state = state.clone();
         const auto last = [&](const Tensor& t) { return t.slice(0, c.B - 1, c.B); };
         const Tensor state_alone = last(state).clone(), y_alone = Tensor::empty(gpu, dtype, {1, inner});
-        mamba2_token({.projected = projected,
-                      .conv_weight = conv_weight,
-                      .conv_bias = conv_bias,
-                      .window = window,
-                      .A_log = A_log,
-                      .D_skip = D_skip,
-                      .dt_bias = dt_bias,
-                      .dt_min = 0.01,
-                      .dt_max = 2,
-                      .groups = c.G,
-                      .state = state,
-                      .y = y});
-        const Tensor gated = Tensor::empty(gpu, Dtype::f32, {c.B, inner});
-        mamba2_token({.projected = projected,
-                      .conv_weight = conv_weight,
-                      .conv_bias = conv_bias,
-                      .window = window,
-                      .A_log = A_log,
-                      .D_skip = D_skip,
-                      .dt_bias = dt_bias,
-                      .dt_min = 0.01,
-                      .dt_max = 2,
-                      .groups = c.G,
-                      .state = gated_state,
-                      .y = gated,
-                      .gate = true});
+        Mamba2Token call{.projected = projected,
+                         .conv_weight = conv_weight,
+                         .conv_bias = conv_bias,
+                         .window = window,
+                         .A_log = A_log,
+                         .D_skip = D_skip,
+                         .dt_bias = dt_bias,
+                         .dt_min = 0.01,
+                         .dt_max = 2,
+                         .groups = c.G,
+                         .state = state,
+                         .y = y};
+        mamba2_token(call);
+        call.state = gated_state;
+        call.y = Tensor::empty(gpu, Dtype::f32, {c.B, inner});
+        call.gate = true;
+        mamba2_token(call);
+        const Tensor gated = call.y;
         CHECK(gated_state.to_vector<float>() == state.to_vector<float>());
-        mamba2_token({.projected = last(projected),
-                      .conv_weight = conv_weight,
-                      .conv_bias = conv_bias,
-                      .window = last(window),
-                      .A_log = A_log,
-                      .D_skip = D_skip,
-                      .dt_bias = dt_bias,
-                      .dt_min = 0.01,
-                      .dt_max = 2,
-                      .groups = c.G,
-                      .state = state_alone,
-                      .y = y_alone});
+        call.gate = false;
+        call.projected = last(projected);
+        call.window = last(window);
+        call.state = state_alone;
+        call.y = y_alone;
+        mamba2_token(call);
         CHECK(state_alone.to_vector<float>() == last(state).contiguous().to_vector<float>());
         CHECK(y_alone.to_vector<float>() == last(y).contiguous().to_vector<float>());
         shift_window(window, now);
