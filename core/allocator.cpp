@@ -4,6 +4,7 @@
 #include <fmt/core.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "core/error.h"
 #include "core/op_scope.h"
@@ -83,7 +84,7 @@ void CachingAllocator::release(void* block) noexcept {
   if (!found->second.reserved) {
     use_.live_bytes -= signed_size;
     if (found->second.exact && reserving_) {
-      late_.emplace_back(block, found->second.bytes);  // work that is being recorded may have read it
+      late_.emplace_back(block, found->second.bytes);  // goes with the recorded work, which may have read it
     } else if (found->second.exact) {
       system_release(block);
       use_.reserved_bytes -= signed_size;
@@ -113,11 +114,6 @@ void CachingAllocator::reset_peak() {
 void CachingAllocator::release_cached() {
   const std::lock_guard lock(mutex_);
   use_.reserved_bytes -= static_cast<int64_t>(free_->release());
-  for (const auto& [block, size] : late_) {
-    system_release(block);
-    use_.reserved_bytes -= static_cast<int64_t>(size);
-  }
-  late_.clear();
 }
 
 void CachingAllocator::begin_reserving() {
@@ -161,8 +157,9 @@ ReservedBlocks CachingAllocator::end_reserving() {
     visit(
         begin, size, [](Block& held) { held.reserved = true; },
         [this](char*, std::size_t bytes) { use_.live_bytes += static_cast<int64_t>(bytes); });
-    blocks.emplace_back(begin, size);
+    blocks.handed_out.emplace_back(begin, size);
   }
+  blocks.released = std::exchange(late_, {});
   use_.peak_bytes = std::max(use_.peak_bytes, use_.live_bytes);
   noted_.clear();
   return blocks;
@@ -170,7 +167,11 @@ ReservedBlocks CachingAllocator::end_reserving() {
 
 void CachingAllocator::give_back(const ReservedBlocks& blocks) {
   const std::lock_guard lock(mutex_);
-  for (const auto& [begin, size] : blocks)
+  for (const auto& [block, size] : blocks.released) {
+    system_release(block);
+    use_.reserved_bytes -= static_cast<int64_t>(size);
+  }
+  for (const auto& [begin, size] : blocks.handed_out)
     visit(
         static_cast<char*>(begin), size, [](Block& held) { held.reserved = false; },
         [this](char* part, std::size_t bytes) {

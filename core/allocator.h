@@ -25,8 +25,12 @@ struct MemoryUse {
 /// A table for people: live, peak and reserved bytes, and with LONGHAND_MEMORY=1 the ops whose tensors were alive at the peak.
 std::string memory_report(const MemoryUse& use);
 
-/// Stretches of memory that nobody is given, with their sizes; see CachingAllocator::end_reserving().
-using ReservedBlocks = std::vector<std::pair<void*, std::size_t>>;
+/// What CachingAllocator::end_reserving() keeps for recorded work: stretches of memory, with their sizes.
+struct ReservedBlocks {
+  using Stretches = std::vector<std::pair<void*, std::size_t>>;
+  Stretches handed_out;  // while it was recorded
+  Stretches released;    // exact blocks that were released meanwhile: recorded work may have read them
+};
 
 class CachingAllocator {
  public:
@@ -48,7 +52,7 @@ class CachingAllocator {
   void release_cached();  // gives unused blocks back to the system
 
   /// Between the two calls it is noted which memory is handed out; afterwards nobody else is given it until give_back(). It counts as
-  /// live: recorded work writes into it at any time. What a tensor still holds joins when it lets go.
+  /// live: recorded work writes into it at any time. What a tensor still holds joins when it lets go. give_back() is due once.
   void begin_reserving();
   ReservedBlocks end_reserving();
   void give_back(const ReservedBlocks& blocks);
@@ -72,7 +76,7 @@ class CachingAllocator {
   std::map<void*, Block> live_;
   bool reserving_ = false;
   std::map<char*, std::size_t> noted_;  // handed out while reserving
-  ReservedBlocks late_;                 // exact blocks that were released while reserving
+  ReservedBlocks::Stretches late_;      // exact blocks that were released while reserving
   MemoryUse use_;
   int64_t limit_ = 0;
   void note(void* block, std::size_t size);

@@ -14,6 +14,8 @@
 #include "core/device_memory_cuda.h"
 #include "core/error.h"
 #include "core/op_scope.h"
+#include "core/show_as_written_cuda.h"
+#include "core/switches.h"
 
 namespace longhand {
 
@@ -41,6 +43,14 @@ void launch_check(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes
                      {"block", fmt::format("{} x {} x {}, {} bytes of shared memory", block.x, block.y, block.z, shared_bytes)},
                      {"op", current_op_path()}},
                     at);
+}
+
+void show_as_written(const Tensor& matrix) {
+  if (!switches().exact) return;
+  const auto element = static_cast<std::size_t>(size_of(matrix.dtype()));
+  const auto bytes = static_cast<std::size_t>(matrix.dim(1)) * element, rows = static_cast<std::size_t>(matrix.dim(0));
+  const std::size_t pitch = rows == 1 ? bytes : static_cast<std::size_t>(matrix.stride(0)) * element;
+  cuda_check(cudaMemset2DAsync(matrix.raw(), pitch, 0xFF, bytes, rows, matrix.device().cuda_context().stream), "cudaMemset2DAsync");
 }
 
 namespace {
@@ -96,6 +106,8 @@ Device open_cuda(int index) {
   cublas_check(cublasLtCreate(&context->blas_lt), "cublasLtCreate");
   context->workspace_bytes = size_t{64} << 20;
   cuda_check(cudaMalloc(&context->workspace, context->workspace_bytes), "cudaMalloc");
+  if (switches().exact)  // cuBLAS writes parts of sums there by bulk copies: see show_as_written()
+    cuda_check(cudaMemsetAsync(context->workspace, 0xFF, context->workspace_bytes, context->stream), "cudaMemsetAsync");
   auto allocator = std::make_shared<CudaAllocator>(index, context->stream);
   return DeviceFactory::make(DeviceKind::cuda, index, std::move(allocator), std::move(context));
 }

@@ -163,7 +163,7 @@ TEST("reserved stretches of an arena count once, whatever lay in them one after 
   for (int i = 0; i < 16; ++i) others.push_back(memory.allocate(512));
   for (void* other : others) {
     auto* const at = static_cast<char*>(other);
-    for (const auto& [begin, size] : blocks) CHECK_FALSE((at >= begin && at < static_cast<char*>(begin) + size));
+    for (const auto& [begin, size] : blocks.handed_out) CHECK_FALSE((at >= begin && at < static_cast<char*>(begin) + size));
   }
   for (void* other : others) memory.release(other);
   memory.give_back(blocks);

@@ -12,7 +12,7 @@
 
 #include "core/cuda_context.h"
 #include "core/error.h"
-#include "core/switches.h"
+#include "core/show_as_written_cuda.h"
 #include "ops/common/gemm.h"
 
 namespace longhand {
@@ -103,15 +103,6 @@ GemmPlan make_plan(const CudaContext& cuda, const GemmKey& key) {
   return plan;
 }
 
-// cuBLAS writes products by bulk copies, which compute-sanitizer does not see: to it whoever reads a product reads what nobody wrote. So
-// where a memory checker looks, the product's place has been written before.
-void write_before_product(const Tensor& c, const CudaContext& cuda) {
-  const auto element = static_cast<std::size_t>(size_of(c.dtype()));
-  const auto bytes = static_cast<std::size_t>(c.dim(1)) * element, rows = static_cast<std::size_t>(c.dim(0));
-  const std::size_t pitch = rows == 1 ? bytes : static_cast<std::size_t>(c.stride(0)) * element;
-  cuda_check(cudaMemset2DAsync(c.raw(), pitch, 0xFF, bytes, rows, cuda.stream), "cudaMemset2DAsync");
-}
-
 const GemmPlan& plan_for(CudaContext& cuda, const GemmKey& key) {
   static std::mutex creation;
   GemmCache* cache = nullptr;
@@ -135,7 +126,7 @@ void gemm_cuda(const GemmShape&, bool transpose_a, const Tensor& a, bool transpo
   const auto scale = static_cast<float>(alpha), keep = static_cast<float>(beta);
   cublasLtMatmulDescOpaque_t product = plan.product;
   if (row) set(&product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, static_cast<const void*>(row.raw()));
-  if (switches().exact && beta == 0) write_before_product(c, cuda);
+  if (beta == 0) show_as_written(c);
   // The opaque structs are only read; the API takes them without const.
   auto* layout_a = const_cast<cublasLtMatrixLayoutOpaque_t*>(&plan.a);
   auto* layout_b = const_cast<cublasLtMatrixLayoutOpaque_t*>(&plan.b);

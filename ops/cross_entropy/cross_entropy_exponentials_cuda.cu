@@ -25,6 +25,7 @@
 #include <algorithm>
 
 #include "core/error.h"
+#include "core/show_as_written_cuda.h"
 #include "ops/common/box_copies.cuh"
 #include "ops/common/cuda_math.cuh"
 #include "ops/common/launch.cuh"
@@ -420,6 +421,7 @@ void exponentials_chunk_cuda(const ExponentialsChunk& chunk) {
       (stride % 8 != 0 || stride < (chunk.vocab + 7) / 8 * 8 || reinterpret_cast<std::uintptr_t>(chunk.exponentials.raw()) % 16 != 0))
     throw ShapeError("cross_entropy: rows of exponentials must begin at multiples of 16 bytes and be padded to one",
                      {{"exponentials", chunk.exponentials.describe()}, {"row stride", std::to_string(stride)}});
+  if (writes) show_as_written(chunk.exponentials);
   const Tensor sums = Tensor::empty(chunk.x.device(), Dtype::f32, {column_tiles, rows});
   const ExponentialArgs args{panel_boxes(chunk.x, kTileRows),
                              panel_boxes(chunk.weight.slice(0, 0, chunk.vocab), kTileColumns),

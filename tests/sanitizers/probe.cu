@@ -77,6 +77,22 @@ __global__ void read(const float* from, float* out) {
   out[threadIdx.x] = from[threadIdx.x] + 1;
 }
 
+// Sound: a graph in which one node writes and the next reads.
+template <class Write>
+void in_a_graph(Write&& write, const float* x, float* y) {
+  cudaStream_t stream = nullptr;
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t executable = nullptr;
+  cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+  cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed);
+  write(stream);
+  read<<<1, kFloats, 0, stream>>>(x, y);
+  cudaStreamEndCapture(stream, &graph);
+  cudaGraphInstantiate(&executable, graph, 0);
+  cudaGraphLaunch(executable, stream);
+  cudaStreamSynchronize(stream);
+}
+
 // Sound: three left operands of products of a warpgroup (wgmma) in registers, used six times each, every product waited for before the
 // next. With 62 registers a thread the compiler lays two of them below R24 (cuobjdump -sass: HGMMA .. R24, R8, ..), with 128 none.
 constexpr int kWarpgroup = 128, kOperands = 3, kTimes = 6, kSums = 32;  // a thread's of 64 x 64
@@ -135,11 +151,18 @@ int main(int count, char** words) {
   else if (is("handed-unsound")) hand_over<false, false><<<1, 2 * kWarp>>>(y);
   else if (is("bulk")) write_in_bulk<<<1, kFloats>>>(x);
   else if (is("plain")) write_one_by_one<<<1, kFloats>>>(x);
+  else if (is("filled")) cudaMemset(x, 0, sizeof result);
+  else if (is("graph-plain")) in_a_graph([&](cudaStream_t s) { write_one_by_one<<<1, kFloats, 0, s>>>(x); }, x, y);
+  else if (is("graph-filled")) in_a_graph([&](cudaStream_t s) { cudaMemsetAsync(x, 0, sizeof result, s); }, x, y);
+  else if (is("graph-filled-rows")) in_a_graph([&](cudaStream_t s) { cudaMemset2DAsync(x, 128, 0, 128, sizeof result / 128, s); }, x, y);
+  else if (is("graph-copied"))
+    in_a_graph([&](cudaStream_t s) { cudaMemcpyAsync(x, left, sizeof ones, cudaMemcpyDeviceToDevice, s); }, x, y);
   else if (!is("unwritten"))
     return std::fprintf(stderr,
-                        "usage: probe branches|handed|handed-by-all|handed-unsound|bulk|plain|unwritten|operands-low|operands-high\n"),
+                        "usage: probe branches|handed|handed-by-all|handed-unsound|bulk|plain|filled|unwritten|graph-plain|graph-filled|"
+                        "graph-filled-rows|graph-copied|operands-low|operands-high\n"),
            2;
-  if (is("bulk") || is("plain") || is("unwritten")) read<<<1, kFloats>>>(x, y);
+  if (is("bulk") || is("plain") || is("filled") || is("unwritten")) read<<<1, kFloats>>>(x, y);
   const std::size_t count_out = multiplies ? kMost : kFloats;
   const cudaError_t status = cudaMemcpy(result, y, count_out * sizeof(float), cudaMemcpyDeviceToHost);
   std::printf("%s: %s, %g %g\n", words[1], cudaGetErrorString(status), result[0], result[kWarp - 1]);
