@@ -59,7 +59,6 @@ one() {
     memcheck)
       options=(--leak-check full)
       [[ $name == 'a graph replays what was queued'* ]] && options+=(--report-api-errors no);;  # it provokes some
-    initcheck) options=(--print-limit 20000);;
     synccheck) options=(--kernel-name-exclude kns=ssd_chunk_bwd_warpgroups);;  # (b) of docs/trust.md
   esac
   [ "$tool" = racecheck ] && export LONGHAND_PARITY_EVERY=${EVERY:-53}
@@ -76,7 +75,7 @@ one() {
   read -ra words <<<"$words"
   [ -x "$build/$program" ] && words+=("-tc=${name//,/?}")
   setsid --wait bash -c 'echo $$ > "$1"; shift; exec timeout -k 3 "$@"' _ "$OUT/sessions/$id" $((left < LIMIT ? left : LIMIT)) \
-    compute-sanitizer --tool "$tool" --print-limit 1000 "${options[@]}" --error-exitcode 99 "${words[@]}" > "$file" 2>&1
+    compute-sanitizer --tool "$tool" "${options[@]}" --print-limit 10000 --error-exitcode 99 "${words[@]}" > "$file" 2>&1
   rc=$?
   end_session "$id"
   all=$(grep -cE "^========= ($reports)" "$file")
