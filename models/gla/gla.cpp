@@ -245,8 +245,7 @@ class Mlp final : public Mixer {
 
   Variable forward(const Variable& x, const LayerState&, LayerState&) const override {
     if (!gate_up_->variable) return linear(swiglu(linear(x, gate_proj_->variable), linear(x, up_proj_->variable)), down_proj_->variable);
-    const auto parts = split(linear(x, gate_up_->variable), {width_, width_});
-    return linear(swiglu(parts[0], parts[1]), down_proj_->variable);
+    return swiglu_mlp(x, gate_up_->variable, down_proj_->variable);
   }
 
   bool has_step(int64_t /*rows*/, Dtype compute) const override {

@@ -27,4 +27,9 @@ CUtensorMap panel_boxes(const Tensor& matrix, int box_rows) {
   return map;
 }
 
+bool fits_boxes(const Tensor& matrix) {
+  return reinterpret_cast<std::uintptr_t>(matrix.raw()) % 16 == 0 && matrix.dim(1) % 8 == 0 && matrix.stride(1) == 1 &&
+         (matrix.dim(0) == 1 || matrix.stride(0) % 8 == 0);
+}
+
 }  // namespace longhand

@@ -14,6 +14,9 @@ namespace longhand {
 /// errors  DeviceError when the driver refuses
 CUtensorMap panel_boxes(const Tensor& matrix, int box_rows);
 
+/// Whether a bf16 matrix lies as panel_boxes() asks, and its rows are whole units of 16 bytes.
+bool fits_boxes(const Tensor& matrix);
+
 /// Arrives, and tells the barrier how many bytes are to come in this phase.
 __device__ __forceinline__ void barrier_expect(uint64_t* barrier, unsigned bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");

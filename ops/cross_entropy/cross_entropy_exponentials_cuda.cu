@@ -388,15 +388,10 @@ Bf16* elements(const Tensor& t) {
   return static_cast<Bf16*>(t.raw());
 }
 
-bool fits_copies(const Tensor& t) {
-  return reinterpret_cast<std::uintptr_t>(t.raw()) % 16 == 0 && t.dim(1) % 8 == 0 && t.stride(1) == 1 &&
-         (t.dim(0) == 1 || t.stride(0) % 8 == 0);
-}
-
 }  // namespace
 
 bool forms_exponentials_cuda(const Tensor& x, const Tensor& weight) {
-  return x.dtype() == Dtype::bf16 && x.dim(0) < INT32_MAX - kTileRows && fits_copies(x) && fits_copies(weight) &&
+  return x.dtype() == Dtype::bf16 && x.dim(0) < INT32_MAX - kTileRows && fits_boxes(x) && fits_boxes(weight) &&
          weight.dim(0) < INT32_MAX / 2 && has_warpgroup_instructions(&cross_entropy_exponentials_kernel<true>, x.device().cuda_context());
 }
 
