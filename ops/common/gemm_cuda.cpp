@@ -2,6 +2,8 @@
 // C^T = op(B)^T op(A)^T: the operands change places and keep their transpositions.
 // The algorithm for a shape is what cuBLASLt's heuristics name first for it, asked once and kept with the device: no timing decides, so
 // every run takes the same one. Split sums, where it chooses them, are added up in f32.
+// It may choose them only where the summed index is a multiple of 128: of other lengths cuBLASLt 13.0 can lose the rows behind the last
+// multiple (256 x 64 with k = 16897 or 32769 on an H200).
 #include <fmt/core.h>
 
 #include <algorithm>
@@ -66,6 +68,8 @@ void set(cublasLtMatmulPreference_t preference, cublasLtMatmulPreferenceAttribut
   cublas_check(cublasLtMatmulPreferenceSetAttribute(preference, attribute, &value, sizeof value), "cublasLtMatmulPreferenceSetAttribute");
 }
 
+constexpr int64_t kSplitMultiple = 128;  // of the summed index, where sums may be split
+
 GemmPlan make_plan(const CudaContext& cuda, const GemmKey& key) {
   GemmPlan plan{};
   // CUBLAS_COMPUTE_32F is f32 arithmetic; TF32 would be another compute type.
@@ -80,8 +84,10 @@ GemmPlan make_plan(const CudaContext& cuda, const GemmKey& key) {
   cublasLtMatmulPreferenceOpaque_t preference;
   cublas_check(cublasLtMatmulPreferenceInit(&preference), "cublasLtMatmulPreferenceInit");
   set(&preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, static_cast<uint64_t>(cuda.workspace_bytes));
+  const int64_t k = key.transpose_a ? key.a.rows : key.a.columns;
   set(&preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
-      static_cast<uint32_t>(CUBLASLT_REDUCTION_SCHEME_NONE | CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
+      static_cast<uint32_t>(k % kSplitMultiple == 0 ? CUBLASLT_REDUCTION_SCHEME_NONE | CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE
+                                                    : CUBLASLT_REDUCTION_SCHEME_NONE));
   set(&preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, key.b.alignment);
   set(&preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, key.a.alignment);
   set(&preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, key.c.alignment);

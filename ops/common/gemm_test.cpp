@@ -159,6 +159,21 @@ TEST("gemm: CUDA agrees with a triple loop, whatever the widths and the alignmen
   }
 }
 
+TEST("gemm: CUDA sums over many rows are whole, whatever their number") {
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  for (const auto& [m, n] : {std::pair<int64_t, int64_t>{256, 64}, {64, 256}, {512, 64}, {96, 152}})
+    for (const int64_t k : {16384, 16895, 16897, 16904, 17024, 32769}) {
+      const Tensor a = random_tensor(Device::cpu(), Dtype::bf16, {k, m}, 1), b = random_tensor(Device::cpu(), Dtype::bf16, {k, n}, 2);
+      const Tensor expected = Tensor::empty(Device::cpu(), Dtype::f64, {m, n}), c = Tensor::empty(Device::cuda(), Dtype::f32, {m, n});
+      gemm(true, a.to(Dtype::f64), false, b.to(Dtype::f64), expected);
+      gemm(true, a.to(Device::cuda()), false, b.to(Device::cuda()), c);
+      // Tensor cores add 16 products at a time, and cut the sum off at 24 bits. A row that is lost would be 1e-2.
+      const double tolerance = static_cast<double>(k) / 16 * 0x1p-24;
+      expect_close(c.to_vector<double>(), expected.to_vector<double>(), tolerance, 1e-3,
+                   std::to_string(m) + " x " + std::to_string(n) + " k " + std::to_string(k));
+    }
+}
+
 TEST("gemm: CUDA keeps f32 products in f32") {
   if (cuda_device_count() == 0) SKIP("no CUDA device");
   const Device gpu = Device::cuda();
