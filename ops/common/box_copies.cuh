@@ -1,6 +1,6 @@
-// Boxes of a matrix that the copy engine of sm_90 brings to shared memory by itself: one thread names a box, and a barrier counts the bytes
-// that have come. They lie as panels do (warpgroup_instructions.cuh): rows of 64 bf16, units of 16 bytes at u ^ (r % 8). What a box has
-// outside the matrix arrives as zeros.
+// What the copy engine of sm_90 brings to shared memory by itself: one thread names a box of a matrix, or a run of bytes, and a barrier
+// counts the bytes that have come. Boxes lie as panels do (warpgroup_instructions.cuh): rows of 64 bf16, units of 16 bytes at u ^ (r % 8);
+// what a box has outside the matrix arrives as zeros.
 #pragma once
 #include <cuda.h>
 
@@ -38,6 +38,16 @@ __device__ __forceinline__ void copy_box_async(void* to_shared, const CUtensorMa
 __device__ __forceinline__ void store_box_async(const CUtensorMap* boxes, int row, int column, const void* from_shared) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(boxes), "r"(column), "r"(row),
                "r"(shared_address(from_shared))
+               : "memory");
+}
+/// Both ways a run of bytes, a multiple of 16, from a multiple of 16 to another; a stored one is of the group, too.
+__device__ __forceinline__ void copy_run_async(void* to_shared, const void* from, unsigned bytes, uint64_t* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to_shared)),
+               "l"(from), "r"(bytes), "r"(shared_address(barrier))
+               : "memory");
+}
+__device__ __forceinline__ void store_run_async(void* to, const void* from_shared, unsigned bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(from_shared)), "r"(bytes)
                : "memory");
 }
 __device__ __forceinline__ void close_boxes() {

@@ -224,17 +224,6 @@ constexpr int kManyBlocks = 2;                                                  
 constexpr int kStates = 3;  // of a block: on their way in, at work, on their way out
 constexpr int kStateFloats = kManyHead * kManyState;
 
-/// A run of bytes, a multiple of 16, that the copy engine brings to shared memory, or takes from there, by itself.
-__device__ inline void copy_run_async(void* to_shared, const void* from, unsigned bytes, uint64_t* barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to_shared)),
-               "l"(from), "r"(bytes), "r"(shared_address(barrier))
-               : "memory");
-}
-__device__ inline void store_run_async(void* to, const void* from_shared, unsigned bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(from_shared)), "r"(bytes)
-               : "memory");
-}
-
 template <class T>
 __global__ void __launch_bounds__(kManyThreads, kManyBlocks) mamba2_many_rows_kernel(Mamba2Args p, int count) {
 #if __CUDA_ARCH__ >= 900
@@ -338,7 +327,7 @@ __global__ void __launch_bounds__(kManyThreads, kManyBlocks) mamba2_many_rows_ke
     }
     put(1 - set);
     ask(at + 2 * apart);
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // the copy engine sees the state
+    publish_to_tensor_cores();  // and to the copy engine
     __syncthreads();
     if (thread != 0) continue;
     store_run_async(p.state + static_cast<int64_t>(at) * kStateFloats, state, kBytes);
