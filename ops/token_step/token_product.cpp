@@ -7,9 +7,10 @@ constexpr int64_t kOfTheSystem = 1024;  // of each block
 constexpr int64_t kStatic = 2048;       // at most, of what the kernels declare themselves
 constexpr int kFewestRowsLog2 = 2;
 
-int64_t shared_bytes(const ProductSizes& p, int64_t rows, int64_t batch, int64_t floats_ahead) {
+int64_t shared_bytes(const ProductSizes& p, int64_t rows, int64_t batch, int64_t floats_ahead, int warps) {
   constexpr auto kFloat = static_cast<int64_t>(sizeof(float));
-  return (rows + batch) * shared_stride(p.width, p.element_bytes) * p.element_bytes + (floats_ahead + kPartialFloats) * kFloat;
+  const int64_t partial = warps * kTokenStepRows * kPartsOfRow;
+  return (rows + batch) * shared_stride(p.width, p.element_bytes) * p.element_bytes + (floats_ahead + partial) * kFloat;
 }
 
 }  // namespace
@@ -22,11 +23,14 @@ ProductCut cut_product(const ProductSizes& p, const GpuSizes& gpu) {
     const int64_t whole = gpu.shared_memory_per_block - kStatic;
     return blocks() <= gpu.multiprocessors ? whole : (whole - kStatic - kOfTheSystem) / 2;
   };
-  while (rows_log2 > kTileLog2 && (shared_bytes(p, rows(), kTokenStepRows, p.width) > room() || blocks() < gpu.multiprocessors / 2))
+  while (rows_log2 > kTileLog2 &&
+         (shared_bytes(p, rows(), kTokenStepRows, p.width, kProductWarps) > room() || blocks() < gpu.multiprocessors / 2))
     --rows_log2;
-  const auto fits = [&] { return shared_bytes(p, rows(), p.batch, p.floats_ahead) + kStatic <= gpu.shared_memory_per_block; };
+  const auto bytes = [&](int warps) { return shared_bytes(p, rows(), p.batch, p.floats_ahead, warps); };
+  const auto fits = [&] { return bytes(2 * kProductWarps) + kStatic <= gpu.shared_memory_per_block; };
   while (rows_log2 > kFewestRowsLog2 && rows_log2 <= kTileLog2 && !fits()) --rows_log2;
-  return {rows_log2, shared_bytes(p, rows(), p.batch, p.floats_ahead), fits()};
+  const int warps = p.batch > p.rows_of_few_warps ? 2 * kProductWarps : kProductWarps;
+  return {rows_log2, warps, bytes(warps), fits()};
 }
 
 }  // namespace longhand

@@ -6,10 +6,15 @@
 
 namespace longhand {
 
-constexpr int kProductWarpsLog2 = 3, kProductWarps = 1 << kProductWarpsLog2;  // of a block
+constexpr int kProductWarpsLog2 = 3, kProductWarps = 1 << kProductWarpsLog2;  // of a block, or twice as many
 constexpr int kTileLog2 = 4, kTile = 1 << kTileLog2;                          // rows of weight that a tensor-core instruction takes
 constexpr int kPartsOfRow = kTile + 4;  // floats from one row of x to the next in what warps have to add up: lanes meet in no bank
-constexpr int kPartialFloats = kProductWarps * static_cast<int>(kTokenStepRows) * kPartsOfRow;
+
+/// Into how many parts, as a power of two, the columns of a tile are cut in a block of so many rows of weight: one for each of its
+/// kProductWarps warps, or for two of twice as many.
+constexpr int parts_log2(int rows_log2) {
+  return rows_log2 > kTileLog2 ? kProductWarpsLog2 + kTileLog2 - rows_log2 : kProductWarpsLog2;
+}
 
 /// Elements between two rows in shared memory: an odd multiple of 64 bytes, so that eight lanes which read two rows meet in no bank.
 constexpr int64_t shared_stride(int64_t width, int64_t element_bytes) {
@@ -21,7 +26,8 @@ constexpr int64_t shared_stride(int64_t width, int64_t element_bytes) {
 struct ProductSizes {
   int64_t out_rows, width, batch;  // R, D, B
   int64_t element_bytes;
-  int64_t floats_ahead;  // what a kernel keeps in shared memory beside the product
+  int64_t floats_ahead;           // what a kernel keeps in shared memory beside the product
+  int64_t rows_of_few_warps = 1;  // of x; more of them are formed and multiplied by twice as many warps
 };
 struct GpuSizes {
   int64_t shared_memory_per_block;  // the most that a block may have
@@ -29,6 +35,7 @@ struct GpuSizes {
 };
 struct ProductCut {
   int rows_log2;         // of weight in a block
+  int warps;             // of a block
   int64_t shared_bytes;  // of a block
   bool fits;
 };
@@ -36,7 +43,8 @@ struct ProductCut {
 /// The most rows of weight, a power of two, with which half of the multiprocessors have a block; where they cannot all have theirs at once,
 /// so many that two blocks share a multiprocessor, and one multiplies while the other's rows are on their way. At least a tile; where
 /// shared memory holds no tile, parts of one down to four rows. A product's sums are cut by this alone, so rows beyond a tile do not depend
-/// on the batch: the same bits whatever the number of rows.
+/// on the batch: the same bits whatever the number of rows. Nor do the warps change them: two that share a part of the columns have what
+/// one sums apart.
 ProductCut cut_product(const ProductSizes&, const GpuSizes&);
 
 }  // namespace longhand

@@ -24,9 +24,12 @@
 namespace longhand {
 namespace {
 
-constexpr int kWarps = kProductWarps, kThreads = kWarps * kWarp;
 constexpr int kRows = static_cast<int>(kTokenStepRows);
-constexpr int kBlocksOfRegisters = 4;  // room for the blocks of the next kernels beside those that are at work
+constexpr int kSumThreads = kProductWarps * kWarp;  // among which sums are cut, whatever the threads of a block
+/// Blocks of a multiprocessor by their registers: room for those of the next kernels beside those that are at work.
+constexpr int blocks_of_registers(int warps) {
+  return 32 / warps;
+}
 
 // --- a product of few rows ------------------------------------------------------------------------------------
 
@@ -59,17 +62,18 @@ struct BlockMemory {
 };
 
 /// Sends `width` floats, in fours, on their way.
-__device__ inline void load_ahead(const float* from, int width, float* to) {
-  for (int i = static_cast<int>(threadIdx.x) * 4; i < width; i += kThreads * 4) copy_16_async(to + i, from + i);
+template <int warps>
+__device__ void load_ahead(const float* from, int width, float* to) {
+  for (int i = static_cast<int>(threadIdx.x) * 4; i < width; i += warps * kWarp * 4) copy_16_async(to + i, from + i);
   close_copies();
 }
 
 /// The same with a block's rows of weight; rows past the end repeat the last one.
-template <class T>
+template <int warps, class T>
 __device__ void load_weight(const Product& p, T* to, int64_t block) {
   constexpr int vec = 16 / static_cast<int>(sizeof(T));
   const int lane = static_cast<int>(threadIdx.x) % kWarp, packs = p.width / vec;
-  for (int r = static_cast<int>(threadIdx.x) / kWarp; r < p.block_rows(); r += kWarps) {
+  for (int r = static_cast<int>(threadIdx.x) / kWarp; r < p.block_rows(); r += warps) {
     const int64_t row = min((block << p.rows_log2) + r, p.out_rows - 1);
     const T* from = static_cast<const T*>(p.weight) + row * p.width;
     for (int pack = lane; pack < packs; pack += kWarp) copy_16_async(to + r * p.stride + pack * vec, from + pack * vec);
@@ -77,26 +81,24 @@ __device__ void load_weight(const Product& p, T* to, int64_t block) {
   close_copies();
 }
 
-/// How many warps, as a power of two, share out the columns of a tile.
-__device__ inline int share_log2(const Product& p) {
-  return p.rows_log2 > kTileLog2 ? kProductWarpsLog2 + kTileLog2 - p.rows_log2 : kProductWarpsLog2;
-}
-
 /// bf16 on the tensor cores: a tile of weight by eight rows of x an instruction; the warps of a tile share out the columns. An instruction
 /// takes 16 columns in whatever order, so that a lane's 16 bytes of a row go into two of them. Even and odd windows are summed apart: no
-/// instruction waits for the one before.
+/// instruction waits for the one before, and of twice as many warps two share a part, of which one has the even ones.
 /// partial [warp, row of x, row of the tile]
-__device__ inline void multiply_part(const Product& p, const BlockMemory<__nv_bfloat16>& memory) {
+template <int warps>
+__device__ void multiply_part(const Product& p, const BlockMemory<__nv_bfloat16>& memory) {
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp, row = lane / 4;
-  const int share = share_log2(p), tile = warp >> share, part = warp - (tile << share), below = row + kTile / 2;
-  const int windows = (p.width + kWindow - 1) / kWindow, begin = windows * part >> share, end = windows * (part + 1) >> share;
+  constexpr bool paired = warps > kProductWarps;
+  const int parts = parts_log2(p.rows_log2), share = paired ? parts + 1 : parts, tile = warp >> share, below = row + kTile / 2;
+  const int of_tile = warp - (tile << share), part = paired ? of_tile / 2 : of_tile;
+  const int windows = (p.width + kWindow - 1) / kWindow, begin = windows * part >> parts, end = windows * (part + 1) >> parts;
   const int stride = p.stride;
   const __nv_bfloat16 *const weight = memory.weight + (tile * kTile + row) * stride, *const x = memory.x + row * stride;
   const bool whole = p.rows_log2 >= kTileLog2;  // or what the block has of a tile
   const bool upper = whole || row < p.block_rows(), lower = whole || below < p.block_rows();
   float even[2][4] = {}, odd[2][4] = {};  // columns that one, and that the other instruction takes
 #pragma unroll 2
-  for (int window = begin; window < end; window += 2) {
+  for (int window = paired ? begin + of_tile % 2 : begin; window < end; window += 2) {
     const auto multiply = [&](int at, float(&sums)[2][4]) {
       const int column = at * kWindow + lane % 4 * 8;
       const auto pack = [&](const __nv_bfloat16* from, bool there) {
@@ -107,7 +109,7 @@ __device__ inline void multiply_part(const Product& p, const BlockMemory<__nv_bf
       multiply_bf16(sums[1], {w.z, more.z, w.w, more.w}, in.z, in.w);
     };
     multiply(window, even);
-    multiply(window + 1, odd);
+    if (!paired) multiply(window + 1, odd);
   }
   float* const to = memory.partial + warp * kRows * kPartsOfRow;
 #pragma unroll
@@ -118,9 +120,10 @@ __device__ inline void multiply_part(const Product& p, const BlockMemory<__nv_bf
 
 /// f32: a warp takes a row of weight after the other, its lanes share the columns.
 /// partial [row of weight, row of x]
-__device__ inline void multiply_part(const Product& p, const BlockMemory<float>& memory) {
+template <int warps>
+__device__ void multiply_part(const Product& p, const BlockMemory<float>& memory) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, stride = p.stride;
-  for (int r = static_cast<int>(threadIdx.x) / kWarp; r < p.block_rows(); r += kWarps) {
+  for (int r = static_cast<int>(threadIdx.x) / kWarp; r < p.block_rows(); r += warps) {
     float sums[kRows] = {};
     for (int i = lane * 4; i < p.width; i += kWarp * 4) {
       const Pack<float, 4> w = load_pack<4>(memory.weight + r * stride + i);
@@ -140,37 +143,41 @@ __device__ inline void multiply_part(const Product& p, const BlockMemory<float>&
   }
 }
 
-template <class T>
+template <int warps, class T>
 __device__ float sum_of_parts(const Product& p, const float* partial, int b, int r) {
   if constexpr (sizeof(T) == 4) {
     return partial[r * kRows + b];
   } else {
-    const int share = share_log2(p);
-    const float* const first = partial + ((r / kTile << share) * kRows + b) * kPartsOfRow + r % kTile;
+    constexpr int kOfPart = warps / kProductWarps, kOfWarp = kRows * kPartsOfRow;
+    const int parts = parts_log2(p.rows_log2);
+    const float* const first = partial + ((r / kTile << parts) * kOfPart * kRows + b) * kPartsOfRow + r % kTile;
     float sum = 0;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w)
-      if (w < 1 << share) sum += first[w * kRows * kPartsOfRow];
+    for (int k = 0; k < kProductWarps; ++k)
+      if (k < 1 << parts) {
+        const float* const part = first + k * kOfPart * kOfWarp;
+        sum += kOfPart > 1 ? part[0] + part[kOfWarp] : part[0];
+      }
     return sum;
   }
 }
 
 /// The product times scale(row of x), once x is in shared memory and the first rows of weight are on their way there; further blocks of
 /// rows follow.
-template <class T, class Out, class Scale>
+template <int warps, class T, class Out, class Scale>
 __device__ void multiply_all(const Product& p, const BlockMemory<T>& memory, int64_t block, int64_t blocks_apart, int64_t blocks,
                              const Scale& scale) {
   for (; block < blocks; block += blocks_apart) {
     copies_arrived();
     __syncthreads();
-    multiply_part(p, memory);
+    multiply_part<warps>(p, memory);
     __syncthreads();
-    if (block + blocks_apart < blocks) load_weight(p, memory.weight, block + blocks_apart);
-    for (int i = static_cast<int>(threadIdx.x); i < p.batch << p.rows_log2; i += kThreads) {
+    if (block + blocks_apart < blocks) load_weight<warps>(p, memory.weight, block + blocks_apart);
+    for (int i = static_cast<int>(threadIdx.x); i < p.batch << p.rows_log2; i += warps * kWarp) {
       const int b = i >> p.rows_log2, r = i - (b << p.rows_log2);
       const int64_t row = (block << p.rows_log2) + r;
       if (row < p.out_rows)
-        static_cast<Out*>(p.out)[b * p.out_rows + row] = static_cast<Out>(scale(b) * sum_of_parts<T>(p, memory.partial, b, r));
+        static_cast<Out*>(p.out)[b * p.out_rows + row] = static_cast<Out>(scale(b) * sum_of_parts<warps, T>(p, memory.partial, b, r));
     }
   }
 }
@@ -178,25 +185,25 @@ __device__ void multiply_all(const Product& p, const BlockMemory<T>& memory, int
 // --- what stands in front of it -------------------------------------------------------------------------------
 
 /// How the rows of a batch are dealt to the threads of a block while they are normalised: n rows at the same time. A row's numbers are
-/// summed in one order whatever n is: as kThreads threads would, each of which a thread stands for n times.
-template <int n>
+/// summed in one order whatever n and the block: as kSumThreads threads would, of which a thread stands for `turns`.
+template <int n, int block_warps>
 struct RowsOfBlock {
-  static constexpr int threads = kThreads / n, warps = kWarps / n;  // of a row
-  static_assert(n <= kWarps);
+  static constexpr int threads = block_warps * kWarp / n, warps = block_warps / n, turns = kSumThreads / threads;  // of a row
+  static_assert(warps >= 1 && turns >= 1);
   static __device__ int row() { return static_cast<int>(threadIdx.x) / threads; }
   static __device__ int lane() { return static_cast<int>(threadIdx.x) % threads; }
-  /// What total() adds up, behind a barrier. scratch holds n * kWarps floats.
-  static __device__ void put(const float (&partial)[n], float* scratch) {
+  /// What total() adds up, behind a barrier. scratch holds n * kProductWarps floats.
+  static __device__ void put(const float (&partial)[turns], float* scratch) {
 #pragma unroll
-    for (int v = 0; v < n; ++v) {
+    for (int v = 0; v < turns; ++v) {
       const float part = warp_sum(partial[v]);
-      if (threadIdx.x % kWarp == 0) scratch[row() * kWarps + v * warps + lane() / kWarp] = part;
+      if (threadIdx.x % kWarp == 0) scratch[row() * kProductWarps + v * warps + lane() / kWarp] = part;
     }
   }
   /// The sum over the threads of a row.
   static __device__ float total(const float* scratch, int of_row) {
     float sum = 0;
-    for (int w = 0; w < kWarps; ++w) sum += scratch[of_row * kWarps + w];
+    for (int w = 0; w < kProductWarps; ++w) sum += scratch[of_row * kProductWarps + w];
     return sum;
   }
 };
@@ -250,32 +257,33 @@ __device__ Pack<float, 4> residual_sum(const NormArgs& p, int64_t at) {
 }
 
 /// Blocks from `product_blocks` on move the window; the others multiply.
-template <class T, class Out, int n>
-__global__ void __launch_bounds__(kThreads, kBlocksOfRegisters)
+template <class T, class Out, int n, int warps>
+__global__ void __launch_bounds__(warps* kWarp, blocks_of_registers(warps))
     norm_projection_kernel(NormArgs p, int64_t blocks, unsigned product_blocks) {
   if (blockIdx.x >= product_blocks) {
     let_next_kernel_start();
     return move_window<T>(p.move, blockIdx.x - product_blocks);
   }
-  using Rows = RowsOfBlock<n>;
-  __shared__ float scratch[n * kWarps];
+  using Rows = RowsOfBlock<n, warps>;
+  __shared__ float scratch[n * kProductWarps];
   const int D = p.product.width, b = Rows::row();
   const BlockMemory<T> memory(p.product, D);
-  load_ahead(p.norm, D, memory.ahead);
-  load_weight(p.product, memory.weight, blockIdx.x);
+  load_ahead<warps>(p.norm, D, memory.ahead);
+  load_weight<warps>(p.product, memory.weight, blockIdx.x);
   let_next_kernel_start();
   copies_arrived_but<1>();
   __syncthreads();  // the norm's weights are there
   wait_for_kernel_in_front();
   // x is without its factor rstd, which is not known yet and which the sums get in the end.
-  float squares[n] = {};
-  constexpr int kTurns = n < 2 ? 2 : 4;  // whose loads are under way together: of further columns, or of further parts of a row
+  float squares[Rows::turns] = {};
+  // Loads of a thread that are under way together: of further columns, or of the further parts of a row that it stands for.
+  constexpr int kTurns = n < 2 ? 2 : Rows::turns;
   if (b < p.product.batch)
 #pragma unroll
-    for (int part = 0; part < n; part += n < 2 ? 1 : kTurns)
-      for (int begin = 0; begin < D; begin += kThreads * 4 * (n < 2 ? kTurns : 1)) {
+    for (int part = 0; part < Rows::turns; part += n < 2 ? 1 : kTurns)
+      for (int begin = 0; begin < D; begin += kSumThreads * 4 * (n < 2 ? kTurns : 1)) {
         const int64_t row = static_cast<int64_t>(b) * D;
-        const auto column = [&](int u) { return begin + (n < 2 ? u * kThreads : (part + u) * Rows::threads) * 4 + Rows::lane() * 4; };
+        const auto column = [&](int u) { return begin + (n < 2 ? u * kSumThreads : (part + u) * Rows::threads) * 4 + Rows::lane() * 4; };
         Pack<float, 4> in[kTurns];
 #pragma unroll
         for (int u = 0; u < kTurns; ++u)
@@ -296,8 +304,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfRegisters)
         }
       }
   Rows::put(squares, scratch);
-  multiply_all<T, Out>(p.product, memory, blockIdx.x, product_blocks, blocks,
-                       [&](int row) { return rsqrtf(fmaf(Rows::total(scratch, row), p.product.one_over_width, p.eps)); });
+  multiply_all<warps, T, Out>(p.product, memory, blockIdx.x, product_blocks, blocks,
+                              [&](int row) { return rsqrtf(fmaf(Rows::total(scratch, row), p.product.one_over_width, p.eps)); });
 }
 
 struct GateArgs {
@@ -320,19 +328,19 @@ __device__ Pack<T, 4> load_four(const T* from) {
 }
 
 /// n groups, of whichever rows, are normalised at the same time.
-template <class T, int n>
-__global__ void __launch_bounds__(kThreads, kBlocksOfRegisters)
+template <class T, int n, int warps>
+__global__ void __launch_bounds__(warps* kWarp, blocks_of_registers(warps))
     gated_projection_kernel(GateArgs p, int64_t blocks, unsigned product_blocks) {
   if (blockIdx.x >= product_blocks) {
     let_next_kernel_start();
     return move_window<T>(p.move, blockIdx.x - product_blocks);
   }
-  using Rows = RowsOfBlock<n>;
-  __shared__ float scratch[2][n * kWarps];
+  using Rows = RowsOfBlock<n, warps>;
+  __shared__ float scratch[2][n * kProductWarps];
   const int group = p.product.width / p.groups;
   const BlockMemory<T> memory(p.product, p.norm_width);
-  load_ahead(p.norm, p.norm_width, memory.ahead);
-  load_weight(p.product, memory.weight, blockIdx.x);
+  load_ahead<warps>(p.norm, p.norm_width, memory.ahead);
+  load_weight<warps>(p.product, memory.weight, blockIdx.x);
   let_next_kernel_start();
   copies_arrived_but<1>();
   wait_for_kernel_in_front();
@@ -344,11 +352,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfRegisters)
     const T *y = static_cast<const T*>(p.y) + b * p.y_stride + begin, *z = static_cast<const T*>(p.z) + b * p.z_stride + begin;
     float rstd = 1.0f;
     if (p.norm != nullptr) {
-      float squares[n] = {};
+      float squares[Rows::turns] = {};
       if (mine)
 #pragma unroll
-        for (int v = 0; v < n; ++v)
-          for (int i = (v * Rows::threads + Rows::lane()) * 4; i < group; i += kThreads * 4) {
+        for (int v = 0; v < Rows::turns; ++v)
+          for (int i = (v * Rows::threads + Rows::lane()) * 4; i < group; i += kSumThreads * 4) {
             const Pack<T, 4> y_in = load_four(y + i), z_in = load_four(z + i);
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
@@ -384,7 +392,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfRegisters)
       }
     }
   }
-  multiply_all<T, T>(p.product, memory, blockIdx.x, product_blocks, blocks, [](int) { return 1.0f; });
+  multiply_all<warps, T, T>(p.product, memory, blockIdx.x, product_blocks, blocks, [](int) { return 1.0f; });
 }
 
 struct ConvolvedArgs {
@@ -397,13 +405,14 @@ struct ConvolvedArgs {
   bool ahead;  // there is shared memory for the sums over the taps before the last
 };
 
-template <class T>
-__global__ void __launch_bounds__(kThreads, kBlocksOfRegisters) convolved_projection_kernel(ConvolvedArgs p, int64_t blocks) {
+template <class T, int warps>
+__global__ void __launch_bounds__(warps* kWarp, blocks_of_registers(warps)) convolved_projection_kernel(ConvolvedArgs p, int64_t blocks) {
+  constexpr int kThreads = warps * kWarp;
   const int C = p.product.width, thread = static_cast<int>(threadIdx.x);
   const int batch = p.product.batch;
   const BlockMemory<T> memory(p.product, p.ahead ? (batch + 1) * C : 0);
   float* const last_taps = memory.ahead + batch * C;
-  load_weight(p.product, memory.weight, blockIdx.x);
+  load_weight<warps>(p.product, memory.weight, blockIdx.x);
   let_next_kernel_start();
   const auto earlier = [&](int b, int c) {
     const T* window = static_cast<const T*>(p.window) + static_cast<int64_t>(b) * (p.taps - 1) * C + c;
@@ -488,7 +497,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfRegisters) convolved_projec
       store_pack(x, y);
       if (turn == blockIdx.x) store_pack(static_cast<T*>(p.y) + static_cast<int64_t>(b) * C + c, y);
     }
-  multiply_all<T, T>(p.product, memory, blockIdx.x, gridDim.x, blocks, [](int) { return 1.0f; });
+  multiply_all<warps, T, T>(p.product, memory, blockIdx.x, gridDim.x, blocks, [](int) { return 1.0f; });
 }
 
 template <class T>
@@ -502,8 +511,8 @@ __global__ void shift_window_kernel(WindowMove move) {
 GpuSizes sizes_of(const CudaContext& cuda) {
   return {cuda.shared_memory_per_block, cuda.sm_count};
 }
-ProductCut cut_of(const Tensor& weight, int64_t batch, int64_t floats_ahead) {
-  return cut_product({weight.dim(0), weight.dim(1), batch, size_of(weight.dtype()), floats_ahead},
+ProductCut cut_of(const Tensor& weight, int64_t batch, int64_t floats_ahead, int64_t rows_of_few_warps = 1) {
+  return cut_product({weight.dim(0), weight.dim(1), batch, size_of(weight.dtype()), floats_ahead, rows_of_few_warps},
                      sizes_of(weight.device().cuda_context()));
 }
 
@@ -528,17 +537,18 @@ WindowMove move_of(const Tensor& window, const Tensor& now) {
           static_cast<int>(window.dim(1)),
           static_cast<int>(window.dim(2))};
 }
-unsigned blocks_of(const WindowMove& move) {
+unsigned blocks_of(const WindowMove& move, int threads) {
   const int64_t count = int64_t{move.batch} * move.channels;
-  return move.window == nullptr ? 0 : static_cast<unsigned>((count + kThreads - 1) / kThreads);
+  return move.window == nullptr ? 0 : static_cast<unsigned>((count + threads - 1) / threads);
 }
 
-/// Calls f(n) as a constant: how many rows are normalised at once.
+constexpr std::integral_constant<int, kProductWarps> kFewWarps;
+constexpr std::integral_constant<int, 2 * kProductWarps> kManyWarps;
+
+/// Calls f(n, warps) as constants: how many rows are normalised at once, and the warps of a block.
 template <class F>
-void with_rows(int rows, const F& f) {
-  if (rows == 1) return f(std::integral_constant<int, 1>());
-  if (rows <= 4) return f(std::integral_constant<int, 4>());
-  f(std::integral_constant<int, kRows>());
+void with_rows(int64_t rows, const F& f) {
+  rows <= 4 ? f(std::integral_constant<int, 4>(), kManyWarps) : f(std::integral_constant<int, kRows>(), kManyWarps);
 }
 
 /// Calls f with an element of the dtype's type.
@@ -551,10 +561,11 @@ struct Grid {
   int64_t blocks;     // of rows of weight
   unsigned resident;  // no more than the GPU holds at a time
 };
-Grid grid_of(const Product& p, int64_t shared_bytes, const CudaContext& cuda) {
+Grid grid_of(const Product& p, const ProductCut& cut, const CudaContext& cuda) {
   constexpr int64_t kOfTheSystem = 1024;  // of each block
   const int64_t blocks = ((p.out_rows - 1) >> p.rows_log2) + 1;
-  const int64_t in_one = std::clamp<int64_t>(cuda.shared_memory_per_block / (shared_bytes + kOfTheSystem), 1, kBlocksOfRegisters);
+  const int64_t in_one =
+      std::clamp<int64_t>(cuda.shared_memory_per_block / (cut.shared_bytes + kOfTheSystem), 1, blocks_of_registers(cut.warps));
   return {blocks, static_cast<unsigned>(std::min<int64_t>(blocks, cuda.sm_count * in_one))};
 }
 
@@ -575,11 +586,14 @@ void norm_projection_cuda(const NormProjection& p, const Tensor& sum) {
     using T = decltype(element);
     const auto start = [&](auto out) {
       using Out = decltype(out);
-      with_rows(args.product.batch, [&](auto n) {
-        const Grid grid = grid_of(args.product, cut.shared_bytes, cuda);
-        launch_overlapping(&norm_projection_kernel<T, Out, n()>, "norm_projection_kernel", grid.resident + blocks_of(args.move), kThreads,
-                           static_cast<size_t>(cut.shared_bytes), cuda, args, grid.blocks, grid.resident);
-      });
+      const Grid grid = grid_of(args.product, cut, cuda);
+      const auto launch = [&](auto n, auto warps) {
+        launch_overlapping(&norm_projection_kernel<T, Out, n(), warps()>, "norm_projection_kernel",
+                           grid.resident + blocks_of(args.move, warps * kWarp), warps * kWarp, static_cast<size_t>(cut.shared_bytes), cuda,
+                           args, grid.blocks, grid.resident);
+      };
+      if (cut.warps == kFewWarps) launch(std::integral_constant<int, 1>(), kFewWarps);
+      else with_rows(args.product.batch, launch);
     };
     p.out.dtype() == Dtype::f32 ? start(0.0f) : start(element);
   });
@@ -588,7 +602,7 @@ void norm_projection_cuda(const NormProjection& p, const Tensor& sum) {
 void gated_projection_cuda(const GatedProjection& p) {
   if (p.out.numel() == 0) return;
   const CudaContext& cuda = p.weight.device().cuda_context();
-  const ProductCut cut = cut_of(p.weight, p.out.dim(0), p.norm ? p.norm.dim(0) : 0);
+  const ProductCut cut = cut_of(p.weight, p.out.dim(0), p.norm ? p.norm.dim(0) : 0, 0);  // a gate is much to form, of one row, too
   const GateArgs args{product_of(p.weight, p.out, cut),
                       p.y.raw(),
                       p.z.raw(),
@@ -602,10 +616,11 @@ void gated_projection_cuda(const GatedProjection& p) {
                       move_of(p.window, p.now)};
   with_type(p.weight.dtype(), [&](auto element) {
     using T = decltype(element);
-    with_rows(args.product.batch * args.groups, [&](auto n) {
-      const Grid grid = grid_of(args.product, cut.shared_bytes, cuda);
-      launch_overlapping(&gated_projection_kernel<T, n()>, "gated_projection_kernel", grid.resident + blocks_of(args.move), kThreads,
-                         static_cast<size_t>(cut.shared_bytes), cuda, args, grid.blocks, grid.resident);
+    const Grid grid = grid_of(args.product, cut, cuda);
+    with_rows(args.product.batch * args.groups, [&](auto n, auto warps) {
+      launch_overlapping(&gated_projection_kernel<T, n(), warps()>, "gated_projection_kernel",
+                         grid.resident + blocks_of(args.move, warps * kWarp), warps * kWarp, static_cast<size_t>(cut.shared_bytes), cuda,
+                         args, grid.blocks, grid.resident);
     });
   });
 }
@@ -627,16 +642,20 @@ void convolved_projection_cuda(const ConvolvedProjection& p) {
                            ahead};
   with_type(p.weight.dtype(), [&](auto element) {
     using T = decltype(element);
-    const Grid grid = grid_of(args.product, cut.shared_bytes, cuda);
-    launch_overlapping(&convolved_projection_kernel<T>, "convolved_projection_kernel", grid.resident, kThreads,
-                       static_cast<size_t>(cut.shared_bytes), cuda, args, grid.blocks);
+    const Grid grid = grid_of(args.product, cut, cuda);
+    const auto launch = [&](auto warps) {
+      launch_overlapping(&convolved_projection_kernel<T, warps()>, "convolved_projection_kernel", grid.resident, warps * kWarp,
+                         static_cast<size_t>(cut.shared_bytes), cuda, args, grid.blocks);
+    };
+    cut.warps == kFewWarps ? launch(kFewWarps) : launch(kManyWarps);
   });
 }
 
 void shift_window_cuda(const Tensor& window, const Tensor& now) {
   const WindowMove move = move_of(window, now);
   if (move.window == nullptr) return;
-  const dim3 grid(blocks_of(move));
+  constexpr int kThreads = 256;
+  const dim3 grid(blocks_of(move, kThreads));
   with_type(window.dtype(), [&](auto element) {
     launch_overlapping(&shift_window_kernel<decltype(element)>, "shift_window_kernel", grid, kThreads, 0, window.device().cuda_context(),
                        move);

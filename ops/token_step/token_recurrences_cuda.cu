@@ -4,7 +4,7 @@
 // moves   the state in and out once: 8*H*P*N bytes a row (2.1 MB at H 32, P 64, N 128)
 // split   mamba1: four lanes a channel, which share N and the columns of dt's projection
 //         mamba2: a block owns 64 channels (16) of one head of one row, a warp four of them; lanes share N. The convolution of B and C is
-//                 computed again by every block
+//                 computed again by every block; its inputs and silu(z) are dealt to the threads, dt to one that has none of them
 //         many    blocks stay and take state after state (one head of one row), which the copy engine brings to shared memory and takes
 //         rows:   from there: two are on their way while one is at work. The same sums
 //         gla:    a block owns 16 columns of the state of one head of one row; a thread has a quad of columns of every 32nd key
@@ -113,18 +113,49 @@ struct Mamba2Args {
   bool skip_per_channel, gate;
 };
 
+/// The sums over the lanes of what they have of a warp's channels: a lane gets that of channel lane / kLanesOfSum. Half of the lanes go on
+/// with half of the channels, so that there is less to exchange than in a warp_sum() of each; the same pairs are added.
+constexpr int kLanesOfSum = kWarp / kChannelsOfWarp;
+__device__ inline float sum_of_channel(const float (&y)[kChannelsOfWarp], int lane) {
+  static_assert(kChannelsOfWarp == 4);
+  const auto halved = [&](float first, float second, int apart) {
+    const bool upper = (lane & apart) != 0;
+    return (upper ? second : first) + __shfl_xor_sync(0xffffffffu, upper ? first : second, apart);
+  };
+  float sum = halved(halved(y[0], y[2], 16), halved(y[1], y[3], 16), 8);
+#pragma unroll
+  for (int apart = kLanesOfSum / 2; apart > 0; apart /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, apart);
+  return sum;
+}
+
+/// y of a channel, gated or not.
+template <class T>
+__device__ void put_output(const Mamba2Args& p, int64_t at, float y) {
+  if (p.gate) static_cast<float*>(p.y)[at] = y;
+  else static_cast<T*>(p.y)[at] = static_cast<T>(y);
+}
+
+/// Registers of a thread. With 48, blocks of the products before and behind find room on a multiprocessor beside two of 16 warps.
+template <class T>
+constexpr int registers_of_token(int quads, int warps) {
+  return quads > 1 ? 128 : warps == 16 && sizeof(T) == 2 ? 48 : 80;
+}
+
 template <class T, int quads, int warps>  // 128 entries of N a warp holds in a quad a lane
-__global__ void __launch_bounds__(warps* kWarp) mamba2_token_kernel(Mamba2Args p) {
+__global__ void __maxnreg__(registers_of_token<T>(quads, warps)) mamba2_token_kernel(Mamba2Args p) {
   let_next_kernel_start();
   constexpr int kBlockThreads = warps * kWarp, kTokenChannels = warps * kChannelsOfWarp;
-  constexpr int kMostInputs = (kTokenChannels + 2 * quads * 128 + kBlockThreads - 1) / kBlockThreads;
-  __shared__ __align__(16) float inputs[kTokenChannels + 2 * quads * 128];  // after the convolution: x, B, C
-  const int h = static_cast<int>(blockIdx.y), part = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
+  constexpr int kMostInputs = (2 * kTokenChannels + 2 * quads * 128 + kBlockThreads - 1) / kBlockThreads;
+  __shared__ __align__(16) float inputs[2 * kTokenChannels + 2 * quads * 128];  // after the convolution x, B, C; then silu(z)
+  __shared__ float dt_and_decay[2];
+  const int h = static_cast<int>(blockIdx.y), thread = static_cast<int>(threadIdx.x);
   const int64_t b = blockIdx.z;
   const int warp = thread / kWarp, lane = thread % kWarp, N = p.d_state, group = h / (p.heads / p.groups), inner = p.heads * p.headdim;
-  const int count = kTokenChannels + 2 * N;
+  const int count = kTokenChannels + 2 * N, begin = h * p.headdim + static_cast<int>(blockIdx.x) * kTokenChannels;
+  const int first = begin + warp * kChannelsOfWarp, mine = first + lane / kLanesOfSum;  // channels
+
   auto channel_of = [&](int i) {  // of the convolution
-    if (i < kTokenChannels) return h * p.headdim + part * kTokenChannels + i;
+    if (i < kTokenChannels) return begin + i;
     i -= kTokenChannels;
     return i < N ? inner + group * N + i : inner + p.groups * N + group * N + i - N;
   };
@@ -132,8 +163,7 @@ __global__ void __launch_bounds__(warps* kWarp) mamba2_token_kernel(Mamba2Args p
   // All loads are under way together: with few rows the first ones, of what no kernel of this token has written, while the kernel in front
   // is still at work; with many rows a block waits for memory once.
   Pack<float, 4> state[kChannelsOfWarp][quads];
-  const int first = part * kTokenChannels + warp * kChannelsOfWarp;  // channel of the head
-  float* const states = p.state + ((b * p.heads + h) * p.headdim + first) * N;
+  float* const states = p.state + (b * inner + first) * N;
 #pragma unroll
   for (int i = 0; i < kChannelsOfWarp; ++i)
 #pragma unroll
@@ -141,7 +171,7 @@ __global__ void __launch_bounds__(warps* kWarp) mamba2_token_kernel(Mamba2Args p
       if (const int n = (q * kWarp + lane) * 4; n < N) state[i][q] = load_pack<4>(states + i * N + n);
   constexpr int kFilter = 4;  // taps that models have: read whole
   Pack<float, kFilter> taps[kMostInputs];
-  T past[kMostInputs][kFilter - 1], now[kMostInputs], z[kChannelsOfWarp] = {};
+  T past[kMostInputs][kFilter - 1], now[kMostInputs];
   float bias[kMostInputs];
   const T* const windows = static_cast<const T*>(p.window) + b * (p.width - 1) * p.channels;
 #pragma unroll
@@ -153,38 +183,46 @@ __global__ void __launch_bounds__(warps* kWarp) mamba2_token_kernel(Mamba2Args p
 #pragma unroll
     for (int j = 0; j + 1 < kFilter; ++j) past[k][j] = windows[static_cast<int64_t>(j) * p.channels + c];
   }
-  const float dt_bias = p.dt_bias[h], A_log = p.A_log[h];
-  float D_skip[kChannelsOfWarp];
-#pragma unroll
-  for (int i = 0; i < kChannelsOfWarp; ++i) D_skip[i] = p.D_skip[p.skip_per_channel ? h * p.headdim + first + i : h];
-
-  wait_for_kernel_in_front();
-  const T* projected = static_cast<const T*>(p.projected) + b * p.projected_stride;
-#pragma unroll
-  for (int k = 0; k < kMostInputs; ++k) now[k] = projected[inner + channel_of(min(thread + k * kBlockThreads, count - 1))];
-  const T dt_in = projected[inner + p.channels + h];
-  if (p.gate)
-#pragma unroll
-    for (int i = 0; i < kChannelsOfWarp; ++i) z[i] = projected[h * p.headdim + first + i];
+  const float D_skip = p.D_skip[p.skip_per_channel ? mine : h];
+  const bool has_dt = thread == kBlockThreads - kWarp;  // of the warp with the fewest inputs
+  const float dt_bias = has_dt ? p.dt_bias[h] : 0.0f, A = has_dt ? -expf(p.A_log[h]) : 0.0f;
+  const T* const projected = static_cast<const T*>(p.projected) + b * p.projected_stride;
+  int place[kMostInputs];  // in it, known before the wait
 #pragma unroll
   for (int k = 0; k < kMostInputs; ++k) {
+    const int i = thread + k * kBlockThreads;
+    place[k] = not_hoisted(i < count ? inner + channel_of(i) : begin + min(i - count, kTokenChannels - 1));
+  }
+
+  wait_for_kernel_in_front();
+#pragma unroll
+  for (int k = 0; k < kMostInputs; ++k) now[k] = projected[place[k]];
+  const T dt_in = has_dt ? projected[inner + p.channels + h] : T{};
+#pragma unroll
+  for (int k = 0; k < kMostInputs; ++k) {
+    const int i = thread + k * kBlockThreads;
+    if (i >= count + kTokenChannels) continue;
     float sum = bias[k];
     if (p.width == kFilter) {
 #pragma unroll
       for (int j = 0; j + 1 < kFilter; ++j) sum = fmaf(taps[k].at[j], to_f32(past[k][j]), sum);
       sum = fmaf(taps[k].at[kFilter - 1], to_f32(now[k]), sum);
     } else {
-      const int c = channel_of(min(thread + k * kBlockThreads, count - 1));
+      const int c = channel_of(min(i, count - 1));
       const float* weight = p.conv_weight + static_cast<int64_t>(c) * p.width;
       for (int j = 0; j + 1 < p.width; ++j) sum = fmaf(weight[j], to_f32(windows[static_cast<int64_t>(j) * p.channels + c]), sum);
       sum = fmaf(weight[p.width - 1], to_f32(now[k]), sum);
     }
-    if (const int i = thread + k * kBlockThreads; i < count)
-      inputs[i] = to_f32(static_cast<T>(silu(sum)));  // rounded where the convolution by itself rounds
+    const float active = silu(i < count ? sum : to_f32(now[k]));
+    inputs[i] = i < count ? to_f32(static_cast<T>(active)) : active;  // rounded where the convolution by itself rounds
   }
-  const float dt = fminf(fmaxf(softplus(to_f32(dt_in) + dt_bias), p.dt_min), p.dt_max);
-  const float decay = expf(-expf(A_log) * dt);
+  if (has_dt) {
+    const float dt = fminf(fmaxf(softplus(to_f32(dt_in) + dt_bias), p.dt_min), p.dt_max);
+    dt_and_decay[0] = dt;
+    dt_and_decay[1] = expf(A * dt);
+  }
   __syncthreads();
+  const float dt = dt_and_decay[0], decay = dt_and_decay[1];
   float y[kChannelsOfWarp] = {};
 #pragma unroll
   for (int q = 0; q < quads; ++q) {
@@ -201,20 +239,14 @@ __global__ void __launch_bounds__(warps* kWarp) mamba2_token_kernel(Mamba2Args p
       }
     }
   }
-#pragma unroll
-  for (int i = 0; i < kChannelsOfWarp; ++i) y[i] = fmaf(D_skip[i], inputs[warp * kChannelsOfWarp + i], warp_sum(y[i]));
-#pragma unroll
-  for (int i = 0; i < kChannelsOfWarp; ++i) {
-    const int64_t at = b * inner + h * p.headdim + first + i;
-    if (lane != i) continue;
-    if (p.gate) static_cast<float*>(p.y)[at] = y[i] * silu(to_f32(z[i]));
-    else static_cast<T*>(p.y)[at] = static_cast<T>(y[i]);
-  }
+  const float out = fmaf(D_skip, inputs[warp * kChannelsOfWarp + lane / kLanesOfSum], sum_of_channel(y, lane));
+  if (lane % kLanesOfSum == 0) put_output<T>(p, b * inner + mine, p.gate ? out * inputs[count + mine - begin] : out);
+  const int apart = not_hoisted(N);
 #pragma unroll
   for (int i = 0; i < kChannelsOfWarp; ++i)
 #pragma unroll
     for (int q = 0; q < quads; ++q)
-      if (const int n = (q * kWarp + lane) * 4; n < N) store_pack(states + i * N + n, state[i][q]);
+      if (const int n = (q * kWarp + lane) * 4; n < N) store_pack(states + i * apart + n, state[i][q]);
 }
 
 // --- Mamba-2, many rows -----------------------------------------------------------------------------------------
@@ -316,15 +348,9 @@ __global__ void __launch_bounds__(kManyThreads, kManyBlocks) mamba2_many_rows_ke
       }
       store_pack(of_channel, h);
     }
-#pragma unroll
-    for (int i = 0; i < kChannelsOfWarp; ++i) {
-      const int channel = warp * kChannelsOfWarp + i;
-      const float out = fmaf(skip[set][channel], inputs[set][channel], warp_sum(y[i]));
-      if (lane != i) continue;
-      const int64_t to = static_cast<int64_t>(at) * kManyHead + channel;
-      if (p.gate) static_cast<float*>(p.y)[to] = out * gate[set][channel];
-      else static_cast<T*>(p.y)[to] = static_cast<T>(out);
-    }
+    const int channel = warp * kChannelsOfWarp + lane / kLanesOfSum;
+    const float out = fmaf(skip[set][channel], inputs[set][channel], sum_of_channel(y, lane));
+    if (lane % kLanesOfSum == 0) put_output<T>(p, static_cast<int64_t>(at) * kManyHead + channel, p.gate ? out * gate[set][channel] : out);
     put(1 - set);
     ask(at + 2 * apart);
     publish_to_tensor_cores();  // and to the copy engine

@@ -74,14 +74,42 @@ TEST("token step: norm and projection agree with the ops, for every number of ro
 TEST("token step: a row's bits do not depend on the other rows") {
   if (cuda_device_count() == 0) SKIP("no CUDA device");
   const Device gpu = Device::cuda();
-  const Tensor residual = random_tensor(gpu, Dtype::f32, {7, 512}, 1), norm = random_tensor(gpu, Dtype::f32, {512}, 2),
-               weight = random_tensor(gpu, Dtype::bf16, {300, 512}, 3), all = Tensor::empty(gpu, Dtype::f32, {7, 300}),
-               one = Tensor::empty(gpu, Dtype::f32, {1, 300});
-  norm_projection({residual, {}, norm, 1e-5, weight, all});
-  for (int64_t b = 0; b < 7; ++b) {
-    norm_projection({residual.slice(0, b, b + 1), {}, norm, 1e-5, weight, one});
-    CHECK(all.slice(0, b, b + 1).to_vector<float>() == one.to_vector<float>());
-  }
+  for (const Dtype dtype : kDtypes)
+    // Blocks of a part of a tile, of a tile, of two, four and eight; what Mamba-2's and GLA's layers and a head of several turns have.
+    for (const auto& [D, R] : {std::pair<int64_t, int64_t>{dtype == Dtype::f32 ? 4096 : 5120, 40},
+                               {512, 300},
+                               {2048, 1024},
+                               {1024, 3088},
+                               {1024, 4384},
+                               {256, 9000},
+                               {1024, 20000}}) {
+      if (is_left_out()) continue;
+      CAPTURE(D);
+      CAPTURE(R);
+      CAPTURE(name_of(dtype));
+      const Tensor residual = random_tensor(gpu, Dtype::f32, {kTokenStepRows, D}, 1), norm = random_tensor(gpu, Dtype::f32, {D}, 2),
+                   weight = random_tensor(gpu, dtype, {R, D}, 3), y = random_tensor(gpu, dtype, {kTokenStepRows, D}, 4),
+                   z = random_tensor(gpu, dtype, {kTokenStepRows, D}, 5), window = random_tensor(gpu, dtype, {kTokenStepRows, 3, D}, 6),
+                   taps = random_tensor(gpu, Dtype::f32, {D, 1, 4}, 7);
+      std::vector<std::vector<float>> alone[3];  // [kind of product][row]
+      for (int64_t rows = 1; rows <= kTokenStepRows; ++rows)
+        for (int64_t begin = 0; begin + rows <= kTokenStepRows; begin += rows) {
+          const auto part = [&](const Tensor& t) { return t.slice(0, begin, begin + rows); };
+          const Tensor out[] = {Tensor::empty(gpu, Dtype::f32, {rows, R}), Tensor::empty(gpu, dtype, {rows, R}),
+                                Tensor::empty(gpu, dtype, {rows, R})};
+          norm_projection({part(residual), {}, norm, 1e-5, weight, out[0]});
+          gated_projection({part(y), part(z), norm, 1e-5, 1, false, weight, out[1], {}, {}});
+          convolved_projection({part(y), part(window), taps, {}, weight, Tensor::empty(gpu, dtype, {rows, D}), out[2]});
+          for (int kind = 0; kind < 3; ++kind)
+            for (int64_t b = 0; b < rows; ++b) {
+              const auto row = out[kind].slice(0, b, b + 1).to_vector<float>();
+              if (rows == 1) alone[kind].push_back(row);
+              CAPTURE(kind);
+              CAPTURE(rows);
+              CHECK(row == alone[kind][static_cast<std::size_t>(begin + b)]);
+            }
+        }
+    }
 }
 
 TEST("token step: the gate and its projection agree with the ops, in every form, and the window moves on") {
@@ -237,6 +265,7 @@ TEST("token step: the middle of a Mamba-2 layer agrees with convolution and ssd,
                           {2, 4, 32, 132, 4, 2, false, false},
                           {1, 32, 64, 128, 1, 4, true, false},
                           {5, 2, 64, 132, 1, 4, true, true},
+                          {6, 4, 64, 128, 2, 4, true, true},
                           {9, 2, 64, 64, 1, 1, false, false},
                           {71, 8, 64, 128, 2, 4, true, true},  // as many states as pass through shared memory
                           {150, 8, 64, 128, 1, 4, false, false}}) {
@@ -321,16 +350,19 @@ TEST("token step: a product is cut as the GPU demands, and its sums alike for ev
   CHECK(rows(kLarge, 2560, 5120, 8) == 8);
   CHECK(rows(kLarge, 100, 4096, 1, Dtype::f32) == 8);
   CHECK(rows(kLarge, 100, 16384, 1, Dtype::f32) == 0);
+  CHECK(rows(kLarge, 4384, 1024, 8) == 64);
+  CHECK(cut_product({4384, 1024, 1, 2, 1024}, kLarge).warps == 8);
+  CHECK(cut_product({4384, 1024, 2, 2, 1024}, kLarge).warps == 16);
   for (const GpuSizes& gpu : {kLarge, kSmall})
-    for (const int64_t R : {24, 1000, 3072, 50288})
-      for (const int64_t D : {64, 768, 1024, 2048, 2560})
-        for (int64_t B = 2; B <= kTokenStepRows; ++B) {
-          const int one = rows(gpu, R, D), many = rows(gpu, R, D, B);
-          CHECK((one == many || (one <= kTile && many <= kTile)));  // within a tile all warps share the columns
-          const auto with_window = [&](int64_t rows_of_x) { return cut_product({R, D, rows_of_x, 2, (rows_of_x + 1) * D}, gpu); };
-          if (with_window(B).fits && with_window(B).rows_log2 > kTileLog2) CHECK(with_window(B).rows_log2 == with_window(1).rows_log2);
-          if (with_window(B).fits && with_window(1).rows_log2 > kTileLog2) CHECK(with_window(B).rows_log2 == with_window(1).rows_log2);
-        }
+    for (const int64_t R : {24, 1000, 3072, 4384, 50288})
+      for (const int64_t D : {64, 256, 768, 1024, 2048, 2560}) {
+        const ProductCut alone = cut_product({R, D, 1, 2, D}, gpu);
+        REQUIRE(alone.fits);
+        for (int64_t B = 1; B <= kTokenStepRows; ++B)
+          for (const int64_t floats_ahead : {D, (B + 1) * D})
+            if (const ProductCut cut = cut_product({R, D, B, 2, floats_ahead}, gpu); cut.fits)
+              CHECK(parts_log2(cut.rows_log2) == parts_log2(alone.rows_log2));
+      }
 }
 
 TEST("token step: what does not fit is named, and a CPU has none") {
