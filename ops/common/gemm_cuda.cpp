@@ -1,16 +1,18 @@
 // gemm on a GPU: cuBLASLt. A row-major matrix is its transpose read column by column, so C = op(A) op(B) is asked for as
 // C^T = op(B)^T op(A)^T: the operands change places and keep their transpositions.
-// The algorithm for a shape is what cuBLASLt's heuristics name first for it, asked once and kept with the device: no timing decides, so
-// every run takes the same one. Split sums, where it chooses them, are added up in f32.
+// The algorithm for a shape is what cuBLASLt's heuristics name first for it, or by a rule another that they name (choose()), asked once and
+// kept with the device: no timing decides, so every run takes the same one. Split sums, where it chooses them, are added up in f32.
 // It may choose them only where the summed index is a multiple of 128: of other lengths cuBLASLt 13.0 can lose the rows behind the last
 // multiple (256 x 64 with k = 16897 or 32769 on an H200).
 #include <fmt/core.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <vector>
 
 #include "core/cuda_context.h"
 #include "core/error.h"
@@ -68,9 +70,8 @@ void set(cublasLtMatmulPreference_t preference, cublasLtMatmulPreferenceAttribut
   cublas_check(cublasLtMatmulPreferenceSetAttribute(preference, attribute, &value, sizeof value), "cublasLtMatmulPreferenceSetAttribute");
 }
 
-constexpr int64_t kSplitMultiple = 128;  // of the summed index, where sums may be split
-
-GemmPlan make_plan(const CudaContext& cuda, const GemmKey& key) {
+/// The product in cuBLASLt's words; its algorithm is not chosen yet.
+GemmPlan describe(const GemmKey& key) {
   GemmPlan plan{};
   // CUBLAS_COMPUTE_32F is f32 arithmetic; TF32 would be another compute type.
   cublas_check(cublasLtMatmulDescInit(&plan.product, CUBLAS_COMPUTE_32F, CUDA_R_32F), "cublasLtMatmulDescInit");
@@ -80,24 +81,91 @@ GemmPlan make_plan(const CudaContext& cuda, const GemmKey& key) {
   plan.a = layout_of(key.a);
   plan.b = layout_of(key.b);
   plan.c = layout_of(key.c);
+  return plan;
+}
 
+/// How many terms each sum has.
+int64_t terms_of(const GemmKey& key) {
+  return key.transpose_a ? key.a.rows : key.a.columns;
+}
+
+constexpr int64_t kSplitMultiple = 128;  // of the terms, where sums may be split
+
+using Candidates = std::vector<cublasLtMatmulHeuristicResult_t>;
+
+/// The algorithms that cuBLASLt names for a product, the first the best by its own estimate; it names no more than eight.
+Candidates candidates_for(const CudaContext& cuda, const GemmKey& key) {
+  GemmPlan plan = describe(key);
   cublasLtMatmulPreferenceOpaque_t preference;
   cublas_check(cublasLtMatmulPreferenceInit(&preference), "cublasLtMatmulPreferenceInit");
   set(&preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, static_cast<uint64_t>(cuda.workspace_bytes));
-  const int64_t k = key.transpose_a ? key.a.rows : key.a.columns;
   set(&preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
-      static_cast<uint32_t>(k % kSplitMultiple == 0 ? CUBLASLT_REDUCTION_SCHEME_NONE | CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE
-                                                    : CUBLASLT_REDUCTION_SCHEME_NONE));
+      static_cast<uint32_t>(terms_of(key) % kSplitMultiple == 0 ? CUBLASLT_REDUCTION_SCHEME_NONE | CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE
+                                                                : CUBLASLT_REDUCTION_SCHEME_NONE));
   set(&preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, key.b.alignment);
   set(&preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, key.a.alignment);
   set(&preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, key.c.alignment);
   set(&preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, key.c.alignment);
-  cublasLtMatmulHeuristicResult_t found{};
+  Candidates found(8);
   int count = 0;
-  const cublasStatus_t status =
-      cublasLtMatmulAlgoGetHeuristic(cuda.blas_lt, &plan.product, &plan.b, &plan.a, &plan.c, &plan.c, &preference, 1, &found, &count);
+  const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(cuda.blas_lt, &plan.product, &plan.b, &plan.a, &plan.c, &plan.c, &preference,
+                                                               static_cast<int>(found.size()), found.data(), &count);
   if (status != CUBLAS_STATUS_NOT_SUPPORTED) cublas_check(status, "cublasLtMatmulAlgoGetHeuristic");
-  if (count == 0) {
+  found.resize(static_cast<std::size_t>(count));
+  return found;
+}
+
+// On Hopper two warpgroups either share a tile of results, or they take tiles of these sizes in turn: while one writes its tile, the other
+// multiplies. With few terms a sum, writing is a good part of a product. Taking turns then saves cycles, and less of it time where the card
+// is at its limit of power, for it clocks down: on an H200 3 to 12% with 768 to 1,536 terms, nothing with 2,048 and more
+// (docs/bench/2026-11-30-end-to-end.md). The order of every sum stays, and so did all bits. The heuristics do not name such an algorithm
+// first, and for many widths not at all.
+constexpr std::array<uint32_t, 5> kTilesInTurn{CUBLASLT_MATMUL_TILE_128x128, CUBLASLT_MATMUL_TILE_128x160, CUBLASLT_MATMUL_TILE_160x128,
+                                               CUBLASLT_MATMUL_TILE_168x128, CUBLASLT_MATMUL_TILE_176x128};
+constexpr int64_t kFewTerms = 256, kManyTerms = 2048;  // from, and below; with 16 to 80 terms memory is what a product waits for
+constexpr float kWavesInTurn = 4;                      // tiles of every multiprocessor: most of them are written beside another
+constexpr int64_t kNamedWidths = 512;                  // for multiples of so many columns the eight had tiles in turn wherever looked at
+
+/// Of the algorithms named for a product or a narrower one, those that form this product by tiles in turn.
+Candidates in_turn(const CudaContext& cuda, GemmPlan plan, const Candidates& named) {
+  Candidates fitting;
+  for (const auto& candidate : named) {
+    uint32_t tile = 0, parts = 0;
+    const auto get = [&](cublasLtMatmulAlgoConfigAttributes_t attribute, uint32_t& value) {
+      cublas_check(cublasLtMatmulAlgoConfigGetAttribute(&candidate.algo, attribute, &value, sizeof value, nullptr),
+                   "cublasLtMatmulAlgoConfigGetAttribute");
+    };
+    get(CUBLASLT_ALGO_CONFIG_TILE_ID, tile);
+    get(CUBLASLT_ALGO_CONFIG_SPLITK_NUM, parts);
+    if (parts > 1 || std::find(kTilesInTurn.begin(), kTilesInTurn.end(), tile) == kTilesInTurn.end()) continue;
+    cublasLtMatmulHeuristicResult_t here{};
+    const bool runs = cublasLtMatmulAlgoCheck(cuda.blas_lt, &plan.product, &plan.b, &plan.a, &plan.c, &plan.c, &candidate.algo, &here) ==
+                      CUBLAS_STATUS_SUCCESS;
+    here.algo = candidate.algo;
+    if (runs && here.workspaceSize <= cuda.workspace_bytes && here.wavesCount >= kWavesInTurn) fitting.push_back(here);
+  }
+  return fitting;
+}
+
+/// The first of the algorithms named. For products of bf16 with few terms in many tiles, on Hopper: of those that take tiles in turn the
+/// one with the fewest waves, if there are any.
+cublasLtMatmulAlgo_t choose(const CudaContext& cuda, const GemmKey& key, const Candidates& named) {
+  const int64_t terms = terms_of(key);
+  if (cuda.major != 9 || key.a.type != CUDA_R_16BF || terms < kFewTerms || terms >= kManyTerms) return named.front().algo;
+  const GemmPlan plan = describe(key);
+  Candidates fitting = in_turn(cuda, plan, named);
+  GemmKey narrower = key;
+  narrower.c.columns = key.c.columns / kNamedWidths * kNamedWidths;
+  (key.transpose_b ? narrower.b.rows : narrower.b.columns) = narrower.c.columns;
+  if (fitting.empty() && narrower.c.columns > 0) fitting = in_turn(cuda, plan, candidates_for(cuda, narrower));
+  const auto fewest =
+      std::min_element(fitting.begin(), fitting.end(), [](const auto& x, const auto& y) { return x.wavesCount < y.wavesCount; });
+  return fewest == fitting.end() ? named.front().algo : fewest->algo;
+}
+
+GemmPlan make_plan(const CudaContext& cuda, const GemmKey& key) {
+  const Candidates named = candidates_for(cuda, key);
+  if (named.empty()) {
     auto text = [](const Operand& o) {
       return fmt::format("[{}, {}] {} row stride {}, aligned to {} bytes", o.rows, o.columns, o.type == CUDA_R_32F ? "f32" : "bf16",
                          o.leading, o.alignment);
@@ -105,7 +173,8 @@ GemmPlan make_plan(const CudaContext& cuda, const GemmKey& key) {
     throw DeviceError("gemm: cuBLASLt offers no algorithm for this product",
                       {{"a", text(key.a)}, {"b", text(key.b)}, {"c", text(key.c)}, {"try", "widths that are multiples of 8"}});
   }
-  plan.algorithm = found.algo;
+  GemmPlan plan = describe(key);
+  plan.algorithm = choose(cuda, key, named);
   return plan;
 }
 

@@ -174,6 +174,41 @@ TEST("gemm: CUDA sums over many rows are whole, whatever their number") {
     }
 }
 
+TEST("gemm: CUDA agrees with the CPU where products are large: few terms in many tiles have an algorithm of their own") {
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  struct Case {
+    Sizes sizes;
+    bool ta, tb, adds_row;
+    Dtype c_dtype;
+    double beta;
+  };
+  // 13 million results are tiles enough for 132 multiprocessors four times over; 2,048 terms are too many, and 4,096 rows of 512 too few.
+  for (const Case& t : {Case{{4224, 3088, 768}, false, true, false, Dtype::bf16, 0},
+                        {{4224, 3088, 256}, false, false, false, Dtype::bf16, 1},
+                        {{3088, 4229, 520}, false, true, false, Dtype::f32, 0},
+                        {{4224, 3088, 264}, true, false, false, Dtype::f32, 1},
+                        {{4224, 3088, 272}, false, true, true, Dtype::bf16, 0},
+                        {{4224, 3088, 2048}, false, true, false, Dtype::bf16, 0},
+                        {{4096, 512, 1024}, false, true, false, Dtype::bf16, 0}}) {
+    const Sizes& s = t.sizes;
+    const Device cpu = Device::cpu(), gpu = Device::cuda();
+    const Tensor a = matrix(cpu, Dtype::bf16, t.ta ? s.k : s.m, t.ta ? s.m : s.k, 1),
+                 b = matrix(cpu, Dtype::bf16, t.tb ? s.n : s.k, t.tb ? s.k : s.n, 2), c = matrix(cpu, t.c_dtype, s.m, s.n, 3),
+                 row = random_tensor(cpu, Dtype::bf16, {s.n}, 4), a32 = a.to(Dtype::f32), b32 = b.to(Dtype::f32);
+    const Tensor expected = c.to(Dtype::f32).clone(), actual = c.to(gpu);
+    if (t.adds_row) {
+      gemm_add_row(a32, t.tb, b32, row.to(Dtype::f32), expected);
+      gemm_add_row(a.to(gpu), t.tb, b.to(gpu), row.to(gpu), actual);
+    } else {
+      gemm(t.ta, a32, t.tb, b32, expected, 1.0, t.beta);
+      gemm(t.ta, a.to(gpu), t.tb, b.to(gpu), actual, 1.0, t.beta);
+    }
+    const double roundings = t.c_dtype == Dtype::bf16 && t.beta != 0 ? 2 : 1;
+    expect_close(actual.to(cpu).to_vector<double>(), expected.to_vector<double>(), t.c_dtype == Dtype::bf16 ? roundings * 0x1p-8 : 1e-5,
+                 1e-3, c.describe() + " k " + std::to_string(s.k) + (t.ta ? " A^T" : "") + (t.tb ? " B^T" : ""));
+  }
+}
+
 TEST("gemm: CUDA keeps f32 products in f32") {
   if (cuda_device_count() == 0) SKIP("no CUDA device");
   const Device gpu = Device::cuda();
