@@ -182,8 +182,9 @@ Tensor Tensor::reshape(Shape shape) const {
   int old_axis = rank() - 1, new_axis = shape.rank() - 1;
   while (new_axis >= 0) {
     while (old_axis >= 0 && dim(old_axis) == 1) --old_axis;
-    if (old_axis < 0) {  // only axes of size 1 are left
-      t.strides_[new_axis--] = 1;
+    if (old_axis < 0) {  // only axes of size 1 are left: as if packed, for kernels that ask the strides whether rows are aligned
+      t.strides_[new_axis] = new_axis + 1 < shape.rank() ? t.strides_[new_axis + 1] * shape[new_axis + 1] : 1;
+      --new_axis;
       continue;
     }
     int64_t old_size = dim(old_axis);
