@@ -320,7 +320,8 @@ void backward_rows(const GlaInputs& in, const GlaRule& rule, const GlaPrepared& 
   if constexpr (sizeof(T) == 2)
     if (gla_chunk_bwd_has_mild(args, context)) {
       launch_gla_chunk_bwd_mild(args, context);
-      args.search = SteepSearch::among(address_of<const float>(prepared.decay), blocks, kSlice, 2 * context.sm_count);
+      args.search = SteepSearch::among(address_of<const float>(prepared.decay), s.B * args.chunks * s.H, args.D, args.slices, kSlice,
+                                       2 * context.sm_count);
     }
   launch(&gla_chunk_bwd_kernel<T>, "gla_chunk_bwd_kernel", args.search.grid(), dim3(kSliceThreads),
          static_cast<size_t>(ChunkBwdLayout<T>::total_bytes(args.stages)), context, args);

@@ -8,7 +8,7 @@
 // split   one block of two warpgroups per (row, chunk, head, 64 columns of Dk). Warpgroup 0 multiplies for grad q: grad o with the
 //         states, then the scores' gradients with the keys; warpgroup 1 for grad k: v with the states' gradients, then the same scores'
 //         gradients, turned, with the queries. Beside products a warp has a leaf of 8 tokens and a lane two columns of it, in registers
-// needs   bf16; T, Dk and Dv multiples of 64, Dk one of 64, 128, 256; 16-byte copies; all three gradients wanted; sm_90a
+// needs   bf16; T and Dv multiples of 64; 16-byte copies; all three gradients wanted; sm_90a
 // agrees  as gla_chunk_bwd_kernel, which treats the chunks that are not mild. Pairs i = j are left out of the gate's gradient there as here
 // order   fixed, no atomics
 #include "ops/gla/gla_chunks_cuda.cuh"
@@ -34,11 +34,13 @@ __global__ void __launch_bounds__(kSliceThreads, 2) gla_chunk_bwd_mild_kernel(co
 #if LONGHAND_WARPGROUP_INSTRUCTIONS
   using L = Layout;
   const unsigned thread = threadIdx.x, warp = __shfl_sync(0xffffffffu, thread / 32, 0), lane = thread % 32, g = lane / 4, quad = lane % 4;
-  const unsigned group = warp / 4, leaf = warp, row = kLeafTokens * leaf, column = 2 * lane;
+  const unsigned group = warp / 4, leaf = warp, row = kLeafTokens * leaf;
   const unsigned slice = blockIdx.x % static_cast<unsigned>(a.slices), unit = blockIdx.x / static_cast<unsigned>(a.slices),
                  h = unit % static_cast<unsigned>(a.H), row_chunk = unit / static_cast<unsigned>(a.H),
                  chunk = row_chunk % static_cast<unsigned>(a.chunks);
   const int64_t b = row_chunk / static_cast<unsigned>(a.chunks), t0 = int64_t{chunk} * kChunk;
+  // Lanes behind the last columns of a head do what the last one does: columns never meet here.
+  const unsigned column = min(2 * lane, static_cast<unsigned>(a.Dk) - kSlice * slice - 2);
   const GateArgs gates{logit, a.gates.inverse_normalizer, a.gates.gate_min};
 
   unsigned char* const base = shared_memory() + (kPanelAlignment - shared_address(shared_memory()) % kPanelAlignment) % kPanelAlignment;
@@ -95,9 +97,9 @@ __global__ void __launch_bounds__(kSliceThreads, 2) gla_chunk_bwd_mild_kernel(co
   load(k, a.k);
 
   // Rows: tokens; columns: this slice of Dk. Warpgroup 0: grad_o S', warpgroup 1: v R'. And grad_o v', half of its columns each.
-  const unsigned in_leaf = row * kPanelRow + g * 16 + quad * 4;  // this lane's columns of the leaf's first row in a panel; on row i lane /
-                                                                 // 4 is exchanged with i
-  const unsigned tile = 2 * (warp % 4);                          // of 8 rows of a product
+  const unsigned in_leaf = row * kPanelRow + 2 * column;  // its columns of the leaf's first row in a panel; on row i column / 8 is
+                                                          // exchanged with i
+  const unsigned tile = 2 * (warp % 4);                   // of 8 rows of a product
   float through[8][4];
   clear(through);
   {
@@ -260,8 +262,7 @@ bool gla_chunk_bwd_has_mild(const GlaChunkBwdArgs<Bf16>& a, const CudaContext& c
     if (!rows->vectors) return false;
   for (const auto* rows : {&a.grad_q, &a.grad_k, &a.grad_gate})
     if (rows->data == nullptr || !rows->vectors) return false;
-  return a.tokens % kChunk == 0 && a.D == a.Dk && a.Dv % kSlice == 0 &&
-         has_warpgroup_instructions(&gla_chunk_bwd_mild_kernel<true>, context);
+  return a.tokens % kChunk == 0 && a.Dv % kSlice == 0 && has_warpgroup_instructions(&gla_chunk_bwd_mild_kernel<true>, context);
 }
 
 void launch_gla_chunk_bwd_mild(const GlaChunkBwdArgs<Bf16>& args, const CudaContext& context) {

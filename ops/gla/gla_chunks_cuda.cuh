@@ -4,7 +4,7 @@
 // of a decay from the chunk's beginning, at most 1, and the reciprocal of another one, at most 1 / kMildDecay: all pairs of the chunk are
 // one product of matrices, where squares at every scale (README.md) take twenty times the instructions. Every exponent is still a sum of
 // gates of one sign, an operand is rounded once as in the squares, and a float's and a bf16's exponents have room for the reciprocal: of
-// gradients, too, down to 1e-17 of what they multiply. Kernels for mild chunks treat all chunks. Those for squares come behind them, a few
+// gradients, too, down to 2^-62 of what they multiply. Kernels for mild chunks treat all chunks. Those for squares come behind them, a few
 // blocks that look at the decays of all chunks, and do again what is not mild.
 #pragma once
 #include "ops/common/warpgroup_instructions.cuh"
@@ -19,14 +19,14 @@ constexpr float kLog2OfNothing = -126.0f;  // below, exp2_approx gives 0
 /// not mild.
 struct SteepSearch {
   static constexpr int kMost = 64;  // pieces a block
-  const float* decay = nullptr;     // [pieces, columns]; null: every piece is treated
-  int64_t pieces = 0;
-  int columns = 0, per_block = 1;
+  const float* decay = nullptr;     // [units, D]; null: every piece is treated
+  int64_t pieces = 0;               // `slices` of a unit, of as many columns
+  int D = 0, slices = 1, columns = 0, per_block = 1;
 
-  static SteepSearch of_all(int64_t pieces) { return {nullptr, pieces, 0, 1}; }
-  static SteepSearch among(const float* decay, int64_t pieces, int columns, int64_t blocks_at_once) {
-    const int64_t wanted = (pieces + blocks_at_once - 1) / blocks_at_once;
-    return {decay, pieces, columns, static_cast<int>(wanted < kMost ? wanted : kMost)};
+  static SteepSearch of_all(int64_t pieces) { return {nullptr, pieces}; }
+  static SteepSearch among(const float* decay, int64_t units, int D, int slices, int columns, int64_t blocks_at_once) {
+    const int64_t pieces = units * slices, wanted = (pieces + blocks_at_once - 1) / blocks_at_once;
+    return {decay, pieces, D, slices, columns, static_cast<int>(wanted < kMost ? wanted : kMost)};
   }
   dim3 grid() const { return dim3(static_cast<unsigned>((pieces + per_block - 1) / per_block)); }
 
@@ -40,8 +40,9 @@ struct SteepSearch {
       const int warps = static_cast<int>(blockDim.x / 32), warp = static_cast<int>(threadIdx.x / 32),
                 lane = static_cast<int>(threadIdx.x % 32);
       for (int i = warp; i < count; i += warps) {
+        const float* const of_piece = decay + (first + i) / slices * D + (first + i) % slices * columns;
         bool any = false;
-        for (int m = lane; m < columns; m += 32) any = any || !(decay[(first + i) * columns + m] >= kMildDecay);  // NaN is not mild
+        for (int m = lane; m < columns; m += 32) any = any || !(of_piece[m] >= kMildDecay);  // NaN is not mild
         any = __any_sync(0xffffffffu, any);
         if (lane == 0) steep[i] = any;
       }
@@ -97,6 +98,12 @@ __device__ __forceinline__ void multiply_half_panel(float (&acc)[4][4], uint64_t
       : "l"(a), "l"(b));
 }
 #endif
+
+/// Two gates of columns that do not exist: they keep all.
+template <bool logit>
+__device__ __forceinline__ Two<Bf16> no_gates() {
+  return {logit ? 0x7f807f80u : 0u};  // logits of infinity
+}
 
 /// Of a lane's two columns in its leaf, the decays over the whole chunk: from its beginning through a token, from behind a token to its
 /// end.

@@ -205,7 +205,7 @@ void prepare(const GlaInputs& in, const GlaRule& rule, const GlaPrepared& out) {
   if constexpr (sizeof(T) == 2)
     if (gla_prepare_has_mild(args, context)) {
       launch_gla_prepare_mild(args, units, context);
-      args.search = SteepSearch::among(args.decay, units, args.D, 2 * context.sm_count);
+      args.search = SteepSearch::among(args.decay, units, args.D, 1, args.D, 2 * context.sm_count);
     }
   launch(&gla_prepare_kernel<T>, "gla_prepare_kernel", args.search.grid(), dim3(kSliceThreads), kPrepareBytes<T>, context, args);
 }

@@ -6,7 +6,7 @@
 // floor   B 16, T 2048, H 4, Dk 128, bf16: 184 MB / 4.0 TB/s = 0.046 ms on an H200
 // split   one block of 8 warps per (row, chunk, head), 64 columns of Dk at a time; a warp has a leaf of 8 tokens, a lane two columns
 //         of it in registers. In the product a warpgroup has half of the scores' columns
-// needs   bf16; T and Dk multiples of 64, Dk one of 64, 128, 256; 16-byte copies; sm_90a
+// needs   bf16; T a multiple of 64; 16-byte copies; sm_90a. Columns between Dk and 64, 128 or 256 are zeros
 // agrees  bf16 rounds each decayed operand once, and the scores; those of chunks that are not mild are written by gla_prepare_kernel
 // order   fixed: the columns of a product, slices in order
 #include "ops/gla/gla_chunks_cuda.cuh"
@@ -31,15 +31,16 @@ __global__ void __launch_bounds__(kSliceThreads, 3) gla_prepare_mild_kernel(cons
 
 #pragma unroll 1
   for (int slice = 0; slice < slices; ++slice) {
-    const auto load = [&](Two<Bf16>(&to)[kLeafTokens], const TokenRows<const Bf16>& of) {
+    const bool there = static_cast<int>(2 * lane) < a.Dk - kSlice * slice;
+    const auto load = [&](Two<Bf16>(&to)[kLeafTokens], const TokenRows<const Bf16>& of, Two<Bf16> otherwise) {
       const Bf16* from = of.data + b * of.batch + (t0 + row) * of.token + h * a.Dk + kSlice * slice + 2 * lane;
 #pragma unroll
-      for (int i = 0; i < kLeafTokens; ++i, from += of.token) to[i] = *reinterpret_cast<const Two<Bf16>*>(from);
+      for (int i = 0; i < kLeafTokens; ++i, from += of.token) to[i] = there ? *reinterpret_cast<const Two<Bf16>*>(from) : otherwise;
     };
     Two<Bf16> q[kLeafTokens], k[kLeafTokens], gate[kLeafTokens];
-    load(gate, a.gate);
-    load(q, a.q);
-    load(k, a.k);
+    load(gate, a.gate, no_gates<logit>());
+    load(q, a.q, {});
+    load(k, a.k, {});
     ChunkDecays decays;
     decays.form(gate, gates, leaf, leaf_sums + slice % 2 * kLeaves * kSlice);
     const int64_t at = (int64_t{unit} * kChunk + row) * a.D + kSlice * slice + 2 * lane;
@@ -102,7 +103,7 @@ void launch_mild(const GlaPrepareArgs<Bf16>& args, int64_t units, const CudaCont
 }  // namespace
 
 bool gla_prepare_has_mild(const GlaPrepareArgs<Bf16>& a, const CudaContext& context) {
-  return a.tokens % kChunk == 0 && a.D == a.Dk && a.q.vectors && a.k.vectors && a.gate.vectors &&
+  return a.tokens % kChunk == 0 && a.q.vectors && a.k.vectors && a.gate.vectors &&
          has_warpgroup_instructions(&gla_prepare_mild_kernel<2, true>, context);
 }
 

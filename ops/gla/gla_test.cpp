@@ -508,7 +508,8 @@ TEST("gla says what does not fit") {
 namespace {
 
 /// Runs gla on views of one wide projection [q k v gate], as a model does, and collects o, h_T, then the gradients of the inputs.
-std::vector<std::vector<double>> run_on(const Device& device, Dtype dtype, const Sizes& s, GlaInputs in, const GlaOptions& options) {
+std::vector<std::vector<double>> run_on(const Device& device, Dtype dtype, const Sizes& s, GlaInputs in, const GlaOptions& options,
+                                        double grad_scale = 1) {
   const int64_t keys = s.H * s.Dk, values = s.H * s.Dv;
   const Tensor wide = Tensor::empty(Device::cpu(), Dtype::f32, {s.B, s.T, 3 * keys + values});
   const int64_t begins[] = {0, keys, 2 * keys, 2 * keys + values, 3 * keys + values};
@@ -521,8 +522,8 @@ std::vector<std::vector<double>> run_on(const Device& device, Dtype dtype, const
   const Shape shape{s.B, s.T, s.H, s.Dk};
   const auto [o, h_T] = gla(reshape(parts[0], shape), reshape(parts[1], shape), reshape(parts[2], {s.B, s.T, s.H, s.Dv}),
                             reshape(parts[3], shape), h0, options);
-  const Tensor grad_o = random_tensor(Device::cpu(), Dtype::f32, o.shape(), 7).to(Dtype::bf16).to(dtype).to(device);
-  const Tensor grad_h_T = random_tensor(Device::cpu(), Dtype::f32, h_T.shape(), 8).to(sums).to(device);
+  const Tensor grad_o = random_tensor(Device::cpu(), Dtype::f32, o.shape(), 7, grad_scale).to(Dtype::bf16).to(dtype).to(device);
+  const Tensor grad_h_T = random_tensor(Device::cpu(), Dtype::f32, h_T.shape(), 8, grad_scale).to(sums).to(device);
   backward({o, h_T}, {grad_o, grad_h_T});
   std::vector<std::vector<double>> results{numbers(o.value()), numbers(h_T.value())};
   for (std::size_t i = 0; i < 4; ++i) results.push_back(numbers(whole.grad().slice(2, begins[i], begins[i + 1])));
@@ -532,11 +533,12 @@ std::vector<std::vector<double>> run_on(const Device& device, Dtype dtype, const
 
 constexpr const char* kResultNames[] = {"o", "h_T", "grad q", "grad k", "grad v", "grad gate", "grad h0"};
 
-void expect_parity(const Sizes& s, const GlaInputs& in, const GlaOptions& options = {}, const std::string& kind = "") {
+void expect_parity(const Sizes& s, const GlaInputs& in, const GlaOptions& options = {}, const std::string& kind = "",
+                   double grad_scale = 1) {
   if (test::is_left_out()) return;
-  const auto exact = run_on(Device::cpu(), Dtype::f64, s, in, options);
+  const auto exact = run_on(Device::cpu(), Dtype::f64, s, in, options, grad_scale);
   for (Dtype dtype : {Dtype::f32, Dtype::bf16}) {
-    const auto actual = run_on(Device::cuda(), dtype, s, in, options);
+    const auto actual = run_on(Device::cuda(), dtype, s, in, options, grad_scale);
     for (std::size_t i = 0; i < exact.size(); ++i) {
       const std::string what = std::string(kResultNames[i]) + " " + name_of(dtype) + " B" + std::to_string(s.B) + " T" +
                                std::to_string(s.T) + " H" + std::to_string(s.H) + " Dk" + std::to_string(s.Dk) + " Dv" +
@@ -556,8 +558,9 @@ TEST("gla on CUDA agrees with the CPU at awkward lengths and widths, values and 
         Sizes{3, 63, 4, 16, 32}, Sizes{2, 64, 2, 64, 64}, Sizes{2, 65, 2, 64, 128}, Sizes{1, 129, 3, 128, 256}, Sizes{1, 100, 2, 100, 72},
         Sizes{1, 70, 2, 256, 512}, Sizes{1, 130, 2, 200, 48}, Sizes{1, 90, 1, 65, 250}, Sizes{200, 1, 2, 32, 64}, Sizes{1, 3000, 1, 32, 24},
         Sizes{1, 6000, 2, 64, 64}, Sizes{2, 1500, 4, 128, 256},
-        // whole chunks and slices, with few heads and with enough of them to fill a GPU
-        Sizes{2, 192, 3, 128, 256}, Sizes{1, 128, 2, 256, 64}, Sizes{24, 128, 3, 128, 256}, Sizes{1, 8192, 2, 64, 128}})
+        // whole chunks, with few heads and with enough of them to fill a GPU
+        Sizes{2, 192, 3, 128, 256}, Sizes{1, 128, 2, 256, 64}, Sizes{24, 128, 3, 128, 256}, Sizes{1, 8192, 2, 64, 128},
+        Sizes{2, 192, 3, 96, 192}, Sizes{1, 128, 2, 192, 128}, Sizes{1, 128, 3, 8, 64}, Sizes{1, 192, 2, 232, 64}})
     expect_parity(s, random_inputs(s, 300 + static_cast<uint64_t>(s.T), Dtype::f32));
 }
 
@@ -588,7 +591,7 @@ TEST("gla on CUDA agrees with the CPU at the smallest sizes: two segments of 128
 }
 
 TEST("gla on CUDA agrees with the CPU at the smallest sizes: whole chunks, mild and steep") {
-  expect_smallest_parity({{1, 64, 1, 64, 64}, {1, 64, 1, 128, 64}, {1, 64, 1, 256, 64}});
+  expect_smallest_parity({{1, 64, 1, 64, 64}, {1, 64, 1, 128, 64}, {1, 64, 1, 256, 64}, {1, 64, 2, 96, 64}, {1, 64, 1, 192, 64}});
   if (cuda_device_count() == 0) return;
   const test::EveryComparison every;
   const Sizes s{1, 64, 1, 64, 64};
@@ -652,7 +655,7 @@ TEST("gla on CUDA with gates of every size side by side") {
       {"all just steep", [](auto&) { return -0.6953; }},
       {"columns on both sides", [](auto& g) { return uniform(g, -1.4, 0); }},
       {"all 0", [](auto&) { return 0.0; }}};
-  for (const Sizes& s : {Sizes{1, 200, 2, 64, 64}, Sizes{1, 256, 2, 128, 64}}) {
+  for (const Sizes& s : {Sizes{1, 200, 2, 64, 64}, Sizes{1, 256, 2, 128, 64}, Sizes{1, 256, 2, 160, 64}}) {
     GlaInputs in = random_inputs(s, 320, Dtype::f32);
     for (const auto& [name, draw] : kinds) {
       draw_gates(in.gate, 321, draw);
@@ -672,7 +675,20 @@ TEST("gla on CUDA with gates of every size side by side") {
   }
 }
 
-TEST("gla on CUDA: whole chunks and slices of bf16 are told apart by how much they decay, others are not") {
+TEST("gla on CUDA: gradients of the size that training has keep their digits beside gates on both sides of the border") {
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  const SwitchScope scope = poison();
+  // A reciprocal of 2^-94 or 2^-120 would still be a number, but small gradients would be lost beside it.
+  for (const double alone : {-44.0, -45.0, -65.0, -83.0}) {
+    const Sizes s{1, 128, 2, 128, 64};
+    GlaInputs in = random_inputs(s, 323, Dtype::f32);
+    longhand::fill(in.gate, -0.001);
+    longhand::fill(in.gate.slice(1, 31, 32), alone);
+    expect_parity(s, in, kLogGates, "one gate of " + std::to_string(alone), 0x1p-30);
+  }
+}
+
+TEST("gla on CUDA: whole chunks of bf16 are told apart by how much they decay, others are not") {
   if (cuda_device_count() == 0) SKIP("no CUDA device");
   const auto tells = [](const Sizes& s, Dtype dtype, int64_t padding) {
     const auto keys = [&] { return Tensor::zeros(Device::cuda(), dtype, {s.B, s.T, s.H * s.Dk + padding}).slice(2, 0, s.H * s.Dk); };
@@ -690,8 +706,80 @@ TEST("gla on CUDA: whole chunks and slices of bf16 are told apart by how much th
   CHECK(tells({1, 64, 1, 256, 64}, Dtype::bf16, 0));
   CHECK_FALSE(tells({1, 64, 1, 64, 64}, Dtype::f32, 0));
   CHECK_FALSE(tells({1, 100, 1, 64, 64}, Dtype::bf16, 0));
-  CHECK_FALSE(tells({1, 64, 1, 96, 64}, Dtype::bf16, 0));
+  CHECK(tells({1, 64, 1, 96, 64}, Dtype::bf16, 0));  // heads of gla-125m
+  CHECK_FALSE(tells({1, 64, 1, 100, 64}, Dtype::bf16, 0));
   CHECK_FALSE(tells({1, 64, 1, 64, 64}, Dtype::bf16, 3));
+}
+
+TEST("gla on CUDA: squares do the chunks in which a column decays by more than 2^-64, and no others") {
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  const Device gpu = Device::cuda();
+  // Seen by bits: one token more, or a gradient less, and squares do all chunks. There are more chunks than blocks that look for steep
+  // ones.
+  constexpr int64_t kChunks = 37, T = 64 * kChunks, H = 9, Dv = 64;
+  for (const int64_t Dk : {128, 160, 192}) {
+    const int64_t slices = (Dk + 63) / 64;
+    CAPTURE(Dk);
+    GlaInputs in = random_inputs({1, T + 1, H, Dk, Dv}, 395, Dtype::bf16, false);
+    std::mt19937_64 generator(396);
+    std::vector<double> gates(static_cast<std::size_t>(in.gate.numel()));
+    for (double& gate : gates) gate = uniform(generator, -0.05, -0.001);
+    std::vector<bool> steep;  // [chunks, H, slices]
+    for (int64_t chunk = 0; chunk < kChunks; ++chunk)
+      for (int64_t h = 0; h < H; ++h) {
+        const auto kind = generator() % 5, column = generator() % static_cast<uint64_t>(Dk), token = generator() % 64;
+        for (uint64_t slice = 0; slice < static_cast<uint64_t>(slices); ++slice)
+          steep.push_back(kind % 2 == 0 && kind > 0 && slice == column / 64);
+        for (uint64_t i = 0; kind > 0 && i < 64; ++i) {  // one column decays by 2^-63.8 or 2^-64.2, evenly or at once
+          double& gate =
+              gates[((static_cast<uint64_t>(chunk) * 64 + i) * H + static_cast<uint64_t>(h)) * static_cast<uint64_t>(Dk) + column];
+          if (kind <= 2) gate = kind == 1 ? -0.69140625 : -0.6953125;
+          else gate = i != token ? 0 : kind == 3 ? -44.25 : -44.5;
+        }
+      }
+    in.gate = Tensor::from<double>(Device::cpu(), in.gate.shape(), gates).to(Dtype::bf16);
+    for (Tensor* t : {&in.q, &in.k, &in.v, &in.gate}) *t = t->to(gpu);
+    const GlaInputs whole = tokens(in, 0, T);
+    const GlaRule rule = rule_of(whole, kLogGates);
+    if (!on_device<decltype(gla_tells_mild_chunks_cuda)>(gpu, nullptr, LONGHAND_CUDA_IMPL(gla_tells_mild_chunks_cuda))(whole, rule))
+      SKIP("this build or GPU has no products of warpgroups");
+
+    const auto forward = on_device<decltype(gla_fwd_cuda)>(gpu, nullptr, LONGHAND_CUDA_IMPL(gla_fwd_cuda));
+    const GlaPrepared prepared = forward(whole, rule).prepared;
+    const auto scores = numbers(prepared.scores), by_squares = numbers(forward(in, rule).prepared.scores);
+    const auto backward_cuda = on_device<decltype(gla_bwd_cuda)>(gpu, nullptr, LONGHAND_CUDA_IMPL(gla_bwd_cuda));
+    const Tensor grad_o = random_tensor(gpu, Dtype::bf16, whole.v.shape(), 397);
+    const auto gradients = [&](bool of_gates) {
+      const auto make = [&] { return Tensor::empty(gpu, Dtype::bf16, whole.q.shape()); };
+      const GlaGradients out{make(), make(), {}, of_gates ? make() : Tensor(), {}};
+      backward_cuda(whole, rule, prepared, grad_o, {}, out);
+      return std::pair{numbers(out.q), numbers(out.k)};
+    };
+    const auto [grad_q, grad_k] = gradients(true);
+    const auto [grad_q_by_squares, grad_k_by_squares] = gradients(false);
+    const auto same = [](const std::vector<double>& a, const std::vector<double>& b, int64_t first, int64_t rows, int64_t row,
+                         int64_t width) {
+      bool all = true;
+      for (int64_t i = first; i < first + rows * row; i += row)
+        all = all && std::equal(a.begin() + i, a.begin() + i + width, b.begin() + i);
+      return all;
+    };
+    for (int64_t chunk = 0; chunk < kChunks; ++chunk)
+      for (int64_t h = 0; h < H; ++h) {
+        CAPTURE(chunk);
+        CAPTURE(h);
+        const int64_t unit = chunk * H + h;
+        const auto slice_is_steep = [&](int64_t slice) { return bool{steep[static_cast<std::size_t>(unit * slices + slice)]}; };
+        bool any_slice_is_steep = false;
+        for (int64_t slice = 0; slice < slices; ++slice) any_slice_is_steep = any_slice_is_steep || slice_is_steep(slice);
+        CHECK(same(scores, by_squares, unit * 64 * 64, 64, 64, 64) == any_slice_is_steep);
+        for (int64_t slice = 0; slice < slices; ++slice) {
+          const int64_t first = (chunk * 64 * H + h) * Dk + slice * 64, width = std::min<int64_t>(64, Dk - slice * 64);
+          CHECK(same(grad_q, grad_q_by_squares, first, 64, H * Dk, width) == slice_is_steep(slice));
+          CHECK(same(grad_k, grad_k_by_squares, first, 64, H * Dk, width) == slice_is_steep(slice));
+        }
+      }
+  }
 }
 
 TEST("gla on CUDA: a gate of minus infinity has no gradient and lets nothing through") {
