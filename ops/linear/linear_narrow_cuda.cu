@@ -6,7 +6,8 @@
 // floor   32768 x 16 -> 512, bf16: 35.7 MB / 4.0 TB/s = 9 us on an H200
 // split   a block of 8 warps an SM walks over tiles of 64 rows, the next one on its way. For grad x warp w has rows 16 * (w % 4) and half
 //         w / 4 of the sum, for the weight an eighth of its rows
-// needs   bf16, in = 16, out one of 256, 512, 1024, 16-byte copies
+// needs   bf16, in = 16, out a multiple of 8 from 136 to 1024, 16-byte copies. A tile has 256, 512 or 1024 columns; those behind out are
+//         zeros, which cost no bytes of memory
 // agrees  with products: f32 sums, one rounding of grad x
 // order   rows are dealt to blocks by the GPU's size, partial sums are added in a fixed order: fixed for a build and a GPU
 #include <algorithm>
@@ -28,34 +29,35 @@ struct NarrowArgs {
   void* grad_x;
   float *partial_weight, *partial_bias;  // [blocks, out, in], [blocks, out]
   int64_t rows, grad_y_stride, x_stride, weight_stride, grad_x_stride;
+  int out;
   float beta;  // of grad x
   bool wide;   // grad x is f32
 };
 
-template <int out>
+template <int columns>
 struct Layout {
-  static constexpr int stride = tile_stride<Bf16>(out), stages = out <= 512 ? 2 : 1;
+  static constexpr int stride = tile_stride<Bf16>(columns), stages = columns <= 512 ? 2 : 1;
   static constexpr int tile = kChunk * stride, x_tile = kChunk * kInStride, stage = tile + x_tile;  // elements
-  static constexpr int weight = stages * stage, total_bytes = (weight + out * kInStride) * 2 + kChunk * kIn * 4;
+  static constexpr int weight = stages * stage, total_bytes = (weight + columns * kInStride) * 2 + kChunk * kIn * 4;
 };
 
-template <int out>
+template <int columns>
 __global__ void __launch_bounds__(kThreads, 1) linear_narrow_bwd_kernel(const __grid_constant__ NarrowArgs a) {
-  using L = Layout<out>;
-  constexpr int own_tiles = out / 128;  // 16 rows of the weight each
+  using L = Layout<columns>;
+  constexpr int own_tiles = columns / 128;  // 16 rows of the weight each
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32, g = lane / 4, quad = lane % 4;
   const int row_tile = 16 * (warp % 4), half = warp / 4;
   Bf16* const tiles = reinterpret_cast<Bf16*>(shared_memory());
   Bf16* const weight = tiles + L::weight;
-  float* const other_half = reinterpret_cast<float*>(weight + out * kInStride);  // [64][in]
+  float* const other_half = reinterpret_cast<float*>(weight + columns * kInStride);  // [64][in]
 
-  for (int u = thread; u < out * kIn / 8; u += kThreads)
-    copy_16_async(weight + u / 2 * kInStride + u % 2 * 8, a.weight + u / 2 * a.weight_stride + u % 2 * 8);
+  for (int u = thread; u < columns * kIn / 8; u += kThreads)
+    copy_16_or_zero_async(weight + u / 2 * kInStride + u % 2 * 8, a.weight + u / 2 * a.weight_stride + u % 2 * 8, u / 2 < a.out);
   const int64_t count = (a.rows + kChunk - 1) / kChunk;
   const auto fetch = [&](int64_t at, int stage) {
     const int rows = static_cast<int>(std::min<int64_t>(a.rows - at * kChunk, kChunk));
     Bf16* const to = tiles + stage * L::stage;
-    load_chunk_tile<out, kThreads>(to, a.grad_y + at * kChunk * a.grad_y_stride, a.grad_y_stride, rows, out, true, thread);
+    load_chunk_tile<columns, kThreads>(to, a.grad_y + at * kChunk * a.grad_y_stride, a.grad_y_stride, rows, a.out, true, thread);
     if (thread < 2 * kChunk)
       copy_16_or_zero_async(to + L::tile + thread / 2 * kInStride + thread % 2 * 8,
                             a.x + (at * kChunk + thread / 2) * a.x_stride + thread % 2 * 8, thread / 2 < rows);
@@ -86,8 +88,8 @@ __global__ void __launch_bounds__(kThreads, 1) linear_narrow_bwd_kernel(const __
     float grad_x[2][4];
     clear(grad_x);
 #pragma unroll 4
-    for (int k16 = 0; k16 < out / 32; ++k16) {
-      const int column = half * (out / 2) + 16 * k16;
+    for (int k16 = 0; k16 < columns / 32; ++k16) {
+      const int column = half * (columns / 2) + 16 * k16;
       multiply<Stored::as_is, 1>(grad_x, Left<Bf16>::load<Stored::as_is>(grad_y + row_tile * L::stride + column, L::stride),
                                  weight + column * kInStride, kInStride);
     }
@@ -95,7 +97,8 @@ __global__ void __launch_bounds__(kThreads, 1) linear_narrow_bwd_kernel(const __
     for (int k16 = 0; k16 < kChunk / 16; ++k16)
 #pragma unroll
       for (int m = 0; m < own_tiles; ++m) {
-        const Left<Bf16> left = Left<Bf16>::load<Stored::transposed>(grad_y + 16 * k16 * L::stride + warp * (out / 8) + 16 * m, L::stride);
+        const Left<Bf16> left =
+            Left<Bf16>::load<Stored::transposed>(grad_y + 16 * k16 * L::stride + warp * (columns / 8) + 16 * m, L::stride);
         multiply<Stored::as_is, 1>(grad_weight[m], left, x + 16 * k16 * kInStride, kInStride);
         multiply_bf16(grad_bias[m], left.r, ones, ones);
       }
@@ -135,7 +138,9 @@ __global__ void __launch_bounds__(kThreads, 1) linear_narrow_bwd_kernel(const __
   for (int m = 0; m < own_tiles; ++m)
 #pragma unroll
     for (int lower = 0; lower < 2; ++lower) {
-      const int64_t row = int64_t{blockIdx.x} * out + warp * (out / 8) + 16 * m + g + 8 * lower;
+      const int of_weight = warp * (columns / 8) + 16 * m + g + 8 * lower;
+      if (of_weight >= a.out) continue;
+      const int64_t row = int64_t{blockIdx.x} * a.out + of_weight;
 #pragma unroll
       for (int n8 = 0; n8 < 2; ++n8)
         store_two(a.partial_weight + row * kIn + 8 * n8 + 2 * quad, grad_weight[m][n8][2 * lower], grad_weight[m][n8][2 * lower + 1], true,
@@ -157,10 +162,10 @@ void sum_into(const Tensor& partials, const Accumulation& target) {
   target.beta == 0 ? copy(to, sum) : add_scaled(to, sum.to(to.dtype()));
 }
 
-template <int out>
+template <int columns>
 void backward(const NarrowGradients& n) {
   const CudaContext& context = n.grad_y.device().cuda_context();
-  const int64_t rows = n.grad_y.dim(0), blocks = std::min<int64_t>((rows + kChunk - 1) / kChunk, context.sm_count);
+  const int64_t rows = n.grad_y.dim(0), out = n.weight.dim(0), blocks = std::min<int64_t>((rows + kChunk - 1) / kChunk, context.sm_count);
   const Tensor partial_weight = Tensor::empty(n.grad_y.device(), Dtype::f32, {blocks, out * kIn}),
                partial_bias = Tensor::empty(n.grad_y.device(), Dtype::f32, {blocks, out});
   const Tensor x = moves_by_packs(n.x) ? n.x : n.x.clone();
@@ -179,11 +184,12 @@ void backward(const NarrowGradients& n) {
                         x.stride(0),
                         n.weight.stride(0),
                         grad_x.stride(0),
+                        static_cast<int>(out),
                         in_place ? static_cast<float>(n.grad_x.beta) : 0.0f,
                         grad_x.dtype() == Dtype::f32};
   if (blocks > 0)
-    launch(&linear_narrow_bwd_kernel<out>, "linear_narrow_bwd_kernel", dim3(static_cast<unsigned>(blocks)), dim3(kThreads),
-           static_cast<size_t>(Layout<out>::total_bytes), context, args);
+    launch(&linear_narrow_bwd_kernel<columns>, "linear_narrow_bwd_kernel", dim3(static_cast<unsigned>(blocks)), dim3(kThreads),
+           static_cast<size_t>(Layout<columns>::total_bytes), context, args);
   if (!in_place) n.grad_x.beta == 0 ? copy(to, grad_x) : add_scaled(to, grad_x);
   sum_into(partial_weight, n.grad_weight);
   sum_into(partial_bias, n.grad_bias);
@@ -193,19 +199,13 @@ void backward(const NarrowGradients& n) {
 
 bool linear_narrow_fits_cuda(const Tensor& grad_y, const Tensor& weight) {
   const int64_t out = weight.dim(0);
-  return weight.dim(1) == kIn && (out == 256 || out == 512 || out == 1024) && moves_by_packs(grad_y) && moves_by_packs(weight) &&
+  return weight.dim(1) == kIn && out % 8 == 0 && out > 128 && out <= 1024 && moves_by_packs(grad_y) && moves_by_packs(weight) &&
          Layout<1024>::total_bytes <= weight.device().cuda_context().shared_memory_per_block;
 }
 
 void linear_narrow_bwd_cuda(const NarrowGradients& n) {
-  switch (n.weight.dim(0)) {
-    case 256:
-      return backward<256>(n);
-    case 512:
-      return backward<512>(n);
-    default:
-      return backward<1024>(n);
-  }
+  const int64_t out = n.weight.dim(0);
+  out <= 256 ? backward<256>(n) : out <= 512 ? backward<512>(n) : backward<1024>(n);
 }
 
 }  // namespace longhand

@@ -9,6 +9,7 @@
 #include "autograd/tape.h"
 #include "core/error.h"
 #include "core/switches.h"
+#include "ops/linear/linear_kernels.h"
 #include "tests/support/check.h"
 
 using namespace longhand;
@@ -168,9 +169,9 @@ TEST("linear: CUDA agrees with the CPU where a narrow input's gradients are form
   const Device cpu = Device::cpu(), gpu = Device::cuda();
   constexpr int64_t in = 16;
   for (const int64_t rows : {0, 1, 63, 64, 200, 20000})
-    for (const int64_t out : {256, 512, 1024})
+    for (const int64_t out : {128, 136, 256, 384, 512, 768, 1000, 1024, 1280})  // the first and the last by products
       for (const int64_t beside : {48, 3}) {  // columns of the projection in front of x: rows that move by 16 bytes, and others
-        if (rows == 20000 && (out != 512 || beside != 48)) continue;
+        if (rows == 20000 && ((out != 512 && out != 384 && out != 768) || beside != 48)) continue;
         const Tensor wide = random_tensor(cpu, Dtype::bf16, {1, rows, beside + in}, 1);
         const Tensor w = random_tensor(cpu, Dtype::bf16, {out, in}, 2), g = random_tensor(cpu, Dtype::bf16, {1, rows, out}, 4);
         const Tensor bias = random_tensor(cpu, Dtype::bf16, {out}, 3).to(Dtype::f32);
@@ -192,4 +193,20 @@ TEST("linear: CUDA agrees with the CPU where a narrow input's gradients are form
                          std::string(names[i]) + (twice ? ", twice, " : ", ") + wide.describe() + " out " + std::to_string(out));
         }
       }
+}
+
+TEST("linear: on CUDA one pass forms a narrow input's gradients for 16 inputs and 136 to 1024 outputs, products do for others") {
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  const Device gpu = Device::cuda();
+  const auto one_pass = [&](int64_t in, int64_t out, Dtype dtype = Dtype::bf16, int64_t padding = 0) {
+    const Tensor grad_y = Tensor::zeros(gpu, dtype, {3, out + padding}).slice(1, 0, out), weight = Tensor::zeros(gpu, dtype, {out, in});
+    return on_device<decltype(linear_narrow_fits_cuda)>(gpu, nullptr, LONGHAND_CUDA_IMPL(linear_narrow_fits_cuda))(grad_y, weight);
+  };
+  if (!one_pass(16, 512)) SKIP("this GPU has too little shared memory a block");
+  for (const int64_t out : {136, 256, 384, 768, 1024}) CHECK(one_pass(16, out));  // keys of all heads of GLA's recipes of 45m to 1.3b
+  for (const int64_t out : {16, 128, 260, 1032, 1280}) CHECK_FALSE(one_pass(16, out));
+  for (const int64_t in : {8, 15, 24, 32}) CHECK_FALSE(one_pass(in, 512));
+  CHECK_FALSE(one_pass(16, 512, Dtype::f32));
+  CHECK(one_pass(16, 512, Dtype::bf16, 8));
+  CHECK_FALSE(one_pass(16, 512, Dtype::bf16, 4));
 }
