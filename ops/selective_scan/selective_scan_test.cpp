@@ -500,10 +500,41 @@ TEST("selective_scan on CUDA: without D, z or h0, large steps, very small steps"
     expect_cuda_parity({s, given});
 }
 
+TEST("selective_scan on CUDA: gradients that nobody wants are left out, and the others are the same") {
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  const SwitchScope scope = poison();
+  const SelectiveScanInputs in = random_inputs({1, 70, 64, 16}, 84, {}, Dtype::f32);
+  for (const Dtype dtype : {Dtype::f32, Dtype::bf16}) {
+    const auto gradients = [&](std::size_t unwanted) {
+      SelectiveScanInputs all = in;
+      std::vector<Variable> v;
+      for (Tensor* t : members(all)) {
+        const bool activation = t == &all.x || t == &all.dt || t == &all.B_t || t == &all.C_t || t == &all.z;
+        const Tensor there = (activation ? t->to(dtype) : *t).to(Device::cuda());
+        v.push_back(v.size() == unwanted ? Variable(there) : Variable::leaf(there));
+      }
+      const auto [y, h_T] = run(v);
+      backward({y}, {random_tensor(Device::cuda(), dtype, y.shape(), 1)});
+      return v;
+    };
+    const auto whole = gradients(kInputs);
+    for (std::size_t unwanted = 0; unwanted < kInputs; ++unwanted) {
+      const auto part = gradients(unwanted);
+      for (std::size_t i = 0; i < kInputs; ++i)
+        if (i != unwanted)
+          expect_close(numbers(part[i].grad()), numbers(whole[i].grad()),
+                       dtype == Dtype::f32 ? kSelectiveScanToleranceF32 : test::kBf16Rounding, 1e-30,
+                       std::string(kNames[i]) + " without " + kNames[unwanted] + " " + name_of(dtype));
+    }
+  }
+}
+
 TEST("selective_scan on CUDA in segments: a long sequence of few channels") {
   if (cuda_device_count() == 0) SKIP("no CUDA device");
   const SwitchScope scope = poison();
-  for (const Sizes& s : {Sizes{1, 3000, 16, 16}, Sizes{2, 1025, 70, 16}, Sizes{1, 5000, 5, 24}, Sizes{1, 2048, 8, 130}})
+  // The last has more segments than are connected at a time.
+  for (const Sizes& s :
+       {Sizes{1, 3000, 16, 16}, Sizes{2, 1025, 70, 16}, Sizes{1, 5000, 5, 24}, Sizes{1, 2048, 8, 130}, Sizes{1, 70'000, 3, 4}})
     expect_cuda_parity({s, {}, 0, -0.5});
   // Whole blocks of channels, whose inputs and gradients travel 16 bytes at a time; from wider rows, too.
   for (int64_t padding : {0, 8, 3}) expect_cuda_parity({Sizes{2, 1100, 192, 16}, {}, padding, -0.5});
