@@ -24,7 +24,7 @@ ProductCut cut_product(const ProductSizes& p, const GpuSizes& gpu) {
     return blocks() <= gpu.multiprocessors ? whole : (whole - kStatic - kOfTheSystem) / 2;
   };
   while (rows_log2 > kTileLog2 &&
-         (shared_bytes(p, rows(), kTokenStepRows, p.width, kProductWarps) > room() || blocks() < gpu.multiprocessors / 2))
+         (shared_bytes(p, rows(), kTokenStepRows, p.width, 2 * kProductWarps) > room() || blocks() < gpu.multiprocessors / 2))
     --rows_log2;
   const auto bytes = [&](int warps) { return shared_bytes(p, rows(), p.batch, p.floats_ahead, warps); };
   const auto fits = [&] { return bytes(2 * kProductWarps) + kStatic <= gpu.shared_memory_per_block; };
