@@ -2,7 +2,7 @@
 // C^T = op(B)^T op(A)^T: the operands change places and keep their transpositions.
 // The algorithm for a shape is what cuBLASLt's heuristics name first for it, or by a rule another that they name (choose()), asked once and
 // kept with the device: no timing decides, so every run takes the same one. Split sums, where it chooses them, are added up in f32.
-// It may choose them only where the summed index is a multiple of 128: of other lengths cuBLASLt 13.0 can lose the rows behind the last
+// It may choose them only where the summed index is a multiple of 128: of other lengths cuBLASLt 13.1 can lose the rows behind the last
 // multiple (256 x 64 with k = 16897 or 32769 on an H200).
 #include <fmt/core.h>
 

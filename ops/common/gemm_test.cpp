@@ -174,7 +174,7 @@ TEST("gemm: CUDA sums over many rows are whole, whatever their number") {
     }
 }
 
-TEST("gemm: CUDA agrees with the CPU where products are large: few terms in many tiles have an algorithm of their own") {
+TEST("gemm: CUDA agrees with the CPU where products are large, of few terms in many tiles and of others") {
   if (cuda_device_count() == 0) SKIP("no CUDA device");
   struct Case {
     Sizes sizes;

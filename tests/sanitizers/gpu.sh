@@ -90,7 +90,7 @@ one() {
     page && /cuMemSetAccess/ {cause = 1}
     /^=========  *$/ {page = 0} END {print known + cause}' "$file")
   [ "$tool" = memcheck ] && [ "$all" -eq "$known" ] && [ "$rc" = 99 ] && rc=0
-  grep -q 'terminated before first instrumented API call' "$file" && no_gpu=1 rc=0
+  [ -x "$build/$program" ] && grep -q 'terminated before first instrumented API call' "$file" && no_gpu=1 rc=0
   verdict=REPORTS
   case $rc in
     0)
