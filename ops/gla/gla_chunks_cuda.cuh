@@ -20,7 +20,7 @@ constexpr float kLog2OfNothing = -126.0f;  // below, exp2_approx gives 0
 struct SteepSearch {
   static constexpr int kMost = 64;  // pieces a block
   const float* decay = nullptr;     // [units, D]; null: every piece is treated
-  int64_t pieces = 0;               // `slices` of a unit, of as many columns
+  int64_t pieces = 0;               // units times slices; a slice has `columns` of a unit's D
   int D = 0, slices = 1, columns = 0, per_block = 1;
 
   static SteepSearch of_all(int64_t pieces) { return {nullptr, pieces}; }
@@ -80,7 +80,7 @@ struct GlaChunkBwdArgs {
   SteepSearch search;
 };
 
-/// Whether kernels for mild chunks can run: on this GPU, in this build, for these shapes (whole chunks and slices, 16-byte copies).
+/// Whether kernels for mild chunks can run: on this GPU, in this build, for these shapes (whole chunks, 16-byte copies).
 bool gla_prepare_has_mild(const GlaPrepareArgs<Bf16>& args, const CudaContext& context);
 void launch_gla_prepare_mild(const GlaPrepareArgs<Bf16>& args, int64_t units, const CudaContext& context);
 bool gla_chunk_bwd_has_mild(const GlaChunkBwdArgs<Bf16>& args, const CudaContext& context);

@@ -1,4 +1,7 @@
 // swiglu_mlp: the position-wise network as three ops, or as one node around products that have swiglu in their epilogues.
+#include <string>
+#include <vector>
+
 #include "autograd/late_value.h"
 #include "autograd/recompute.h"
 #include "autograd/tape.h"
@@ -15,22 +18,23 @@
 namespace longhand {
 namespace {
 
-void require_mlp_args(const Tensor& x, const Tensor& gate_up, const Tensor& down) {
+std::string described(const Variable& v) {
+  if (!v.value().defined()) return "undefined";
+  return v.value().describe() + (v.name().empty() ? "" : " \"" + v.name() + "\"");
+}
+
+void require_mlp_args(const Variable& x_in, const Variable& gate_up_in, const Variable& down_in) {
+  const Tensor &x = x_in.value(), &gate_up = gate_up_in.value(), &down = down_in.value();
+  const auto fields = [&](const char* expected) -> std::vector<ErrorRow> {
+    return {{"x", described(x_in)}, {"gate_up", described(gate_up_in)}, {"down", described(down_in)}, {"expected", expected}};
+  };
   if (!x.defined() || x.rank() < 1 || !gate_up.defined() || gate_up.rank() != 2 || gate_up.dim(1) != x.dim(-1) || gate_up.dim(0) % 2 != 0 ||
       !down.defined() || down.rank() != 2 || 2 * down.dim(1) != gate_up.dim(0))
-    throw ShapeError("swiglu_mlp: x, gate_up and down do not fit together",
-                     {{"x", x.defined() ? x.describe() : "undefined"},
-                      {"gate_up", gate_up.defined() ? gate_up.describe() : "undefined"},
-                      {"down", down.defined() ? down.describe() : "undefined"},
-                      {"expected", "x [.., in], gate_up [2 E, in], down [out, E]"}});
-  for (const Tensor* weight : {&gate_up, &down}) {
-    if (weight->dtype() != x.dtype())
-      throw DtypeError("swiglu_mlp: x and the weights must have one dtype",
-                       {{"x", x.describe()}, {"gate_up", gate_up.describe()}, {"down", down.describe()}});
-    if (!(weight->device() == x.device()))
-      throw DeviceError("swiglu_mlp: x and the weights are on different devices",
-                        {{"x", x.describe()}, {"gate_up", gate_up.describe()}, {"down", down.describe()}});
-  }
+    throw ShapeError("swiglu_mlp: x, gate_up and down do not fit together", fields("x [.., in], gate_up [2 E, in], down [out, E]"));
+  if (gate_up.dtype() != x.dtype() || down.dtype() != x.dtype())
+    throw DtypeError("swiglu_mlp: x and the weights have different dtypes", fields("one dtype"));
+  if (!(gate_up.device() == x.device() && down.device() == x.device()))
+    throw DeviceError("swiglu_mlp: x and the weights are on different devices", fields("one device"));
 }
 
 struct Hidden {
@@ -105,7 +109,7 @@ bool has_products(const Tensor& x, const Tensor& gate_up, const Tensor& down) {
 
 Variable swiglu_mlp(const Variable& x, const Variable& gate_up, const Variable& down) {
   const Tensor w = gate_up.value(), w_down = down.value();  // [2 E, in], [out, E]
-  require_mlp_args(x.value(), w, w_down);
+  require_mlp_args(x, gate_up, down);
   const int64_t E = w_down.dim(1);
   if (!has_products(x.value(), w, w_down)) {
     const auto parts = split(linear(x, gate_up), {E, E});

@@ -337,4 +337,9 @@ TEST("swiglu_mlp names what does not fit") {
     CHECK(text.find("[6, 6]") != std::string::npos);
     CHECK(text.find("[6, 4]") != std::string::npos);
   }
+  try {
+    swiglu_mlp(x, gate_up, Variable::leaf(down.to(Dtype::f32), "mlp.down_proj.weight"));
+  } catch (const DtypeError& e) {
+    CHECK(std::string(e.what()).find("\"mlp.down_proj.weight\"") != std::string::npos);
+  }
 }

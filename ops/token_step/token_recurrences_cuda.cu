@@ -4,7 +4,7 @@
 // moves   the state in and out once: 8*H*P*N bytes a row (2.1 MB at H 32, P 64, N 128)
 // split   mamba1: four lanes a channel, which share N and the columns of dt's projection
 //         mamba2: a block owns 64 channels (16) of one head of one row, a warp four of them; lanes share N. The convolution of B and C is
-//                 computed again by every block; its inputs and silu(z) are dealt to the threads, dt to one that has none of them
+//                 computed again by every block; its inputs and silu(z) are dealt to the threads, dt to one that has the fewest
 //         many    blocks stay and take state after state (one head of one row), which the copy engine brings to shared memory and takes
 //         rows:   from there: two are on their way while one is at work. The same sums
 //         gla:    a block owns 16 columns of the state of one head of one row; a thread has a quad of columns of every 32nd key
