@@ -24,14 +24,15 @@ import peers
 
 LENGTH, WARM_STEPS, STEPS = 2048, 3, 8
 
-# d_model, layers, vocabulary, rows of a batch, memory in GiB that longhand's recomputation is planned for (its targets), 0: not planned
+# d_model, layers, vocabulary, rows of a step; memory in GiB that longhand's recomputation is planned for (its targets), 0: not planned, and
+# the parts of a step then
 MODELS = {
-    "mamba2-130m": (768, 24, 50288, (16,), 15),
-    "gla-340m": (1024, 24, 32000, (16,), 0),
-    "mamba2-370m": (1024, 48, 50288, (8,), 16),
-    "mamba1-130m": (768, 24, 50288, (16,), 15),
-    "mamba2-45m": (512, 12, 50288, (16, 2), 0),
-    "mamba1-45m": (512, 12, 50288, (16,), 0),
+    "mamba2-130m": (768, 24, 50288, (16,), 15, 1),
+    "gla-340m": (1024, 24, 32000, (16,), 19.5, 2),
+    "mamba2-370m": (1024, 48, 50288, (8,), 16, 1),
+    "mamba1-130m": (768, 24, 50288, (16,), 15, 1),
+    "mamba2-45m": (512, 12, 50288, (16, 2), 0, 1),
+    "mamba1-45m": (512, 12, 50288, (16,), 0, 1),
 }
 WAYS = {"autocast": "f32 weights, autocast", "bf16": "bf16 weights and moments"}
 
@@ -40,7 +41,7 @@ def mamba_model(name, layers):
     from mamba_ssm.models.config_mamba import MambaConfig
     from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
 
-    d, _, vocab, _, _ = MODELS[name]
+    d, _, vocab, *_ = MODELS[name]
     layer = "Mamba2" if name.startswith("mamba2") else "Mamba1"
     model = MambaLMHeadModel(MambaConfig(d_model=d, n_layer=layers, vocab_size=vocab, ssm_cfg={"layer": layer}, rms_norm=True,
                                          residual_in_fp32=True, fused_add_norm=True, tie_embeddings=True))
@@ -50,7 +51,7 @@ def mamba_model(name, layers):
 def gla_model(name, layers):
     import fla.models.gla as gla
 
-    d, _, vocab, _, _ = MODELS[name]
+    d, _, vocab, *_ = MODELS[name]
     model = gla.GLAForCausalLM(gla.GLAConfig(hidden_size=d, num_hidden_layers=layers, num_heads=4, vocab_size=vocab,
                                              tie_word_embeddings=False, use_cache=False))
     return model, lambda tokens: model.model(tokens, use_cache=False)[0], model.lm_head
@@ -142,11 +143,12 @@ def time_peer(name, rows, way, tuning):
 
 
 def time_longhand(args, name, rows):
-    gib = MODELS[name][4]
-    plans = [["train.recompute=none"], ["train.recompute=auto", f"train.memory_gib={gib}"]]
+    gib, parts = MODELS[name][4:]
+    plans = [["train.grad_accumulation=1", "train.recompute=none"],
+             [f"train.grad_accumulation={parts}", "train.recompute=auto", f"train.memory_gib={gib}"]]
     for plan in plans if gib else plans[:1]:
-        command = [args.longhand.resolve(), "bench", "train", args.recipes / f"{name}.toml", "--batch", str(rows), "--steps", str(STEPS)]
-        for setting in (f"train.length={LENGTH}", *plan):
+        command = [args.longhand.resolve(), "bench", "train", args.recipes / f"{name}.toml", "--steps", str(STEPS)]
+        for setting in (f"train.length={LENGTH}", f"train.batch_size={rows}", *plan):
             command += ["--set", setting]
         out = subprocess.run(command, capture_output=True, text=True)
         print("longhand  " + (out.stdout.strip().splitlines()[-1] if out.returncode == 0 else out.stderr.strip()), flush=True)
