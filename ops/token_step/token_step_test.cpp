@@ -279,6 +279,7 @@ TEST("token step: the middle of a Mamba-2 layer agrees with convolution and ssd,
                    window = random_tensor(gpu, dtype, {c.B, c.W - 1, C}, 7);
       Tensor expected_state = state.clone(), expected_window = window.clone();
       for (uint64_t token = 0; token < 5; ++token) {
+        if (token > 0 && is_left_out()) break;  // every case has its first token
         const Tensor projected = random_tensor(gpu, dtype, {c.B, inner + C + c.H}, 20 + token);
         const Tensor now = projected.slice(1, inner, inner + C), y = Tensor::empty(gpu, dtype, {c.B, inner}), gated_state = state.clone();
         const auto last = [&](const Tensor& t) { return t.slice(0, c.B - 1, c.B); };
