@@ -1,6 +1,7 @@
 // Large random inputs for benchmarks, made quickly.
 #pragma once
 #include <algorithm>
+#include <vector>
 
 #include "autograd/gradcheck.h"
 
@@ -20,5 +21,20 @@ inline Tensor repeated_random_tensor(const Device& device, Dtype dtype, Shape sh
   }
   return whole;
 }
+
+/// Inputs that want a gradient and gradients of outputs, several sets of them on a GPU, so that L2 holds none.
+struct BenchInputs {
+  std::vector<Variable> xs;
+  std::vector<Tensor> grads;
+
+  BenchInputs(const Device& device, Dtype dtype, const Shape& x, const Shape& grad) {
+    for (int i = 0; i < (device.is_cuda() ? 3 : 1); ++i) {
+      const auto seed = static_cast<uint64_t>(i) * 10;
+      xs.push_back(Variable::leaf(repeated_random_tensor(device, dtype, x, seed + 1)));
+      grads.push_back(repeated_random_tensor(device, dtype, grad, seed + 2));
+    }
+  }
+  int sets() const { return static_cast<int>(xs.size()); }
+};
 
 }  // namespace longhand

@@ -25,6 +25,18 @@ __device__ __forceinline__ void barrier_expect(uint64_t* barrier, unsigned bytes
 __device__ __forceinline__ void publish_barriers() {
   asm volatile("fence.mbarrier_init.release.cluster;\n fence.proxy.async;" ::: "memory");
 }
+/// By a whole block: the barriers of `stages` places in shared memory that one thread has filled and `workers` warps empty.
+template <int stages>
+__device__ __forceinline__ void create_ring(uint64_t* full, uint64_t* empty, int workers) {
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < stages; ++stage) {
+      barrier_create(&full[stage], 1);
+      barrier_create(&empty[stage], workers);
+    }
+    publish_barriers();
+  }
+  __syncthreads();
+}
 
 /// The box whose first element is (row, column).
 __device__ __forceinline__ void copy_box_async(void* to_shared, const CUtensorMap* boxes, int row, int column, uint64_t* barrier) {

@@ -103,14 +103,7 @@ __global__ void __launch_bounds__(kThreads, 1) cross_entropy_exponentials_kernel
   unsigned char* const memory = shared_memory() + (0u - shared_address(shared_memory())) % kPanelAlignment;
   uint64_t *const full = reinterpret_cast<uint64_t*>(memory + kBarriersPlace), *const empty = full + kStages;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp;
-  if (thread == 0) {
-    for (int stage = 0; stage < kStages; ++stage) {
-      barrier_create(&full[stage], 1);              // the thread that fetches
-      barrier_create(&empty[stage], kWorkerWarps);  // warps that work
-    }
-    publish_barriers();
-  }
-  __syncthreads();
+  create_ring<kStages>(full, empty, kWorkerWarps);
 
   const int tiles = a.row_tiles * a.column_tiles, slices = (a.features + kTileFeatures - 1) / kTileFeatures;
   unsigned n = 0;  // slices so far

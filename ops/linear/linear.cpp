@@ -3,6 +3,7 @@
 #include "ops/linear/linear.h"
 
 #include "autograd/aligned_rows.h"
+#include "autograd/describe.h"
 #include "autograd/late_value.h"
 #include "autograd/recompute.h"
 #include "autograd/tape.h"
@@ -18,11 +19,9 @@ void require_linear_args(const Variable& x, const Variable& weight, const Variab
   const Tensor& w = weight.value();
   if (x.value().rank() < 1 || w.rank() != 2 || w.dim(1) != x.value().dim(-1))
     throw ShapeError("linear: weight does not fit the last axis of x",
-                     {{"x", x.value().describe()},
-                      {"weight", w.describe() + (weight.name().empty() ? "" : " \"" + weight.name() + "\"")},
-                      {"expected", "x [.., in], weight [out, in]"}});
+                     {{"x", x.value().describe()}, {"weight", describe(weight)}, {"expected", "x [.., in], weight [out, in]"}});
   if (w.dtype() != x.value().dtype())
-    throw DtypeError("linear: x and weight must have one dtype", {{"x", x.value().describe()}, {"weight", w.describe()}});
+    throw DtypeError("linear: x and weight must have one dtype", {{"x", x.value().describe()}, {"weight", describe(weight)}});
   if (!bias) return;
   const Tensor& b = bias.value();
   if (b.rank() != 1 || b.dim(0) != w.dim(0))

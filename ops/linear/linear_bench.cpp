@@ -14,22 +14,15 @@ struct Case {
 };
 
 BenchCase make_case(const Device& device, Dtype dtype, const Case& c) {
-  const int sets = device.is_cuda() ? 3 : 1;
-  std::vector<Variable> xs;
-  std::vector<Tensor> grads;
-  for (int i = 0; i < sets; ++i) {
-    const auto seed = static_cast<uint64_t>(i) * 10;
-    xs.push_back(Variable::leaf(repeated_random_tensor(device, dtype, {c.rows, c.in}, seed + 1)));
-    grads.push_back(repeated_random_tensor(device, dtype, {c.rows, c.out}, seed + 2));
-  }
+  const BenchInputs inputs(device, dtype, {c.rows, c.in}, {c.rows, c.out});
   const Variable weight =
       Variable::parameter(random_tensor(device, dtype, {c.out, c.in}, 3, 0.05), Tensor::zeros(device, Dtype::f32, {c.out, c.in}), "weight");
   BenchCase bench;
   bench.shape = std::to_string(c.rows) + " x " + std::to_string(c.in) + " -> " + std::to_string(c.out);
   bench.products = true;
-  bench.input_sets = sets;
+  bench.input_sets = inputs.sets();
   bench.run = [=](int set, bool with_backward) {
-    const Variable& x = xs[static_cast<std::size_t>(set)];
+    const Variable& x = inputs.xs[static_cast<std::size_t>(set)];
     if (!with_backward) {
       const NoGrad no_grad;
       linear(x, weight);
@@ -37,7 +30,7 @@ BenchCase make_case(const Device& device, Dtype dtype, const Case& c) {
     }
     x.clear_grad();
     weight.clear_grad();
-    backward({linear(x, weight)}, {grads[static_cast<std::size_t>(set)]});
+    backward({linear(x, weight)}, {inputs.grads[static_cast<std::size_t>(set)]});
   };
   const auto size = static_cast<double>(size_of(dtype)), rows = static_cast<double>(c.rows), in = static_cast<double>(c.in),
              out = static_cast<double>(c.out);

@@ -10,8 +10,8 @@ struct NarrowGradients {
   Accumulation grad_x, grad_weight, grad_bias;
 };
 
-/// Whether the kernel takes these shapes: bf16, in = 16, out a multiple of 8 from 136 to 1024, rows of grad_y and weight that may be moved by
-/// 16 bytes. Where it does not, linear forms the gradients by three products, as on a CPU.
+/// Whether the kernel takes these shapes: bf16, in = 16, out a multiple of 8 from 136 to 1024, rows of grad_y and weight that may be moved
+/// by 16 bytes. Where it does not, linear forms the gradients by three products, as on a CPU.
 bool linear_narrow_fits_cuda(const Tensor& grad_y, const Tensor& weight);
 void linear_narrow_bwd_cuda(const NarrowGradients&);
 

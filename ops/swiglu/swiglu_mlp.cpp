@@ -1,7 +1,7 @@
 // swiglu_mlp: the position-wise network as three ops, or as one node around products that have swiglu in their epilogues.
-#include <string>
 #include <vector>
 
+#include "autograd/describe.h"
 #include "autograd/late_value.h"
 #include "autograd/recompute.h"
 #include "autograd/tape.h"
@@ -18,15 +18,10 @@
 namespace longhand {
 namespace {
 
-std::string described(const Variable& v) {
-  if (!v.value().defined()) return "undefined";
-  return v.value().describe() + (v.name().empty() ? "" : " \"" + v.name() + "\"");
-}
-
 void require_mlp_args(const Variable& x_in, const Variable& gate_up_in, const Variable& down_in) {
   const Tensor &x = x_in.value(), &gate_up = gate_up_in.value(), &down = down_in.value();
   const auto fields = [&](const char* expected) -> std::vector<ErrorRow> {
-    return {{"x", described(x_in)}, {"gate_up", described(gate_up_in)}, {"down", described(down_in)}, {"expected", expected}};
+    return {{"x", describe(x_in)}, {"gate_up", describe(gate_up_in)}, {"down", describe(down_in)}, {"expected", expected}};
   };
   if (!x.defined() || x.rank() < 1 || !gate_up.defined() || gate_up.rank() != 2 || gate_up.dim(1) != x.dim(-1) || gate_up.dim(0) % 2 != 0 ||
       !down.defined() || down.rank() != 2 || 2 * down.dim(1) != gate_up.dim(0))

@@ -10,14 +10,7 @@ namespace longhand {
 namespace {
 
 BenchCase make_case(const Device& device, Dtype dtype, int64_t rows, int64_t in, int64_t width) {
-  const int sets = device.is_cuda() ? 3 : 1;
-  std::vector<Variable> xs;
-  std::vector<Tensor> grads;
-  for (int i = 0; i < sets; ++i) {
-    const auto seed = static_cast<uint64_t>(i) * 10;
-    xs.push_back(Variable::leaf(repeated_random_tensor(device, dtype, {rows, in}, seed + 1)));
-    grads.push_back(repeated_random_tensor(device, dtype, {rows, in}, seed + 2));
-  }
+  const BenchInputs inputs(device, dtype, {rows, in}, {rows, in});
   const auto parameter = [&](Shape shape, uint64_t seed, const char* name) {
     return Variable::parameter(random_tensor(device, dtype, shape, seed, 0.03), Tensor::zeros(device, Dtype::f32, shape), name);
   };
@@ -25,9 +18,9 @@ BenchCase make_case(const Device& device, Dtype dtype, int64_t rows, int64_t in,
   BenchCase bench;
   bench.shape = std::to_string(rows) + " x " + std::to_string(in) + ", E " + std::to_string(width);
   bench.products = true;
-  bench.input_sets = sets;
+  bench.input_sets = inputs.sets();
   bench.run = [=](int set, bool with_backward) {
-    const Variable& x = xs[static_cast<std::size_t>(set)];
+    const Variable& x = inputs.xs[static_cast<std::size_t>(set)];
     if (!with_backward) {
       const NoGrad no_grad;
       swiglu_mlp(x, gate_up, down);
@@ -36,7 +29,7 @@ BenchCase make_case(const Device& device, Dtype dtype, int64_t rows, int64_t in,
     x.clear_grad();
     gate_up.clear_grad();
     down.clear_grad();
-    backward({swiglu_mlp(x, gate_up, down)}, {grads[static_cast<std::size_t>(set)]});
+    backward({swiglu_mlp(x, gate_up, down)}, {inputs.grads[static_cast<std::size_t>(set)]});
   };
   const auto size = static_cast<double>(size_of(dtype)), R = static_cast<double>(rows), D = static_cast<double>(in),
              E = static_cast<double>(width);

@@ -85,14 +85,7 @@ __global__ void __launch_bounds__(kThreads, 1) swiglu_product_kernel(const __gri
   unsigned char* const memory = shared_memory() + (0u - shared_address(shared_memory())) % kPanelAlignment;
   uint64_t *const full = reinterpret_cast<uint64_t*>(memory + kBarriersPlace<form>), *const empty = full + kStages;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp;
-  if (thread == 0) {
-    for (int stage = 0; stage < kStages; ++stage) {
-      barrier_create(&full[stage], 1);              // the thread that fetches
-      barrier_create(&empty[stage], kWorkerWarps);  // warps that work
-    }
-    publish_barriers();
-  }
-  __syncthreads();
+  create_ring<kStages>(full, empty, kWorkerWarps);
 
   const int tiles = a.row_tiles * a.column_tiles, first_tile = static_cast<int>(blockIdx.x), step = static_cast<int>(gridDim.x);
   unsigned n = 0;  // stages filled so far; stages worked on so far

@@ -323,23 +323,14 @@ TEST("swiglu_mlp names what does not fit") {
                down = random_tensor(Device::cpu(), Dtype::f64, {6, 4}, 3);
   CHECK(swiglu_mlp(x, gate_up, down).shape() == Shape{2, 6});
   CHECK_THROWS_AS(swiglu_mlp(x, gate_up.slice(0, 0, 7), down), ShapeError);
-  CHECK_THROWS_AS(swiglu_mlp(x, gate_up.slice(0, 0, 6), down), ShapeError);
   CHECK_THROWS_AS(swiglu_mlp(x.slice(1, 0, 5), gate_up, down), ShapeError);
   CHECK_THROWS_AS(swiglu_mlp(x, gate_up, down.reshape({24})), ShapeError);
   CHECK_THROWS_AS(swiglu_mlp(x, Variable(), down), ShapeError);
   CHECK_THROWS_AS(swiglu_mlp(Variable(), gate_up, down), ShapeError);
   CHECK_THROWS_AS(swiglu_mlp(x, gate_up, down.to(Dtype::f32)), DtypeError);
-  try {
-    swiglu_mlp(x, gate_up.slice(0, 0, 6), down);
-  } catch (const ShapeError& e) {
-    const std::string text = e.what();
-    CHECK(text.rfind("swiglu_mlp: x, gate_up and down do not fit together", 0) == 0);
-    CHECK(text.find("[6, 6]") != std::string::npos);
-    CHECK(text.find("[6, 4]") != std::string::npos);
-  }
-  try {
-    swiglu_mlp(x, gate_up, Variable::leaf(down.to(Dtype::f32), "mlp.down_proj.weight"));
-  } catch (const DtypeError& e) {
-    CHECK(std::string(e.what()).find("\"mlp.down_proj.weight\"") != std::string::npos);
-  }
+  const Tensor narrow = gate_up.slice(0, 0, 6);
+  for (const char* part : {"swiglu_mlp: x, gate_up and down do not fit together", "[6, 6]", "[6, 4]"})
+    CHECK_THROWS_WITH_AS(swiglu_mlp(x, narrow, down), doctest::Contains(part), ShapeError);
+  const Variable named = Variable::leaf(down.to(Dtype::f32), "mlp.down_proj.weight");
+  CHECK_THROWS_WITH_AS(swiglu_mlp(x, gate_up, named), doctest::Contains("[6, 4] f32 cpu \"mlp.down_proj.weight\""), DtypeError);
 }

@@ -545,10 +545,10 @@ unsigned blocks_of(const WindowMove& move, int threads) {
 constexpr std::integral_constant<int, kProductWarps> kFewWarps;
 constexpr std::integral_constant<int, 2 * kProductWarps> kManyWarps;
 
-/// Calls f(n, warps) as constants: how many rows are normalised at once, and the warps of a block.
+/// Calls f with how many rows a block of many warps normalises at once, a constant.
 template <class F>
 void with_rows(int64_t rows, const F& f) {
-  rows <= 4 ? f(std::integral_constant<int, 4>(), kManyWarps) : f(std::integral_constant<int, kRows>(), kManyWarps);
+  rows <= 4 ? f(std::integral_constant<int, 4>()) : f(std::integral_constant<int, kRows>());
 }
 
 /// Calls f with an element of the dtype's type.
@@ -593,7 +593,7 @@ void norm_projection_cuda(const NormProjection& p, const Tensor& sum) {
                            args, grid.blocks, grid.resident);
       };
       if (cut.warps == kFewWarps) launch(std::integral_constant<int, 1>(), kFewWarps);
-      else with_rows(args.product.batch, launch);
+      else with_rows(args.product.batch, [&](auto n) { launch(n, kManyWarps); });
     };
     p.out.dtype() == Dtype::f32 ? start(0.0f) : start(element);
   });
@@ -617,10 +617,11 @@ void gated_projection_cuda(const GatedProjection& p) {
   with_type(p.weight.dtype(), [&](auto element) {
     using T = decltype(element);
     const Grid grid = grid_of(args.product, cut, cuda);
-    with_rows(args.product.batch * args.groups, [&](auto n, auto warps) {
-      launch_overlapping(&gated_projection_kernel<T, n(), warps()>, "gated_projection_kernel",
-                         grid.resident + blocks_of(args.move, warps * kWarp), warps * kWarp, static_cast<size_t>(cut.shared_bytes), cuda,
-                         args, grid.blocks, grid.resident);
+    with_rows(args.product.batch * args.groups, [&](auto n) {
+      constexpr int kThreads = kManyWarps * kWarp;
+      launch_overlapping(&gated_projection_kernel<T, n(), kManyWarps>, "gated_projection_kernel",
+                         grid.resident + blocks_of(args.move, kThreads), kThreads, static_cast<size_t>(cut.shared_bytes), cuda, args,
+                         grid.blocks, grid.resident);
     });
   });
 }
