@@ -8,6 +8,8 @@ namespace longhand {
 
 constexpr int kProductWarpsLog2 = 3, kProductWarps = 1 << kProductWarpsLog2;  // of a block, or twice as many
 constexpr int kTileLog2 = 4, kTile = 1 << kTileLog2;                          // rows of weight that a tensor-core instruction takes
+constexpr int64_t kRowsOfGroup = 8;                                           // of x that it multiplies them by
+constexpr int64_t kRowsOfPass = 2 * kRowsOfGroup;  // of x, formed before, that a block multiplies its rows of weight by at a time
 constexpr int kPartsOfRow = kTile + 4;  // floats from one row of x to the next in what warps have to add up: lanes meet in no bank
 
 /// Into how many parts, as a power of two, the columns of a tile are cut in a block of so many rows of weight: one for each of its
@@ -41,10 +43,14 @@ struct ProductCut {
 };
 
 /// The most rows of weight, a power of two, with which half of the multiprocessors have a block; where they cannot all have theirs at once,
-/// so many that two blocks share a multiprocessor, and one multiplies while the other's rows are on their way. At least a tile; where
-/// shared memory holds no tile, parts of one down to four rows. A product's sums are cut by this alone, so rows beyond a tile do not depend
-/// on the batch: the same bits whatever the number of rows. Nor do the warps change them: two that share a part of the columns have what
-/// one sums apart.
+/// so many that, with a group of rows of x, two blocks share a multiprocessor, and one multiplies while the other's rows are on their way.
+/// At least a tile; where shared memory holds no tile, parts of one down to four rows. A product's sums are cut by this alone: several
+/// tiles are chosen whatever the batch, so a row has the same bits whatever the number of rows. Nor do the warps change them: two that
+/// share a part of the columns have what one sums apart.
 ProductCut cut_product(const ProductSizes&, const GpuSizes&);
+
+/// The same where a kernel in front forms x: room for kRowsOfPass rows of it at a time beside the rows of weight. Fits where those are
+/// whole tiles and the GPU holds all blocks at once: else the library's product is faster.
+ProductCut cut_formed_product(ProductSizes, const GpuSizes&);
 
 }  // namespace longhand

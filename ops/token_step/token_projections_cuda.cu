@@ -1,14 +1,16 @@
 // The projections of a token; token_step.h has the formulas.
 //
 // norm_projection_kernel, gated_projection_kernel, convolved_projection_kernel
+// form_norm_kernel, form_gated_kernel, form_convolved_kernel, and behind them formed_projection_kernel
 // moves   the weight once: 2*R*D bytes in bf16 (9.0 MB for 4384 x 1024); the rows of activations stay in L2
 // flops   1 multiply-add per element of weight and row: memory bound
 // floor   9.0 MB / 4.3 TB/s = 2.1 us on an H200
 // split   a block owns some rows of weight: token_product.h says how many. They are on their way to shared memory long before the kernel in
-//         front has ended; then every block forms the rows of activations beside them and its warps multiply. A boundary between kernels
-//         waits for the end of each block and a product for its slowest warp: few blocks, and in each many warps with few columns
+//         front has ended; then the rows of activations come beside them and its warps multiply. Of few rows every block forms those
+//         itself, which saves a kernel; of more a kernel in front does it once, and a block takes them in passes. A boundary between
+//         kernels waits for the end of each block and a product for its slowest warp: few blocks, and in each many warps with few columns
 // needs   weights of whole packs of 16 bytes a row; the shared memory that cut_product() counts
-// order   sums over parts of the columns, then over the parts: the same bits whatever the grid and the number of rows
+// order   sums over parts of the columns, then over the parts: the same bits whatever the grid, the number of rows and who forms them
 // agrees  with the ops that they join: kTokenStepToleranceF32, kTokenStepToleranceBf16
 #include <algorithm>
 #include <cstdint>
@@ -24,7 +26,7 @@
 namespace longhand {
 namespace {
 
-constexpr int kRows = static_cast<int>(kTokenStepRows);
+constexpr int kGroup = static_cast<int>(kRowsOfGroup), kPass = static_cast<int>(kRowsOfPass);  // rows of x
 constexpr int kSumThreads = kProductWarps * kWarp;  // among which sums are cut, whatever the threads of a block
 /// Blocks of a multiprocessor by their registers: room for those of the next kernels beside those that are at work.
 constexpr int blocks_of_registers(int warps) {
@@ -81,11 +83,11 @@ __device__ void load_weight(const Product& p, T* to, int64_t block) {
   close_copies();
 }
 
-/// bf16 on the tensor cores: a tile of weight by eight rows of x an instruction; the warps of a tile share out the columns. An instruction
-/// takes 16 columns in whatever order, so that a lane's 16 bytes of a row go into two of them. Even and odd windows are summed apart: no
-/// instruction waits for the one before, and of twice as many warps two share a part, of which one has the even ones.
+/// bf16 on the tensor cores: a tile of weight by a group of rows of x an instruction; the warps of a tile share out the columns. An
+/// instruction takes 16 columns in whatever order, so that a lane's 16 bytes of a row go into two of them. Even and odd windows are summed
+/// apart: no instruction waits for the one before, and of twice as many warps two share a part, of which one has the even ones.
 /// partial [warp, row of x, row of the tile]
-template <int warps>
+template <int warps, int rows>
 __device__ void multiply_part(const Product& p, const BlockMemory<__nv_bfloat16>& memory) {
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp, row = lane / 4;
   constexpr bool paired = warps > kProductWarps;
@@ -96,39 +98,46 @@ __device__ void multiply_part(const Product& p, const BlockMemory<__nv_bfloat16>
   const __nv_bfloat16 *const weight = memory.weight + (tile * kTile + row) * stride, *const x = memory.x + row * stride;
   const bool whole = p.rows_log2 >= kTileLog2;  // or what the block has of a tile
   const bool upper = whole || row < p.block_rows(), lower = whole || below < p.block_rows();
-  float even[2][4] = {}, odd[2][4] = {};  // columns that one, and that the other instruction takes
+  constexpr int kGroups = rows / kGroup;
+  float even[kGroups][2][4] = {}, odd[kGroups][2][4] = {};  // columns that one, and that the other instruction takes
 #pragma unroll 2
   for (int window = paired ? begin + of_tile % 2 : begin; window < end; window += 2) {
-    const auto multiply = [&](int at, float(&sums)[2][4]) {
+    const auto multiply = [&](int at, float(&sums)[kGroups][2][4]) {
       const int column = at * kWindow + lane % 4 * 8;
       const auto pack = [&](const __nv_bfloat16* from, bool there) {
         return there && at < end && column < p.width ? *reinterpret_cast<const uint4*>(from + column) : uint4{0, 0, 0, 0};
       };
-      const uint4 w = pack(weight, upper), more = pack(weight + kTile / 2 * stride, lower), in = pack(x, row < p.batch);
-      multiply_bf16(sums[0], {w.x, more.x, w.y, more.y}, in.x, in.y);
-      multiply_bf16(sums[1], {w.z, more.z, w.w, more.w}, in.z, in.w);
+      const uint4 w = pack(weight, upper), more = pack(weight + kTile / 2 * stride, lower);
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) {
+        const uint4 in = pack(x + g * kGroup * stride, row + g * kGroup < p.batch);
+        multiply_bf16(sums[g][0], {w.x, more.x, w.y, more.y}, in.x, in.y);
+        multiply_bf16(sums[g][1], {w.z, more.z, w.w, more.w}, in.z, in.w);
+      }
     };
     multiply(window, even);
     if (!paired) multiply(window + 1, odd);
   }
-  float* const to = memory.partial + warp * kRows * kPartsOfRow;
+  float* const to = memory.partial + warp * rows * kPartsOfRow;
 #pragma unroll
-  for (int j = 0; j < 4; ++j)
-    if (const int of_x = lane % 4 * 2 + j % 2; of_x < p.batch)
-      to[of_x * kPartsOfRow + (j < 2 ? row : below)] = (even[0][j] + even[1][j]) + (odd[0][j] + odd[1][j]);
+  for (int g = 0; g < kGroups; ++g)
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      if (const int of_x = g * kGroup + lane % 4 * 2 + j % 2; of_x < p.batch)
+        to[of_x * kPartsOfRow + (j < 2 ? row : below)] = (even[g][0][j] + even[g][1][j]) + (odd[g][0][j] + odd[g][1][j]);
 }
 
 /// f32: a warp takes a row of weight after the other, its lanes share the columns.
 /// partial [row of weight, row of x]
-template <int warps>
+template <int warps, int rows>
 __device__ void multiply_part(const Product& p, const BlockMemory<float>& memory) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, stride = p.stride;
   for (int r = static_cast<int>(threadIdx.x) / kWarp; r < p.block_rows(); r += warps) {
-    float sums[kRows] = {};
+    float sums[rows] = {};
     for (int i = lane * 4; i < p.width; i += kWarp * 4) {
       const Pack<float, 4> w = load_pack<4>(memory.weight + r * stride + i);
 #pragma unroll
-      for (int b = 0; b < kRows; ++b) {
+      for (int b = 0; b < rows; ++b) {
         if (b >= p.batch) break;
         const Pack<float, 4> in = load_pack<4>(memory.x + b * stride + i);
 #pragma unroll
@@ -136,21 +145,21 @@ __device__ void multiply_part(const Product& p, const BlockMemory<float>& memory
       }
     }
 #pragma unroll
-    for (int b = 0; b < kRows; ++b) {
+    for (int b = 0; b < rows; ++b) {
       const float sum = warp_sum(sums[b]);
-      if (lane == 0) memory.partial[r * kRows + b] = sum;
+      if (lane == 0) memory.partial[r * rows + b] = sum;
     }
   }
 }
 
-template <int warps, class T>
+template <int warps, int rows, class T>
 __device__ float sum_of_parts(const Product& p, const float* partial, int b, int r) {
   if constexpr (sizeof(T) == 4) {
-    return partial[r * kRows + b];
+    return partial[r * rows + b];
   } else {
-    constexpr int kOfPart = warps / kProductWarps, kOfWarp = kRows * kPartsOfRow;
+    constexpr int kOfPart = warps / kProductWarps, kOfWarp = rows * kPartsOfRow;
     const int parts = parts_log2(p.rows_log2);
-    const float* const first = partial + ((r / kTile << parts) * kOfPart * kRows + b) * kPartsOfRow + r % kTile;
+    const float* const first = partial + ((r / kTile << parts) * kOfPart * rows + b) * kPartsOfRow + r % kTile;
     float sum = 0;
 #pragma unroll
     for (int k = 0; k < kProductWarps; ++k)
@@ -162,24 +171,74 @@ __device__ float sum_of_parts(const Product& p, const float* partial, int b, int
   }
 }
 
-/// The product times scale(row of x), once x is in shared memory and the first rows of weight are on their way there; further blocks of
-/// rows follow.
+/// The product of a block's rows of weight times scale(row of x), once all of it is on its way to shared memory; `next` is what may be sent
+/// there as soon as the product does not read it any more.
+template <int warps, int rows, class T, class Out, class Scale, class Next>
+__device__ void multiply_block(const Product& p, const BlockMemory<T>& memory, int64_t block, Out* out, const Scale& scale,
+                               const Next& next) {
+  copies_arrived();
+  __syncthreads();
+  multiply_part<warps, rows>(p, memory);
+  __syncthreads();
+  next();
+  for (int i = static_cast<int>(threadIdx.x); i < p.batch << p.rows_log2; i += warps * kWarp) {
+    const int b = i >> p.rows_log2, r = i - (b << p.rows_log2);
+    const int64_t row = (block << p.rows_log2) + r;
+    if (row < p.out_rows) out[b * p.out_rows + row] = static_cast<Out>(scale(b) * sum_of_parts<warps, rows, T>(p, memory.partial, b, r));
+  }
+}
+
+/// The same once x is in shared memory and the first rows of weight are on their way there; further blocks of rows follow.
 template <int warps, class T, class Out, class Scale>
 __device__ void multiply_all(const Product& p, const BlockMemory<T>& memory, int64_t block, int64_t blocks_apart, int64_t blocks,
                              const Scale& scale) {
-  for (; block < blocks; block += blocks_apart) {
-    copies_arrived();
-    __syncthreads();
-    multiply_part<warps>(p, memory);
-    __syncthreads();
-    if (block + blocks_apart < blocks) load_weight<warps>(p, memory.weight, block + blocks_apart);
-    for (int i = static_cast<int>(threadIdx.x); i < p.batch << p.rows_log2; i += warps * kWarp) {
-      const int b = i >> p.rows_log2, r = i - (b << p.rows_log2);
-      const int64_t row = (block << p.rows_log2) + r;
-      if (row < p.out_rows)
-        static_cast<Out*>(p.out)[b * p.out_rows + row] = static_cast<Out>(scale(b) * sum_of_parts<warps, T>(p, memory.partial, b, r));
+  for (; block < blocks; block += blocks_apart)
+    multiply_block<warps, kGroup>(p, memory, block, static_cast<Out*>(p.out), scale, [&] {
+      if (block + blocks_apart < blocks) load_weight<warps>(p, memory.weight, block + blocks_apart);
+    });
+}
+
+/// The same with rows of x that a kernel in front has formed, kPass at a time.
+struct FormedArgs {
+  Product product;     // batch: of a pass, for the shared memory
+  const void* x;       // [batch, width]
+  const float* scale;  // [batch], or null
+  int batch;
+};
+
+template <class T, class Out>
+__global__ void __launch_bounds__(2 * kProductWarps * kWarp, blocks_of_registers(2 * kProductWarps))
+    formed_projection_kernel(FormedArgs p, int64_t blocks) {
+  constexpr int kWarps = 2 * kProductWarps, kVec = 16 / static_cast<int>(sizeof(T));
+  const BlockMemory<T> memory(p.product, 0);
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, packs = p.product.width / kVec;
+  const auto load_rows = [&](int first) {
+    const int row = static_cast<int>(threadIdx.x) / kWarp;
+    static_assert(kWarps == kPass);
+    if (first + row < p.batch) {
+      const T* from = static_cast<const T*>(p.x) + static_cast<int64_t>(first + row) * p.product.width;
+      for (int pack = lane; pack < packs; pack += kWarp) copy_16_async(memory.x + row * p.product.stride + pack * kVec, from + pack * kVec);
     }
-  }
+    close_copies();
+  };
+  load_weight<kWarps>(p.product, memory.weight, blockIdx.x);
+  let_next_kernel_start();
+  wait_for_kernel_in_front();
+  load_rows(0);
+  for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x)
+    for (int first = 0; first < p.batch; first += kPass) {
+      Product pass = p.product;
+      pass.batch = min(kPass, p.batch - first);
+      const bool last = first + kPass >= p.batch;
+      const int64_t next = block + gridDim.x;
+      multiply_block<kWarps, kPass>(
+          pass, memory, block, static_cast<Out*>(p.product.out) + first * p.product.out_rows,
+          [&](int b) { return p.scale == nullptr ? 1.0f : p.scale[first + b]; },
+          [&] {
+            if (last && next < blocks) load_weight<kWarps>(p.product, memory.weight, next);
+            if (!last || (next < blocks && p.batch > kPass)) load_rows(last ? 0 : first + kPass);
+          });
+    }
 }
 
 // --- what stands in front of it -------------------------------------------------------------------------------
@@ -256,6 +315,46 @@ __device__ Pack<float, 4> residual_sum(const NormArgs& p, int64_t at) {
   return v;
 }
 
+/// A row's part of x, as far as this thread has to form it: norm times sum. Its factor rstd is not known yet: the product's sums get it.
+template <class T, class Rows>
+__device__ void form_norm(const NormArgs& p, int b, const float* norm, T* x, bool writes_sum, float (&squares)[Rows::turns]) {
+  constexpr bool whole_block = Rows::warps == kProductWarps;
+  // Loads of a thread that are under way together: of further columns, or of the further parts of a row that it stands for.
+  constexpr int kTurns = whole_block ? 2 : Rows::turns;
+  const int D = p.product.width;
+  const int64_t row = static_cast<int64_t>(b) * D;
+#pragma unroll
+  for (int part = 0; part < Rows::turns; part += whole_block ? 1 : kTurns)
+    for (int begin = 0; begin < D; begin += kSumThreads * 4 * (whole_block ? kTurns : 1)) {
+      const auto column = [&](int u) {
+        return begin + (whole_block ? u * kSumThreads : (part + u) * Rows::threads) * 4 + Rows::lane() * 4;
+      };
+      Pack<float, 4> in[kTurns];
+#pragma unroll
+      for (int u = 0; u < kTurns; ++u)
+        if (column(u) < D) in[u] = residual_sum<T>(p, row + column(u));
+#pragma unroll
+      for (int u = 0; u < kTurns; ++u) {
+        const int i = column(u), v = whole_block ? 0 : part + u;
+        if (i >= D) continue;
+        const Pack<float, 4> w = load_pack<4>(norm + i);
+        float scaled[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          squares[v] = fmaf(in[u].at[j], in[u].at[j], squares[v]);
+          scaled[j] = w.at[j] * in[u].at[j];
+        }
+        store_pack(x + i, round_to<T>(scaled));
+        if (writes_sum) store_pack(p.sum + row + i, in[u]);
+      }
+    }
+}
+
+template <class Rows>
+__device__ float rstd_of(const NormArgs& p, const float* scratch, int row) {
+  return rsqrtf(fmaf(Rows::total(scratch, row), p.product.one_over_width, p.eps));
+}
+
 /// Blocks from `product_blocks` on move the window; the others multiply.
 template <class T, class Out, int n, int warps>
 __global__ void __launch_bounds__(warps* kWarp, blocks_of_registers(warps))
@@ -266,46 +365,36 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_of_registers(warps))
   }
   using Rows = RowsOfBlock<n, warps>;
   __shared__ float scratch[n * kProductWarps];
-  const int D = p.product.width, b = Rows::row();
-  const BlockMemory<T> memory(p.product, D);
-  load_ahead<warps>(p.norm, D, memory.ahead);
+  const int b = Rows::row();
+  const BlockMemory<T> memory(p.product, p.product.width);
+  load_ahead<warps>(p.norm, p.product.width, memory.ahead);
   load_weight<warps>(p.product, memory.weight, blockIdx.x);
   let_next_kernel_start();
   copies_arrived_but<1>();
   __syncthreads();  // the norm's weights are there
   wait_for_kernel_in_front();
-  // x is without its factor rstd, which is not known yet and which the sums get in the end.
   float squares[Rows::turns] = {};
-  // Loads of a thread that are under way together: of further columns, or of the further parts of a row that it stands for.
-  constexpr int kTurns = n < 2 ? 2 : Rows::turns;
   if (b < p.product.batch)
-#pragma unroll
-    for (int part = 0; part < Rows::turns; part += n < 2 ? 1 : kTurns)
-      for (int begin = 0; begin < D; begin += kSumThreads * 4 * (n < 2 ? kTurns : 1)) {
-        const int64_t row = static_cast<int64_t>(b) * D;
-        const auto column = [&](int u) { return begin + (n < 2 ? u * kSumThreads : (part + u) * Rows::threads) * 4 + Rows::lane() * 4; };
-        Pack<float, 4> in[kTurns];
-#pragma unroll
-        for (int u = 0; u < kTurns; ++u)
-          if (column(u) < D) in[u] = residual_sum<T>(p, row + column(u));
-#pragma unroll
-        for (int u = 0; u < kTurns; ++u) {
-          const int i = column(u), v = n < 2 ? 0 : part + u;
-          if (i >= D) continue;
-          const Pack<float, 4> w = load_pack<4>(memory.ahead + i);
-          float x[4];
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            squares[v] = fmaf(in[u].at[j], in[u].at[j], squares[v]);
-            x[j] = w.at[j] * in[u].at[j];
-          }
-          store_pack(memory.x + b * p.product.stride + i, round_to<T>(x));
-          if (blockIdx.x == 0 && p.sum != nullptr) store_pack(p.sum + row + i, in[u]);
-        }
-      }
+    form_norm<T, Rows>(p, b, memory.ahead, memory.x + b * p.product.stride, blockIdx.x == 0 && p.sum != nullptr, squares);
   Rows::put(squares, scratch);
   multiply_all<warps, T, Out>(p.product, memory, blockIdx.x, product_blocks, blocks,
-                              [&](int row) { return rsqrtf(fmaf(Rows::total(scratch, row), p.product.one_over_width, p.eps)); });
+                              [&](int row) { return rstd_of<Rows>(p, scratch, row); });
+}
+
+/// A row a block, x and rstd to global memory; blocks behind them move the window.
+template <class T>
+__global__ void __launch_bounds__(kSumThreads) form_norm_kernel(NormArgs p, T* x, float* rstd) {
+  using Rows = RowsOfBlock<1, kProductWarps>;
+  __shared__ float scratch[kProductWarps];
+  const int b = static_cast<int>(blockIdx.x);
+  let_next_kernel_start();
+  if (b >= p.product.batch) return move_window<T>(p.move, b - p.product.batch);
+  wait_for_kernel_in_front();
+  float squares[Rows::turns] = {};
+  form_norm<T, Rows>(p, b, p.norm, x + static_cast<int64_t>(b) * p.product.width, p.sum != nullptr, squares);
+  Rows::put(squares, scratch);
+  __syncthreads();
+  if (threadIdx.x == 0) rstd[b] = rstd_of<Rows>(p, scratch, 0);
 }
 
 struct GateArgs {
@@ -327,28 +416,16 @@ __device__ Pack<T, 4> load_four(const T* from) {
   return {{from[0], from[1], from[2], from[3]}};
 }
 
-/// n groups, of whichever rows, are normalised at the same time.
+/// Rows of x, as far as they are in groups [first, end) of all rows: n groups, of whichever rows, are normalised at the same time.
 template <class T, int n, int warps>
-__global__ void __launch_bounds__(warps* kWarp, blocks_of_registers(warps))
-    gated_projection_kernel(GateArgs p, int64_t blocks, unsigned product_blocks) {
-  if (blockIdx.x >= product_blocks) {
-    let_next_kernel_start();
-    return move_window<T>(p.move, blockIdx.x - product_blocks);
-  }
+__device__ void form_gated(const GateArgs& p, int first, int end, const float* norm, T* x, int64_t stride,
+                           float (&scratch)[2][n * kProductWarps]) {
   using Rows = RowsOfBlock<n, warps>;
-  __shared__ float scratch[2][n * kProductWarps];
   const int group = p.product.width / p.groups;
-  const BlockMemory<T> memory(p.product, p.norm_width);
-  load_ahead<warps>(p.norm, p.norm_width, memory.ahead);
-  load_weight<warps>(p.product, memory.weight, blockIdx.x);
-  let_next_kernel_start();
-  copies_arrived_but<1>();
-  wait_for_kernel_in_front();
-
   int turn = 0;
-  for (int first = 0; first < p.product.batch * p.groups; first += n, turn ^= 1) {
+  for (; first < end; first += n, turn ^= 1) {
     const int b = (first + Rows::row()) / p.groups, begin = (first + Rows::row()) % p.groups * group;
-    const bool mine = b < p.product.batch;
+    const bool mine = first + Rows::row() < end;
     const T *y = static_cast<const T*>(p.y) + b * p.y_stride + begin, *z = static_cast<const T*>(p.z) + b * p.z_stride + begin;
     float rstd = 1.0f;
     if (p.norm != nullptr) {
@@ -369,8 +446,8 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_of_registers(warps))
       rstd = rsqrtf(Rows::total(scratch[turn], Rows::row()) / static_cast<float>(group) + p.eps);
     }
     if (!mine) continue;
-    T* const x = memory.x + b * p.product.stride + begin;
-    const float* weight = memory.ahead + (p.norm_width > group ? begin : 0);
+    T* const to = x + b * stride + begin;
+    const float* weight = norm + (p.norm_width > group ? begin : 0);
     constexpr int kTurns = 4;  // whose loads are under way together
     for (int begin_of_turns = Rows::lane() * 4; begin_of_turns < group; begin_of_turns += kTurns * Rows::threads * 4) {
       Pack<T, 4> y_in[kTurns], z_in[kTurns];
@@ -388,11 +465,39 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_of_registers(warps))
 #pragma unroll
         for (int j = 0; j < 4; ++j)
           out[j] = (p.norm != nullptr ? weight[i + j] : 1.0f) * rstd * (to_f32(y_in[u].at[j]) * silu(to_f32(z_in[u].at[j])));
-        store_pack(x + i, round_to<T>(out));
+        store_pack(to + i, round_to<T>(out));
       }
     }
   }
+}
+
+template <class T, int n, int warps>
+__global__ void __launch_bounds__(warps* kWarp, blocks_of_registers(warps))
+    gated_projection_kernel(GateArgs p, int64_t blocks, unsigned product_blocks) {
+  if (blockIdx.x >= product_blocks) {
+    let_next_kernel_start();
+    return move_window<T>(p.move, blockIdx.x - product_blocks);
+  }
+  __shared__ float scratch[2][n * kProductWarps];
+  const BlockMemory<T> memory(p.product, p.norm_width);
+  load_ahead<warps>(p.norm, p.norm_width, memory.ahead);
+  load_weight<warps>(p.product, memory.weight, blockIdx.x);
+  let_next_kernel_start();
+  copies_arrived_but<1>();
+  wait_for_kernel_in_front();
+  form_gated<T, n, warps>(p, 0, p.product.batch * p.groups, memory.ahead, memory.x, p.product.stride, scratch);
   multiply_all<warps, T, T>(p.product, memory, blockIdx.x, product_blocks, blocks, [](int) { return 1.0f; });
+}
+
+/// A group of a row a block, x to global memory; blocks behind them move the window.
+template <class T>
+__global__ void __launch_bounds__(kSumThreads) form_gated_kernel(GateArgs p, T* x) {
+  __shared__ float scratch[2][kProductWarps];
+  const int group = static_cast<int>(blockIdx.x), groups = p.product.batch * p.groups;
+  let_next_kernel_start();
+  if (group >= groups) return move_window<T>(p.move, group - groups);
+  wait_for_kernel_in_front();
+  form_gated<T, 1, kProductWarps>(p, group, group + 1, p.norm, x, p.product.width, scratch);
 }
 
 struct ConvolvedArgs {
@@ -405,6 +510,16 @@ struct ConvolvedArgs {
   bool ahead;  // there is shared memory for the sums over the taps before the last
 };
 
+/// The sum over the taps before the last: what the window holds.
+template <class T>
+__device__ float earlier_taps(const ConvolvedArgs& p, int b, int c) {
+  const int C = p.product.width;
+  const T* window = static_cast<const T*>(p.window) + static_cast<int64_t>(b) * (p.taps - 1) * C + c;
+  float sum = p.conv_bias != nullptr ? p.conv_bias[c] : 0.0f;
+  for (int j = 0; j + 1 < p.taps; ++j) sum = fmaf(p.conv_weight[c * p.taps + j], to_f32(window[static_cast<int64_t>(j) * C]), sum);
+  return sum;
+}
+
 template <class T, int warps>
 __global__ void __launch_bounds__(warps* kWarp, blocks_of_registers(warps)) convolved_projection_kernel(ConvolvedArgs p, int64_t blocks) {
   constexpr int kThreads = warps * kWarp;
@@ -414,12 +529,6 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_of_registers(warps)) conv
   float* const last_taps = memory.ahead + batch * C;
   load_weight<warps>(p.product, memory.weight, blockIdx.x);
   let_next_kernel_start();
-  const auto earlier = [&](int b, int c) {
-    const T* window = static_cast<const T*>(p.window) + static_cast<int64_t>(b) * (p.taps - 1) * C + c;
-    float sum = p.conv_bias != nullptr ? p.conv_bias[c] : 0.0f;
-    for (int j = 0; j + 1 < p.taps; ++j) sum = fmaf(p.conv_weight[c * p.taps + j], to_f32(window[static_cast<int64_t>(j) * C]), sum);
-    return sum;
-  };
   if (p.ahead && p.taps == 4) {  // what models have: two channels of four rows a turn, whose loads do not wait for one another
     for (int c = thread * 2; c < C; c += kThreads * 2) {
       Pack<float, 4> taps[2];
@@ -457,7 +566,7 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_of_registers(warps)) conv
   } else if (p.ahead) {
     for (int c = thread; c < C; c += kThreads) {
       last_taps[c] = p.conv_weight[c * p.taps + p.taps - 1];
-      for (int b = 0; b < batch; ++b) memory.ahead[b * C + c] = earlier(b, c);
+      for (int b = 0; b < batch; ++b) memory.ahead[b * C + c] = earlier_taps<T>(p, b, c);
     }
   }
   __syncthreads();
@@ -488,7 +597,7 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_of_registers(warps)) conv
       } else {
 #pragma unroll
         for (int j = 0; j < vec; ++j) {
-          sums.at[j] = earlier(b, c + j);
+          sums.at[j] = earlier_taps<T>(p, b, c + j);
           last.at[j] = p.conv_weight[(c + j) * p.taps + p.taps - 1];
         }
       }
@@ -498,6 +607,18 @@ __global__ void __launch_bounds__(warps* kWarp, blocks_of_registers(warps)) conv
       if (turn == blockIdx.x) store_pack(static_cast<T*>(p.y) + static_cast<int64_t>(b) * C + c, y);
     }
   multiply_all<warps, T, T>(p.product, memory, blockIdx.x, gridDim.x, blocks, [](int) { return 1.0f; });
+}
+
+/// A channel of a row a thread, y to global memory.
+template <class T>
+__global__ void __launch_bounds__(kSumThreads) form_convolved_kernel(ConvolvedArgs p, int batch) {
+  const int64_t i = int64_t{blockIdx.x} * kSumThreads + threadIdx.x;
+  const int C = p.product.width, b = static_cast<int>(i / C), c = static_cast<int>(i % C);
+  let_next_kernel_start();
+  const float sum = b < batch ? earlier_taps<T>(p, b, c) : 0.0f, last = p.conv_weight[c * p.taps + p.taps - 1];
+  wait_for_kernel_in_front();
+  if (b < batch)
+    static_cast<T*>(p.y)[i] = static_cast<T>(silu(fmaf(last, to_f32(static_cast<const T*>(p.now)[b * p.now_stride + c]), sum)));
 }
 
 template <class T>
@@ -511,9 +632,29 @@ __global__ void shift_window_kernel(WindowMove move) {
 GpuSizes sizes_of(const CudaContext& cuda) {
   return {cuda.shared_memory_per_block, cuda.sm_count};
 }
-ProductCut cut_of(const Tensor& weight, int64_t batch, int64_t floats_ahead, int64_t rows_of_few_warps = 1) {
-  return cut_product({weight.dim(0), weight.dim(1), batch, size_of(weight.dtype()), floats_ahead, rows_of_few_warps},
-                     sizes_of(weight.device().cuda_context()));
+// Up to how many rows a block forms x itself, beside its rows of weight. More are formed once, by a kernel in front: to the same bits, and
+// faster on an H200.
+constexpr int64_t kJoinedNormRows = kRowsOfGroup, kJoinedGateRows = 1, kJoinedConvolvedRows = 2;
+
+struct Way {
+  ProductCut cut;
+  bool formed;  // x, by a kernel in front
+};
+Way way_of(const Tensor& weight, int64_t batch, int64_t joined_rows, int64_t floats_ahead, int64_t rows_of_few_warps = 1) {
+  const GpuSizes gpu = sizes_of(weight.device().cuda_context());
+  const ProductSizes sizes{weight.dim(0), weight.dim(1), batch, size_of(weight.dtype()), floats_ahead, rows_of_few_warps};
+  const ProductCut joined = cut_product(sizes, gpu), formed = cut_formed_product(sizes, gpu);
+  const bool in_front = batch > kRowsOfGroup || (formed.fits && (batch > joined_rows || !joined.fits));
+  return in_front ? Way{formed, true} : Way{joined, false};
+}
+Way way_of(const NormProjection& p) {
+  return way_of(p.weight, p.residual.dim(0), kJoinedNormRows, p.weight.dim(1));
+}
+Way way_of(const GatedProjection& p) {  // a gate is much to form, of one row, too
+  return way_of(p.weight, p.y.dim(0), kJoinedGateRows, p.norm ? p.norm.dim(0) : 0, 0);
+}
+Way way_of(const ConvolvedProjection& p, int64_t floats_ahead) {
+  return way_of(p.weight, p.now.dim(0), kJoinedConvolvedRows, floats_ahead);
 }
 
 Product product_of(const Tensor& weight, const Tensor& out, const ProductCut& cut) {
@@ -542,14 +683,8 @@ unsigned blocks_of(const WindowMove& move, int threads) {
   return move.window == nullptr ? 0 : static_cast<unsigned>((count + threads - 1) / threads);
 }
 
-constexpr std::integral_constant<int, kProductWarps> kFewWarps;
-constexpr std::integral_constant<int, 2 * kProductWarps> kManyWarps;
-
-/// Calls f with how many rows a block of many warps normalises at once, a constant.
-template <class F>
-void with_rows(int64_t rows, const F& f) {
-  rows <= 4 ? f(std::integral_constant<int, 4>()) : f(std::integral_constant<int, kRows>());
-}
+template <int i>
+constexpr std::integral_constant<int, i> kConstant;
 
 /// Calls f with an element of the dtype's type.
 template <class F>
@@ -569,40 +704,65 @@ Grid grid_of(const Product& p, const ProductCut& cut, const CudaContext& cuda) {
   return {blocks, static_cast<unsigned>(std::min<int64_t>(blocks, cuda.sm_count * in_one))};
 }
 
+/// x, formed in front of it, times weight
+template <class T, class Out>
+void formed_projection(const Product& product, const ProductCut& cut, const Tensor& x, const float* scale, const CudaContext& cuda) {
+  FormedArgs args{product, x.raw(), scale, product.batch};
+  args.product.batch = kPass;
+  const Grid grid = grid_of(product, cut, cuda);
+  launch_overlapping(&formed_projection_kernel<T, Out>, "formed_projection_kernel", grid.resident, cut.warps * kWarp,
+                     static_cast<size_t>(cut.shared_bytes), cuda, args, grid.blocks);
+}
+
 }  // namespace
 
-bool few_rows_fit_cuda(const Tensor& weight, int64_t rows, int64_t floats_ahead) {
-  return cut_of(weight, rows, floats_ahead).fits;
+bool few_rows_fit_cuda(const NormProjection& p) {
+  return way_of(p).cut.fits;
+}
+bool few_rows_fit_cuda(const GatedProjection& p) {
+  return way_of(p).cut.fits;
+}
+bool few_rows_fit_cuda(const ConvolvedProjection& p) {
+  return way_of(p, 0).cut.fits;
 }
 
 void norm_projection_cuda(const NormProjection& p, const Tensor& sum) {
   if (p.out.numel() == 0) return;
   const CudaContext& cuda = p.weight.device().cuda_context();
-  const ProductCut cut = cut_of(p.weight, p.out.dim(0), p.weight.dim(1));
+  const int64_t B = p.out.dim(0);
+  const auto [cut, formed] = way_of(p);
   const NormArgs args{
       product_of(p.weight, p.out, cut),       p.residual.data<float>(),  p.norm.data<float>(),    p.branch ? p.branch.raw() : nullptr,
       p.branch ? sum.data<float>() : nullptr, static_cast<float>(p.eps), move_of(p.window, p.now)};
-  with_type(p.weight.dtype(), [&](auto element) {
+  const auto start = [&](auto element, auto out) {
     using T = decltype(element);
-    const auto start = [&](auto out) {
-      using Out = decltype(out);
-      const Grid grid = grid_of(args.product, cut, cuda);
-      const auto launch = [&](auto n, auto warps) {
-        launch_overlapping(&norm_projection_kernel<T, Out, n(), warps()>, "norm_projection_kernel",
-                           grid.resident + blocks_of(args.move, warps * kWarp), warps * kWarp, static_cast<size_t>(cut.shared_bytes), cuda,
-                           args, grid.blocks, grid.resident);
-      };
-      if (cut.warps == kFewWarps) launch(std::integral_constant<int, 1>(), kFewWarps);
-      else with_rows(args.product.batch, [&](auto n) { launch(n, kManyWarps); });
+    using Out = decltype(out);
+    if (formed) {
+      const Tensor x = Tensor::empty(p.weight.device(), p.weight.dtype(), {B, p.weight.dim(1)});
+      const Tensor rstd = Tensor::empty(x.device(), Dtype::f32, {B});
+      launch_overlapping(&form_norm_kernel<T>, "form_norm_kernel", static_cast<unsigned>(B) + blocks_of(args.move, kSumThreads),
+                         kSumThreads, 0, cuda, args, static_cast<T*>(x.raw()), rstd.data<float>());
+      return formed_projection<T, Out>(args.product, cut, x, rstd.data<float>(), cuda);
+    }
+    const Grid grid = grid_of(args.product, cut, cuda);
+    const auto launch = [&](auto n, auto warps) {
+      constexpr int kThreads = warps() * kWarp;
+      launch_overlapping(&norm_projection_kernel<T, Out, n(), warps()>, "norm_projection_kernel",
+                         grid.resident + blocks_of(args.move, kThreads), kThreads, static_cast<size_t>(cut.shared_bytes), cuda, args,
+                         grid.blocks, grid.resident);
     };
-    p.out.dtype() == Dtype::f32 ? start(0.0f) : start(element);
-  });
+    if (cut.warps == kProductWarps) launch(kConstant<1>, kConstant<kProductWarps>);
+    else if (B <= 4) launch(kConstant<4>, kConstant<2 * kProductWarps>);
+    else launch(kConstant<kGroup>, kConstant<2 * kProductWarps>);
+  };
+  with_type(p.weight.dtype(), [&](auto element) { p.out.dtype() == Dtype::f32 ? start(element, 0.0f) : start(element, element); });
 }
 
 void gated_projection_cuda(const GatedProjection& p) {
   if (p.out.numel() == 0) return;
   const CudaContext& cuda = p.weight.device().cuda_context();
-  const ProductCut cut = cut_of(p.weight, p.out.dim(0), p.norm ? p.norm.dim(0) : 0, 0);  // a gate is much to form, of one row, too
+  const int64_t B = p.out.dim(0);
+  const auto [cut, formed] = way_of(p);
   const GateArgs args{product_of(p.weight, p.out, cut),
                       p.y.raw(),
                       p.z.raw(),
@@ -616,22 +776,31 @@ void gated_projection_cuda(const GatedProjection& p) {
                       move_of(p.window, p.now)};
   with_type(p.weight.dtype(), [&](auto element) {
     using T = decltype(element);
+    if (formed) {
+      const Tensor x = Tensor::empty(p.weight.device(), p.weight.dtype(), {B, p.weight.dim(1)});
+      launch_overlapping(&form_gated_kernel<T>, "form_gated_kernel",
+                         static_cast<unsigned>(B * args.groups) + blocks_of(args.move, kSumThreads), kSumThreads, 0, cuda, args,
+                         static_cast<T*>(x.raw()));
+      return formed_projection<T, T>(args.product, cut, x, nullptr, cuda);
+    }
     const Grid grid = grid_of(args.product, cut, cuda);
-    with_rows(args.product.batch * args.groups, [&](auto n) {
-      constexpr int kThreads = kManyWarps * kWarp;
-      launch_overlapping(&gated_projection_kernel<T, n(), kManyWarps>, "gated_projection_kernel",
+    const auto launch = [&](auto n) {
+      constexpr int kWarps = 2 * kProductWarps, kThreads = kWarps * kWarp;
+      launch_overlapping(&gated_projection_kernel<T, n(), kWarps>, "gated_projection_kernel",
                          grid.resident + blocks_of(args.move, kThreads), kThreads, static_cast<size_t>(cut.shared_bytes), cuda, args,
                          grid.blocks, grid.resident);
-    });
+    };
+    const int groups = args.product.batch * args.groups;
+    groups <= 4 ? launch(kConstant<4>) : launch(kConstant<kGroup>);
   });
 }
 
 void convolved_projection_cuda(const ConvolvedProjection& p) {
   if (p.out.numel() == 0) return;
   const CudaContext& cuda = p.weight.device().cuda_context();
-  const int64_t floats_ahead = p.now.numel() + p.now.dim(1);
-  const bool ahead = few_rows_fit_cuda(p.weight, p.now.dim(0), floats_ahead);
-  const ProductCut cut = cut_of(p.weight, p.now.dim(0), ahead ? floats_ahead : 0);
+  const Way with_sums = way_of(p, p.now.numel() + p.now.dim(1)), without = way_of(p, 0);
+  const bool ahead = !with_sums.formed && with_sums.cut.fits;
+  const auto& [cut, formed] = ahead ? with_sums : without;
   const ConvolvedArgs args{product_of(p.weight, p.out, cut),
                            p.now.raw(),
                            p.window.raw(),
@@ -643,12 +812,18 @@ void convolved_projection_cuda(const ConvolvedProjection& p) {
                            ahead};
   with_type(p.weight.dtype(), [&](auto element) {
     using T = decltype(element);
+    if (formed) {
+      launch_overlapping(&form_convolved_kernel<T>, "form_convolved_kernel",
+                         static_cast<unsigned>((p.now.numel() + kSumThreads - 1) / kSumThreads), kSumThreads, 0, cuda, args,
+                         args.product.batch);
+      return formed_projection<T, T>(args.product, cut, p.y, nullptr, cuda);
+    }
     const Grid grid = grid_of(args.product, cut, cuda);
     const auto launch = [&](auto warps) {
-      launch_overlapping(&convolved_projection_kernel<T, warps()>, "convolved_projection_kernel", grid.resident, warps * kWarp,
+      launch_overlapping(&convolved_projection_kernel<T, warps()>, "convolved_projection_kernel", grid.resident, warps() * kWarp,
                          static_cast<size_t>(cut.shared_bytes), cuda, args, grid.blocks);
     };
-    cut.warps == kFewWarps ? launch(kFewWarps) : launch(kManyWarps);
+    cut.warps == kProductWarps ? launch(kConstant<kProductWarps>) : launch(kConstant<2 * kProductWarps>);
   });
 }
 

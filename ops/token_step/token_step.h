@@ -7,8 +7,8 @@
 
 namespace longhand {
 
-/// Rows that the products below read each weight once for; more rows take a matrix product instead.
-constexpr int64_t kTokenStepRows = 8;
+/// Rows that the products below read each weight once for, at most; more rows take a matrix product instead, wide products sooner.
+constexpr int64_t kTokenStepRows = 32;
 
 /// How far these kernels may be from the ops that they join, relative to the largest entry: sums of a few thousand products in another
 /// order, and in bf16 the roundings of a few steps.
@@ -113,8 +113,10 @@ struct GlaToken {
 void gla_token(const GlaToken&);
 bool gla_token_fits(int64_t Dk, int64_t Dv, int64_t rank);
 
-/// Whether the shared memory of a block holds what a product of so many rows needs beside `floats_ahead` of its own.
-bool few_rows_fit_cuda(const Tensor& weight, int64_t rows, int64_t floats_ahead);
+/// Whether the kernels of up to kTokenStepRows take this product: shared memory holds it, and the library's is not faster.
+bool few_rows_fit_cuda(const NormProjection&);
+bool few_rows_fit_cuda(const GatedProjection&);
+bool few_rows_fit_cuda(const ConvolvedProjection&);
 void norm_projection_cuda(const NormProjection&, const Tensor& sum);
 void gated_projection_cuda(const GatedProjection&);
 void convolved_projection_cuda(const ConvolvedProjection&);

@@ -49,7 +49,7 @@ TEST("token step: norm and projection agree with the ops, for every number of ro
   const Device gpu = Device::cuda();
   const NoGrad no_grad;
   for (const Dtype dtype : kDtypes)
-    for (const int64_t B : {1, 2, 3, 5, 8, 11})
+    for (const int64_t B : {int64_t{1}, int64_t{2}, int64_t{3}, int64_t{5}, int64_t{8}, int64_t{11}, int64_t{25}, kTokenStepRows + 1})
       for (const auto& [D, R] :
            {std::pair<int64_t, int64_t>{16, 5}, {264, 33}, {768, 50}, {1024, 4384}, {2048, 7}, {2816, 24}, {4096, 100}})
         for (const bool with_branch : {false, true}) {
@@ -74,10 +74,11 @@ TEST("token step: norm and projection agree with the ops, for every number of ro
 TEST("token step: a row's bits do not depend on the other rows") {
   if (cuda_device_count() == 0) SKIP("no CUDA device");
   const Device gpu = Device::cuda();
+  bool (*const fit)(const ConvolvedProjection&) = LONGHAND_CUDA_IMPL(few_rows_fit_cuda);
   for (const Dtype dtype : kDtypes)
     // Blocks of a part of a tile, of a tile, of two, four and eight; what Mamba-2's and GLA's layers and a head of several turns have.
     for (const auto& [D, R] : {std::pair<int64_t, int64_t>{dtype == Dtype::f32 ? 4096 : 5120, 40},
-                               {512, 300},
+                               {512, 200},
                                {2048, 1024},
                                {1024, 3088},
                                {1024, 4384},
@@ -87,20 +88,26 @@ TEST("token step: a row's bits do not depend on the other rows") {
       CAPTURE(D);
       CAPTURE(R);
       CAPTURE(name_of(dtype));
-      const Tensor residual = random_tensor(gpu, Dtype::f32, {kTokenStepRows, D}, 1), norm = random_tensor(gpu, Dtype::f32, {D}, 2),
-                   weight = random_tensor(gpu, dtype, {R, D}, 3), y = random_tensor(gpu, dtype, {kTokenStepRows, D}, 4),
-                   z = random_tensor(gpu, dtype, {kTokenStepRows, D}, 5), window = random_tensor(gpu, dtype, {kTokenStepRows, 3, D}, 6),
+      constexpr int64_t kMost = kTokenStepRows;
+      const Tensor residual = random_tensor(gpu, Dtype::f32, {kMost, D}, 1), norm = random_tensor(gpu, Dtype::f32, {D}, 2),
+                   weight = random_tensor(gpu, dtype, {R, D}, 3), y = random_tensor(gpu, dtype, {kMost, D}, 4),
+                   z = random_tensor(gpu, dtype, {kMost, D}, 5), window = random_tensor(gpu, dtype, {kMost, 3, D}, 6),
                    taps = random_tensor(gpu, Dtype::f32, {D, 1, 4}, 7);
-      std::vector<std::vector<float>> alone[3];  // [kind of product][row]
-      for (int64_t rows = 1; rows <= kTokenStepRows; ++rows)
-        for (int64_t begin = 0; begin + rows <= kTokenStepRows; begin += rows) {
+      const bool many_fit = fit({y, window, taps, {}, weight, y, y});
+      if (D == 512) CHECK(many_fit);
+      constexpr int kKinds = 4;
+      std::vector<std::vector<float>> alone[kKinds];  // [kind of product][row]
+      for (const int64_t rows : {1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 32}) {
+        if (rows > kRowsOfGroup && !many_fit) continue;
+        for (int64_t begin = 0; begin + rows <= kMost; begin += rows) {
           const auto part = [&](const Tensor& t) { return t.slice(0, begin, begin + rows); };
           const Tensor out[] = {Tensor::empty(gpu, Dtype::f32, {rows, R}), Tensor::empty(gpu, dtype, {rows, R}),
-                                Tensor::empty(gpu, dtype, {rows, R})};
+                                Tensor::empty(gpu, dtype, {rows, R}), Tensor::empty(gpu, dtype, {rows, R})};
           norm_projection({part(residual), {}, norm, 1e-5, weight, out[0]});
           gated_projection({part(y), part(z), norm, 1e-5, 1, false, weight, out[1], {}, {}});
           convolved_projection({part(y), part(window), taps, {}, weight, Tensor::empty(gpu, dtype, {rows, D}), out[2]});
-          for (int kind = 0; kind < 3; ++kind)
+          gated_projection({part(y), part(z), norm, 1e-5, 4, true, weight, out[3], {}, {}});
+          for (int kind = 0; kind < kKinds; ++kind)
             for (int64_t b = 0; b < rows; ++b) {
               const auto row = out[kind].slice(0, b, b + 1).to_vector<float>();
               if (rows == 1) alone[kind].push_back(row);
@@ -109,6 +116,7 @@ TEST("token step: a row's bits do not depend on the other rows") {
               CHECK(row == alone[kind][static_cast<std::size_t>(begin + b)]);
             }
         }
+      }
     }
 }
 
@@ -121,7 +129,7 @@ TEST("token step: the gate and its projection agree with the ops, in every form,
     int64_t groups;
   };
   for (const Dtype dtype : kDtypes)
-    for (const int64_t B : {1, 3, 8, 10})
+    for (const int64_t B : {1, 3, 8, 10, 16, 31, 33})
       for (const auto& [E, R] : {std::pair<int64_t, int64_t>{64, 9}, {2048, 1024}, {1536, 768}})
         for (const Form& form : {Form{true, false, 1}, {true, true, 1}, {true, false, 4}, {false, false, 1}})
           for (const int64_t taps : {0, 1, 3, 9}) {
@@ -147,7 +155,7 @@ TEST("token step: the gate of GLA's heads, which share the norm's weights, and o
   const Device gpu = Device::cuda();
   const NoGrad no_grad;
   for (const Dtype dtype : kDtypes)
-    for (const int64_t B : {1, 2, 8, 9})
+    for (const int64_t B : {1, 2, 8, 9, 33})
       for (const auto& [H, Dv] : {std::pair<int64_t, int64_t>{4, 256}, {2, 12}, {3, 88}}) {
         if (is_left_out()) continue;
         const int64_t E = H * Dv;
@@ -170,7 +178,7 @@ TEST("token step: convolution and projection agree with the ops, and the window 
   const Device gpu = Device::cuda();
   const NoGrad no_grad;
   for (const Dtype dtype : kDtypes)
-    for (const int64_t B : {1, 3, 8, 9})
+    for (const int64_t B : {1, 3, 8, 9, 25, 33})
       for (const auto& [C, R] : {std::pair<int64_t, int64_t>{32, 9}, {1536, 80}, {5120, 192}})
         for (const int64_t W : {1, 2, 4}) {
           if (is_left_out()) continue;
@@ -354,12 +362,24 @@ TEST("token step: a product is cut as the GPU demands, and its sums alike for ev
   CHECK(rows(kLarge, 4384, 1024, 8) == 64);
   CHECK(cut_product({4384, 1024, 1, 2, 1024}, kLarge).warps == 8);
   CHECK(cut_product({4384, 1024, 2, 2, 1024}, kLarge).warps == 16);
+  const auto many = [](const GpuSizes& gpu, int64_t R, int64_t D) { return cut_formed_product({R, D, kRowsOfPass, 2, 0}, gpu).fits; };
+  for (const auto& [R, D] : {std::pair<int64_t, int64_t>{4384, 1024}, {1024, 2048}, {3088, 1024}, {5632, 1024}, {1024, 2816}, {3072, 768}})
+    CHECK(many(kLarge, R, D));
+  CHECK_FALSE(many(kLarge, 50288, 1024));  // in turns
+  CHECK_FALSE(many(kLarge, 8512, 2048));
+  CHECK_FALSE(many(kLarge, 2048, 4096));  // sixteen rows of x and of weight
   for (const GpuSizes& gpu : {kLarge, kMiddle, kSmall})
     for (const int64_t R : {24, 1000, 3072, 4384, 6000, 8400, 50288})
       for (const int64_t D : {64, 256, 768, 1024, 2048, 2560}) {
         const ProductCut alone = cut_product({R, D, 1, 2, D}, gpu);
         REQUIRE(alone.fits);
-        for (int64_t B = 1; B <= kTokenStepRows; ++B)
+        for (int64_t B = 1; B <= kTokenStepRows; ++B) {
+          const ProductCut formed = cut_formed_product({R, D, B, 2, 0}, gpu);
+          if (!formed.fits) continue;
+          CHECK(parts_log2(formed.rows_log2) == parts_log2(alone.rows_log2));
+          CHECK(formed.shared_bytes <= gpu.shared_memory_per_block - 2048);
+        }
+        for (int64_t B = 1; B <= kRowsOfGroup; ++B)
           for (const int64_t floats_ahead : {D, (B + 1) * D}) {
             const ProductCut cut = cut_product({R, D, B, 2, floats_ahead}, gpu);
             if (cut.fits) CHECK(parts_log2(cut.rows_log2) == parts_log2(alone.rows_log2));
