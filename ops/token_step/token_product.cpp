@@ -7,7 +7,6 @@ namespace {
 
 constexpr int64_t kOfTheSystem = 1024;  // of each block
 constexpr int64_t kStatic = 2048;       // at most, of what the kernels declare themselves
-constexpr int64_t kByRegisters = 2;     // blocks of 2 * kProductWarps that a multiprocessor holds
 constexpr int kFewestRowsLog2 = 2;
 
 int64_t shared_bytes(const ProductSizes& p, int64_t rows, int64_t batch, int64_t floats_ahead, int warps) {
@@ -42,15 +41,16 @@ ProductCut cut_product(const ProductSizes& p, const GpuSizes& gpu) {
   const auto fits = [&] { return bytes(2 * kProductWarps) + kStatic <= gpu.shared_memory_per_block; };
   while (rows_log2 > kFewestRowsLog2 && rows_log2 <= kTileLog2 && !fits()) --rows_log2;
   const int warps = p.batch > p.rows_of_few_warps ? 2 * kProductWarps : kProductWarps;
-  return {rows_log2, warps, bytes(warps), fits()};
+  const int64_t of_one = std::clamp<int64_t>(gpu.shared_memory_per_block / (bytes(warps) + kOfTheSystem), 1, blocks_of_registers(warps));
+  const int64_t blocks = blocks_of(p, rows_log2);
+  return {rows_log2, warps, bytes(warps), fits(), blocks, static_cast<unsigned>(std::min(blocks, gpu.multiprocessors * of_one))};
 }
 
 ProductCut cut_formed_product(ProductSizes p, const GpuSizes& gpu) {
   p.batch = kRowsOfPass;
   p.floats_ahead = p.rows_of_few_warps = 0;
   ProductCut cut = cut_product(p, gpu);
-  const int64_t of_one = std::min(gpu.shared_memory_per_block / (cut.shared_bytes + kOfTheSystem), kByRegisters);
-  cut.fits = cut.fits && cut.rows_log2 >= kTileLog2 && blocks_of(p, cut.rows_log2) <= gpu.multiprocessors * of_one;
+  cut.fits = cut.fits && cut.rows_log2 >= kTileLog2 && cut.blocks == cut.resident;
   return cut;
 }
 

@@ -40,7 +40,14 @@ struct ProductCut {
   int warps;             // of a block
   int64_t shared_bytes;  // of a block
   bool fits;
+  int64_t blocks;     // of rows of weight
+  unsigned resident;  // of them, those that the GPU holds at a time: they take the others in turns
 };
+
+/// Blocks of a multiprocessor by their registers: room for those of the next kernels beside those that are at work.
+constexpr int blocks_of_registers(int warps) {
+  return 32 / warps;
+}
 
 /// The most rows of weight, a power of two, with which half of the multiprocessors have a block; where they cannot all have theirs at once,
 /// so many that, with a group of rows of x, two blocks share a multiprocessor, and one multiplies while the other's rows are on their way.

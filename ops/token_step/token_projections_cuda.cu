@@ -28,10 +28,6 @@ namespace {
 
 constexpr int kGroup = static_cast<int>(kRowsOfGroup), kPass = static_cast<int>(kRowsOfPass);  // rows of x
 constexpr int kSumThreads = kProductWarps * kWarp;  // among which sums are cut, whatever the threads of a block
-/// Blocks of a multiprocessor by their registers: room for those of the next kernels beside those that are at work.
-constexpr int blocks_of_registers(int warps) {
-  return 32 / warps;
-}
 
 // --- a product of few rows ------------------------------------------------------------------------------------
 
@@ -632,29 +628,14 @@ __global__ void shift_window_kernel(WindowMove move) {
 GpuSizes sizes_of(const CudaContext& cuda) {
   return {cuda.shared_memory_per_block, cuda.sm_count};
 }
-// Up to how many rows a block forms x itself, beside its rows of weight. More are formed once, by a kernel in front: to the same bits, and
-// faster on an H200.
-constexpr int64_t kJoinedNormRows = kRowsOfGroup, kJoinedGateRows = 1, kJoinedConvolvedRows = 2;
-
-struct Way {
-  ProductCut cut;
-  bool formed;  // x, by a kernel in front
-};
-Way way_of(const Tensor& weight, int64_t batch, int64_t joined_rows, int64_t floats_ahead, int64_t rows_of_few_warps = 1) {
-  const GpuSizes gpu = sizes_of(weight.device().cuda_context());
+/// Whether every block forms the rows of x itself. More are formed once, by a kernel in front: faster on an H200, and to the same bits.
+bool is_joined(int64_t batch) {
+  return batch <= kRowsOfGroup;
+}
+ProductCut cut_of(const Tensor& weight, int64_t batch, int64_t floats_ahead, int64_t rows_of_few_warps = 1) {
   const ProductSizes sizes{weight.dim(0), weight.dim(1), batch, size_of(weight.dtype()), floats_ahead, rows_of_few_warps};
-  const ProductCut joined = cut_product(sizes, gpu), formed = cut_formed_product(sizes, gpu);
-  const bool in_front = batch > kRowsOfGroup || (formed.fits && (batch > joined_rows || !joined.fits));
-  return in_front ? Way{formed, true} : Way{joined, false};
-}
-Way way_of(const NormProjection& p) {
-  return way_of(p.weight, p.residual.dim(0), kJoinedNormRows, p.weight.dim(1));
-}
-Way way_of(const GatedProjection& p) {  // a gate is much to form, of one row, too
-  return way_of(p.weight, p.y.dim(0), kJoinedGateRows, p.norm ? p.norm.dim(0) : 0, 0);
-}
-Way way_of(const ConvolvedProjection& p, int64_t floats_ahead) {
-  return way_of(p.weight, p.now.dim(0), kJoinedConvolvedRows, floats_ahead);
+  const GpuSizes gpu = sizes_of(weight.device().cuda_context());
+  return is_joined(batch) ? cut_product(sizes, gpu) : cut_formed_product(sizes, gpu);
 }
 
 Product product_of(const Tensor& weight, const Tensor& out, const ProductCut& cut) {
@@ -692,64 +673,44 @@ void with_type(Dtype dtype, const F& f) {
   dtype == Dtype::f32 ? f(0.0f) : f(__nv_bfloat16());
 }
 
-struct Grid {
-  int64_t blocks;     // of rows of weight
-  unsigned resident;  // no more than the GPU holds at a time
-};
-Grid grid_of(const Product& p, const ProductCut& cut, const CudaContext& cuda) {
-  constexpr int64_t kOfTheSystem = 1024;  // of each block
-  const int64_t blocks = ((p.out_rows - 1) >> p.rows_log2) + 1;
-  const int64_t in_one =
-      std::clamp<int64_t>(cuda.shared_memory_per_block / (cut.shared_bytes + kOfTheSystem), 1, blocks_of_registers(cut.warps));
-  return {blocks, static_cast<unsigned>(std::min<int64_t>(blocks, cuda.sm_count * in_one))};
-}
-
 /// x, formed in front of it, times weight
 template <class T, class Out>
 void formed_projection(const Product& product, const ProductCut& cut, const Tensor& x, const float* scale, const CudaContext& cuda) {
   FormedArgs args{product, x.raw(), scale, product.batch};
   args.product.batch = kPass;
-  const Grid grid = grid_of(product, cut, cuda);
-  launch_overlapping(&formed_projection_kernel<T, Out>, "formed_projection_kernel", grid.resident, cut.warps * kWarp,
-                     static_cast<size_t>(cut.shared_bytes), cuda, args, grid.blocks);
+  launch_overlapping(&formed_projection_kernel<T, Out>, "formed_projection_kernel", cut.resident, cut.warps * kWarp,
+                     static_cast<size_t>(cut.shared_bytes), cuda, args, cut.blocks);
 }
 
 }  // namespace
 
-bool few_rows_fit_cuda(const NormProjection& p) {
-  return way_of(p).cut.fits;
-}
-bool few_rows_fit_cuda(const GatedProjection& p) {
-  return way_of(p).cut.fits;
-}
-bool few_rows_fit_cuda(const ConvolvedProjection& p) {
-  return way_of(p, 0).cut.fits;
+bool few_rows_fit_cuda(const Tensor& weight, int64_t rows, int64_t floats_ahead) {
+  return cut_of(weight, rows, floats_ahead).fits;
 }
 
 void norm_projection_cuda(const NormProjection& p, const Tensor& sum) {
   if (p.out.numel() == 0) return;
   const CudaContext& cuda = p.weight.device().cuda_context();
   const int64_t B = p.out.dim(0);
-  const auto [cut, formed] = way_of(p);
+  const ProductCut cut = cut_of(p.weight, B, p.weight.dim(1));
   const NormArgs args{
       product_of(p.weight, p.out, cut),       p.residual.data<float>(),  p.norm.data<float>(),    p.branch ? p.branch.raw() : nullptr,
       p.branch ? sum.data<float>() : nullptr, static_cast<float>(p.eps), move_of(p.window, p.now)};
   const auto start = [&](auto element, auto out) {
     using T = decltype(element);
     using Out = decltype(out);
-    if (formed) {
+    if (!is_joined(B)) {
       const Tensor x = Tensor::empty(p.weight.device(), p.weight.dtype(), {B, p.weight.dim(1)});
       const Tensor rstd = Tensor::empty(x.device(), Dtype::f32, {B});
       launch_overlapping(&form_norm_kernel<T>, "form_norm_kernel", static_cast<unsigned>(B) + blocks_of(args.move, kSumThreads),
                          kSumThreads, 0, cuda, args, static_cast<T*>(x.raw()), rstd.data<float>());
       return formed_projection<T, Out>(args.product, cut, x, rstd.data<float>(), cuda);
     }
-    const Grid grid = grid_of(args.product, cut, cuda);
     const auto launch = [&](auto n, auto warps) {
       constexpr int kThreads = warps() * kWarp;
       launch_overlapping(&norm_projection_kernel<T, Out, n(), warps()>, "norm_projection_kernel",
-                         grid.resident + blocks_of(args.move, kThreads), kThreads, static_cast<size_t>(cut.shared_bytes), cuda, args,
-                         grid.blocks, grid.resident);
+                         cut.resident + blocks_of(args.move, kThreads), kThreads, static_cast<size_t>(cut.shared_bytes), cuda, args,
+                         cut.blocks, cut.resident);
     };
     if (cut.warps == kProductWarps) launch(kConstant<1>, kConstant<kProductWarps>);
     else if (B <= 4) launch(kConstant<4>, kConstant<2 * kProductWarps>);
@@ -762,7 +723,7 @@ void gated_projection_cuda(const GatedProjection& p) {
   if (p.out.numel() == 0) return;
   const CudaContext& cuda = p.weight.device().cuda_context();
   const int64_t B = p.out.dim(0);
-  const auto [cut, formed] = way_of(p);
+  const ProductCut cut = cut_of(p.weight, B, p.norm ? p.norm.dim(0) : 0, 0);  // a gate is much to form, of one row, too
   const GateArgs args{product_of(p.weight, p.out, cut),
                       p.y.raw(),
                       p.z.raw(),
@@ -776,19 +737,17 @@ void gated_projection_cuda(const GatedProjection& p) {
                       move_of(p.window, p.now)};
   with_type(p.weight.dtype(), [&](auto element) {
     using T = decltype(element);
-    if (formed) {
+    if (!is_joined(B)) {
       const Tensor x = Tensor::empty(p.weight.device(), p.weight.dtype(), {B, p.weight.dim(1)});
       launch_overlapping(&form_gated_kernel<T>, "form_gated_kernel",
                          static_cast<unsigned>(B * args.groups) + blocks_of(args.move, kSumThreads), kSumThreads, 0, cuda, args,
                          static_cast<T*>(x.raw()));
       return formed_projection<T, T>(args.product, cut, x, nullptr, cuda);
     }
-    const Grid grid = grid_of(args.product, cut, cuda);
     const auto launch = [&](auto n) {
       constexpr int kWarps = 2 * kProductWarps, kThreads = kWarps * kWarp;
-      launch_overlapping(&gated_projection_kernel<T, n(), kWarps>, "gated_projection_kernel",
-                         grid.resident + blocks_of(args.move, kThreads), kThreads, static_cast<size_t>(cut.shared_bytes), cuda, args,
-                         grid.blocks, grid.resident);
+      launch_overlapping(&gated_projection_kernel<T, n(), kWarps>, "gated_projection_kernel", cut.resident + blocks_of(args.move, kThreads),
+                         kThreads, static_cast<size_t>(cut.shared_bytes), cuda, args, cut.blocks, cut.resident);
     };
     const int groups = args.product.batch * args.groups;
     groups <= 4 ? launch(kConstant<4>) : launch(kConstant<kGroup>);
@@ -798,9 +757,9 @@ void gated_projection_cuda(const GatedProjection& p) {
 void convolved_projection_cuda(const ConvolvedProjection& p) {
   if (p.out.numel() == 0) return;
   const CudaContext& cuda = p.weight.device().cuda_context();
-  const Way with_sums = way_of(p, p.now.numel() + p.now.dim(1)), without = way_of(p, 0);
-  const bool ahead = !with_sums.formed && with_sums.cut.fits;
-  const auto& [cut, formed] = ahead ? with_sums : without;
+  const int64_t B = p.now.dim(0), floats_ahead = p.now.numel() + p.now.dim(1);
+  const bool ahead = is_joined(B) && few_rows_fit_cuda(p.weight, B, floats_ahead);
+  const ProductCut cut = cut_of(p.weight, B, ahead ? floats_ahead : 0);
   const ConvolvedArgs args{product_of(p.weight, p.out, cut),
                            p.now.raw(),
                            p.window.raw(),
@@ -812,16 +771,15 @@ void convolved_projection_cuda(const ConvolvedProjection& p) {
                            ahead};
   with_type(p.weight.dtype(), [&](auto element) {
     using T = decltype(element);
-    if (formed) {
+    if (!is_joined(B)) {
       launch_overlapping(&form_convolved_kernel<T>, "form_convolved_kernel",
                          static_cast<unsigned>((p.now.numel() + kSumThreads - 1) / kSumThreads), kSumThreads, 0, cuda, args,
                          args.product.batch);
       return formed_projection<T, T>(args.product, cut, p.y, nullptr, cuda);
     }
-    const Grid grid = grid_of(args.product, cut, cuda);
     const auto launch = [&](auto warps) {
-      launch_overlapping(&convolved_projection_kernel<T, warps()>, "convolved_projection_kernel", grid.resident, warps() * kWarp,
-                         static_cast<size_t>(cut.shared_bytes), cuda, args, grid.blocks);
+      launch_overlapping(&convolved_projection_kernel<T, warps()>, "convolved_projection_kernel", cut.resident, warps() * kWarp,
+                         static_cast<size_t>(cut.shared_bytes), cuda, args, cut.blocks);
     };
     cut.warps == kProductWarps ? launch(kConstant<kProductWarps>) : launch(kConstant<2 * kProductWarps>);
   });

@@ -58,11 +58,10 @@ void note(std::initializer_list<const Tensor*> moved) {
   OpLedger::note(bytes, 0);
 }
 
-// Whether kernels for few rows take this product.
-template <class Projection>
-bool few_rows_fit(const Projection& p, int64_t rows) {
-  bool (*const fit)(const Projection&) = LONGHAND_CUDA_IMPL(few_rows_fit_cuda);
-  return rows <= kTokenStepRows && fit(p);
+// Whether a kernel for few rows takes this product; `floats_ahead` is what it holds beside it.
+bool few_rows_fit(const Tensor& weight, int64_t rows, int64_t floats_ahead) {
+  bool (*const fit)(const Tensor&, int64_t, int64_t) = LONGHAND_CUDA_IMPL(few_rows_fit_cuda);
+  return rows <= kTokenStepRows && fit(weight, rows, floats_ahead);
 }
 
 template <class F>
@@ -91,7 +90,7 @@ Tensor norm_projection(const NormProjection& p) {
   auto* const few_rows =
       on_gpu<void(const NormProjection&, const Tensor&)>("norm_projection", device, LONGHAND_CUDA_IMPL(norm_projection_cuda));
   if (p.window) require_window("norm_projection", p.window, p.now, B);
-  if (!few_rows_fit(p, B)) {
+  if (!few_rows_fit(p.weight, B, D)) {
     if (p.window) shift_window(p.window, p.now);
     const auto normed = add_rmsnorm(p.branch ? Variable(p.branch) : Variable(), p.residual, p.norm, p.eps, p.weight.dtype());
     gemm(false, normed.y.value(), true, p.weight, p.out);
@@ -234,7 +233,7 @@ void gated_projection(const GatedProjection& p) {
   require_contiguous(name, {{"norm", &p.norm}, {"weight", &p.weight}, {"out", &p.out}});
   if (p.window) require_window(name, p.window, p.now, B);
   auto* const few_rows = on_gpu<void(const GatedProjection&)>(name, device, LONGHAND_CUDA_IMPL(gated_projection_cuda));
-  if (few_rows_fit(p, B)) {
+  if (few_rows_fit(p.weight, B, p.norm ? p.norm.dim(0) : 0)) {
     few_rows(p);
     return note({&p.y, &p.z, &p.norm, &p.weight, &p.out, &p.window, &p.window, &p.now});
   }
@@ -272,7 +271,7 @@ void convolved_projection(const ConvolvedProjection& p) {
                             {"y", &p.y},
                             {"out", &p.out}});
   auto* const few_rows = on_gpu<void(const ConvolvedProjection&)>(name, device, LONGHAND_CUDA_IMPL(convolved_projection_cuda));
-  if (few_rows_fit(p, B)) {
+  if (few_rows_fit(p.weight, B, 0)) {
     few_rows(p);
     return note({&p.now, &p.window, &p.conv_weight, &p.conv_bias, &p.weight, &p.y, &p.out});
   }

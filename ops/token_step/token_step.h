@@ -113,10 +113,9 @@ struct GlaToken {
 void gla_token(const GlaToken&);
 bool gla_token_fits(int64_t Dk, int64_t Dv, int64_t rank);
 
-/// Whether the kernels of up to kTokenStepRows take this product: shared memory holds it, and the library's is not faster.
-bool few_rows_fit_cuda(const NormProjection&);
-bool few_rows_fit_cuda(const GatedProjection&);
-bool few_rows_fit_cuda(const ConvolvedProjection&);
+/// Whether the kernels take a product of so many rows: shared memory holds what it needs, of few rows beside `floats_ahead` that its blocks
+/// keep, and the library's is not faster.
+bool few_rows_fit_cuda(const Tensor& weight, int64_t rows, int64_t floats_ahead);
 void norm_projection_cuda(const NormProjection&, const Tensor& sum);
 void gated_projection_cuda(const GatedProjection&);
 void convolved_projection_cuda(const ConvolvedProjection&);
