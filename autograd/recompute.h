@@ -17,7 +17,7 @@ namespace longhand {
 
 enum class Recompute {
   none,         // everything is kept
-  light,        // what costs one pass over memory is made again: norms, convolutions, gates, narrow projections
+  light,        // what costs one pass over memory is made again: convolutions, gates, narrow projections, norms that nothing else tells
   projections,  // every projection is made again as well
   full,         // a layer keeps its input alone; its forward runs once more in the backward
 };
@@ -63,7 +63,6 @@ class Kept {
   Kept() = default;
   explicit Kept(const Variable& variable);
   bool defined() const { return remade_ != nullptr || value_.defined(); }
-  bool made_again() const { return remade_ != nullptr; }
   /// The tensor. One that is made again is made once for all who keep it, and lives until the last of them is gone.
   const Tensor& get() const;
 

@@ -28,7 +28,8 @@ struct AddRmsnormOutput {
 /// y_dtype  f32 | bf16 (CUDA) | f64
 /// returns  y [.., D] y_dtype, rounded once; residual [.., D] dtype of the input residual
 /// backward grad_residual = norm'(grad_y) + grad_residual_out, the same for both inputs; rounded to its dtype for x
-/// saves    residual_out (from the level light on, where residual is kept as it is: residual and x themselves instead), weight, rstd
+/// saves    residual_out, weight, rstd; where y_dtype is bf16 y instead of residual_out: xhat = y / weight, which is off by the rounding of
+///          y, 2^-8, in the gradients; a weight nearer to zero than 2^-40 counts as 2^-40 there, in y too
 /// limits, errors  as rmsnorm, and ShapeError if x and residual differ in shape
 /// source   the state-spaces layout: norm before the mixer, residual kept in f32 (Gu & Dao 2023, arXiv:2312.00752)
 AddRmsnormOutput add_rmsnorm(const Variable& x, const Variable& residual, const Variable& weight, double eps, Dtype y_dtype);

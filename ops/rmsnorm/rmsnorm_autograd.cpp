@@ -2,6 +2,7 @@
 #include "autograd/late_value.h"
 #include "autograd/recompute.h"
 #include "core/error.h"
+#include "core/op_ledger.h"
 #include "core/op_scope.h"
 #include "ops/common/strided_rows.h"
 #include "ops/rmsnorm/rmsnorm.h"
@@ -44,19 +45,6 @@ Tensor new_rstd(const Tensor& normed, Dtype sums) {
   return Tensor::empty(normed.device(), sums, {normed.numel() / std::max<int64_t>(normed.dim(-1), 1)});
 }
 
-// What add_rmsnorm normalised, as its backward keeps it: the sum itself, or its two parts.
-struct NormedSum {
-  Kept base;
-  Tensor addend;  // undefined: base is the sum
-  Tensor whole() const {
-    const Tensor& first = base.get();
-    if (!addend.defined()) return first;
-    Tensor sum = first.clone();
-    add_scaled(sum, addend.to(sum.dtype()));
-    return sum;
-  }
-};
-
 // The norm of what a backward keeps, once more; its rstd is there already.
 Tensor normed_again(const char* op, const Tensor& base, const Tensor& weight, double eps, Dtype y_dtype) {
   const OpScope scope(op, {&base, &weight});
@@ -85,12 +73,12 @@ Variable rmsnorm(const Variable& x, const Variable& weight, double eps) {
   const Variable out = record("rmsnorm", y, {x, weight}, [kept_x, w, rstd, late_y](BackwardCall& call) {
     const Tensor again = with_strided_rows(kept_x.get());
     RmsnormBackward b{with_strided_rows(call.grad(0)), {}, again, {}, w, rstd, {}, {}, {}, {}};
-    if (late_y->wanted()) b.y = Tensor::empty(again.device(), again.dtype(), again.shape());
+    if (late_y->wanted()) b.y_again = Tensor::empty(again.device(), again.dtype(), again.shape());
     if (call.needs(0)) b.grad_base = writable_strided_rows(call.buffer(0));
     if (call.needs(1)) b.grad_weight = call.accumulate(1);
     on_device(again.device(), &rmsnorm_bwd_cpu, LONGHAND_CUDA_IMPL(rmsnorm_bwd_cuda))(b);
     call.set(0, b.grad_base);
-    late_y->give(b.y);
+    late_y->give(b.y_again);
   });
   const auto make_again = [kept_x, w, eps] {
     const Tensor again = with_strided_rows(kept_x.get());
@@ -123,34 +111,35 @@ AddRmsnormOutput add_rmsnorm(const Variable& x, const Variable& residual, const 
   const Tensor rstd = new_rstd(r, sums);                                     // [rows]
   on_device(r.device(), &rmsnorm_fwd_cpu, LONGHAND_CUDA_IMPL(rmsnorm_fwd_cuda))({base, addend, w, eps, x ? sum : Tensor(), y, rstd});
 
-  // The stream of a model is a chain of sums. From the level light on every second of them is kept as its two parts, the sum before it,
-  // which is kept anyway, and an addend of half its size.
-  const Kept kept_residual(residual);
-  const bool in_parts = x && recompute_level() != Recompute::none && !kept_residual.made_again();
-  const NormedSum kept = in_parts ? NormedSum{kept_residual, addend} : NormedSum{Kept(Variable(sum)), {}};
-  const auto late_y = std::make_shared<LateValue>();
-  auto outputs = record("add_rmsnorm", {y, sum}, {x, residual, weight}, [kept, w, rstd, y_dtype, late_y](BackwardCall& call) {
-    const Tensor first = with_strided_rows(kept.base.get());
-    const bool shared = y_dtype == first.dtype();  // then x and residual take the same gradient tensor
-    if (!call.grad(0).defined()) {                 // only the sum was used further on
+  // A narrow y, which the projections behind it keep anyway, tells what was normalised: of the stream nothing is kept.
+  const bool from_y = y_dtype != sums;
+  const Tensor kept = from_y ? y : sum;
+  const bool shared = !from_y;  // then x and residual take the same gradient tensor
+  const auto late_y = from_y ? nullptr : std::make_shared<LateValue>();
+  const int64_t inputs_bytes = base.numel() * size_of(sums) + (x ? addend.numel() * size_of(y_dtype) : 0);
+  auto outputs = record("add_rmsnorm", {y, sum}, {x, residual, weight}, [=](BackwardCall& call) {
+    OpLedger::note(static_cast<double>(kept.numel() * size_of(kept.dtype()) - inputs_bytes), 0);  // read in the inputs' place
+    if (!call.grad(0).defined()) {                                                                // only the sum was used further on
       call.set(0, call.grad(1).to(y_dtype));
       call.set(1, call.grad(1));
       return;
     }
-    RmsnormBackward b{with_strided_rows(call.grad(0)), with_strided_rows(call.grad(1)), first, kept.addend, w, rstd, {}, {}, {}, {}};
-    if (late_y->wanted()) b.y = Tensor::empty(first.device(), y_dtype, first.shape());
+    RmsnormBackward b{with_strided_rows(call.grad(0)), with_strided_rows(call.grad(1)), {}, {}, w, rstd, {}, {}, {}, {}};
+    (from_y ? b.y : b.sum) = kept;
+    if (late_y != nullptr && late_y->wanted()) b.y_again = Tensor::empty(kept.device(), y_dtype, kept.shape());
     if (call.needs(1)) b.grad_base = writable_strided_rows(call.buffer(1));
     else if (call.needs(0) && shared) b.grad_base = writable_strided_rows(call.buffer(0));
     if (call.needs(0) && !shared) b.grad_addend = writable_strided_rows(call.buffer(0));
     if (call.needs(2)) b.grad_weight = call.accumulate(2);
-    on_device(first.device(), &rmsnorm_bwd_cpu, LONGHAND_CUDA_IMPL(rmsnorm_bwd_cuda))(b);
+    on_device(kept.device(), &rmsnorm_bwd_cpu, LONGHAND_CUDA_IMPL(rmsnorm_bwd_cuda))(b);
     call.set(0, shared ? b.grad_base : b.grad_addend);
     call.set(1, b.grad_base);
-    late_y->give(b.y);
+    if (late_y != nullptr) late_y->give(b.y_again);
   });
-  const auto make_again = [kept, w, eps, y_dtype] { return normed_again("add_rmsnorm", kept.whole(), w, eps, y_dtype); };
-  const Variable stream = in_parts ? remade(outputs[1], [kept] { return kept.whole(); }) : outputs[1];
-  return {remade(outputs[0], make_again, late_y), stream};
+  if (from_y) return {outputs[0], outputs[1]};
+  return {remade(
+              outputs[0], [kept, w, eps, y_dtype] { return normed_again("add_rmsnorm", kept, w, eps, y_dtype); }, late_y),
+          outputs[1]};
 }
 
 }  // namespace longhand

@@ -50,7 +50,9 @@ std::vector<BenchCase> cases(const Device& device, Dtype activations, const Benc
     const auto elements = static_cast<double>(rows * width), a = static_cast<double>(size_of(activations)),
                s = static_cast<double>(size_of(sums));
     bench.forward_bytes = elements * (2 * a + 2 * s);
-    bench.backward_bytes = elements * (2 * a + (residual_grad ? 3 : 2) * s);
+    // grad_y, y or the sum, the residual's gradient in; the sum's gradient out, in a narrower dtype once more
+    const double kept_and_rounded = a < s ? 2 * a : s;
+    bench.backward_bytes = elements * (a + kept_and_rounded + (residual_grad ? 2 : 1) * s);
     bench.forward_flops = 5 * elements;
     bench.backward_flops = 9 * elements;
     result.push_back(std::move(bench));

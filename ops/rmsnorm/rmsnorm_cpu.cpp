@@ -39,24 +39,17 @@ void forward(const RmsnormForward& f) {
 
 template <class T>
 void backward(const RmsnormBackward& b) {
-  const StridedRows base_rows = strided_rows_of(b.base), addend_rows = strided_rows_of(b.addend), grad_y_rows = strided_rows_of(b.grad_y),
-                    grad_sum_rows = strided_rows_of(b.grad_sum), grad_base_rows = strided_rows_of(b.grad_base),
-                    grad_addend_rows = strided_rows_of(b.grad_addend);
-  const int64_t width = base_rows.width, chunks = (base_rows.count + kRowsPerChunk - 1) / kRowsPerChunk;
+  const StridedRows sum_rows = strided_rows_of(b.sum), grad_y_rows = strided_rows_of(b.grad_y), grad_sum_rows = strided_rows_of(b.grad_sum),
+                    grad_base_rows = strided_rows_of(b.grad_base), grad_addend_rows = strided_rows_of(b.grad_addend);
+  const int64_t width = sum_rows.width, chunks = (sum_rows.count + kRowsPerChunk - 1) / kRowsPerChunk;
   const T* weight = b.weight.data<T>();
   std::vector<T> partials(static_cast<std::size_t>(b.grad_weight ? chunks * width : 0));
 
 #pragma omp parallel for schedule(static)
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     T* grad_weight = b.grad_weight ? partials.data() + chunk * width : nullptr;
-    std::vector<T> sum(static_cast<std::size_t>(b.addend.defined() ? width : 0));
-    for (int64_t row = chunk * kRowsPerChunk; row < std::min(base_rows.count, (chunk + 1) * kRowsPerChunk); ++row) {
-      const T* x = b.base.data<T>() + base_rows.begin(row);
-      if (b.addend.defined()) {
-        const T* addend = b.addend.data<T>() + addend_rows.begin(row);
-        for (int64_t c = 0; c < width; ++c) sum[static_cast<std::size_t>(c)] = x[c] + addend[c];
-        x = sum.data();
-      }
+    for (int64_t row = chunk * kRowsPerChunk; row < std::min(sum_rows.count, (chunk + 1) * kRowsPerChunk); ++row) {
+      const T* x = b.sum.data<T>() + sum_rows.begin(row);
       const T* grad_y = b.grad_y.data<T>() + grad_y_rows.begin(row);
       const T rstd = b.rstd.data<T>()[row];
       T dot = 0;  // sum_c xhat * u
@@ -65,8 +58,8 @@ void backward(const RmsnormBackward& b) {
       const T mean = dot / static_cast<T>(width);
       if (grad_weight != nullptr)
         for (int64_t c = 0; c < width; ++c) grad_weight[c] += grad_y[c] * (rstd * x[c]);
-      if (b.y.defined())
-        for (int64_t c = 0; c < width; ++c) b.y.data<T>()[row * width + c] = weight[c] * (rstd * x[c]);
+      if (b.y_again.defined())
+        for (int64_t c = 0; c < width; ++c) b.y_again.data<T>()[row * width + c] = weight[c] * (rstd * x[c]);
       if (!b.grad_base.defined()) continue;
       T* grad_base = b.grad_base.data<T>() + grad_base_rows.begin(row);
       for (int64_t c = 0; c < width; ++c) grad_base[c] = rstd * (weight[c] * grad_y[c] - (rstd * x[c]) * mean);

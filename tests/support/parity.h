@@ -18,7 +18,7 @@ struct ParityInput {
   double mean = 0;
 };
 
-constexpr double kBf16Rounding = 1.0 / 256;  // one rounding is 2^-9 of the element; twice that leaves room for values near a tie
+constexpr double kBf16Rounding = 1.0 / 256;  // what one rounding changes an element by at most, relative to it
 
 constexpr double kSmallScale =
     0.1;  // inputs are of size 1: where everything is smaller than this, it is what is left after terms cancelled
@@ -47,11 +47,18 @@ inline bool is_left_out() {
   return EveryComparison::alive == 0 && asked++ % every != 0;
 }
 
+/// How far f32 may be off, relative to the largest element.
+struct ParityTolerance {
+  double outputs, gradients;
+  ParityTolerance(double both) : ParityTolerance(both, both) {}
+  ParityTolerance(double of_outputs, double of_gradients) : outputs(of_outputs), gradients(of_gradients) {}
+};
+
 /// f maps leaves to outputs; it takes all its dtypes from the leaves, since it also runs with every one of them in f64.
 /// Compares each output and the gradient of each input: f32 within `tolerance` of the largest element, bf16 within kBf16Rounding.
 /// grad_padding  unread elements behind each row of the output gradients: makes those strided
 inline void expect_parity(const std::function<std::vector<Variable>(const std::vector<Variable>&)>& f,
-                          const std::vector<ParityInput>& inputs, const Device& device, double tolerance, int64_t grad_padding = 0,
+                          const std::vector<ParityInput>& inputs, const Device& device, ParityTolerance tolerance, int64_t grad_padding = 0,
                           const std::string& what = "") {
   if (is_left_out()) return;
   std::vector<Variable> on_device, reference;
@@ -67,16 +74,16 @@ inline void expect_parity(const std::function<std::vector<Variable>(const std::v
   }
   const std::vector<Variable> outputs = f(on_device), expected = f(reference);
 
-  const auto compare = [&](const Tensor& actual, const Tensor& wanted, const std::string& name) {
+  const auto compare = [&](const Tensor& actual, const Tensor& wanted, double in_f32, const std::string& name) {
     REQUIRE(actual.shape() == wanted.shape());
-    expect_close(actual.to_vector<double>(), wanted.to_vector<double>(), actual.dtype() == Dtype::bf16 ? kBf16Rounding : tolerance,
+    expect_close(actual.to_vector<double>(), wanted.to_vector<double>(), actual.dtype() == Dtype::bf16 ? kBf16Rounding : in_f32,
                  kSmallScale, what + " " + name);
   };
   std::vector<Variable> roots, expected_roots;
   std::vector<Tensor> grads, expected_grads;
   REQUIRE(outputs.size() == expected.size());
   for (std::size_t i = 0; i < outputs.size(); ++i) {
-    compare(outputs[i].value(), expected[i].value(), "output " + std::to_string(i));
+    compare(outputs[i].value(), expected[i].value(), tolerance.outputs, "output " + std::to_string(i));
     Shape padded = outputs[i].shape();
     padded[-1] += grad_padding;
     const Tensor rounded = random_tensor(Device::cpu(), Dtype::f64, padded, 200 + i).to(outputs[i].value().dtype());
@@ -91,7 +98,7 @@ inline void expect_parity(const std::function<std::vector<Variable>(const std::v
     if (!on_device[i]) continue;
     REQUIRE(on_device[i].grad().defined());
     CHECK(on_device[i].grad().dtype() == inputs[i].dtype);
-    compare(on_device[i].grad(), reference[i].grad(), "gradient of input " + std::to_string(i));
+    compare(on_device[i].grad(), reference[i].grad(), tolerance.gradients, "gradient of input " + std::to_string(i));
   }
 }
 
