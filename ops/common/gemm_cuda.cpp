@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -91,7 +92,8 @@ int64_t terms_of(const GemmKey& key) {
 
 constexpr int64_t kSplitMultiple = 128;  // of the terms, where sums may be split
 
-using Candidates = std::vector<cublasLtMatmulHeuristicResult_t>;
+using Named = cublasLtMatmulHeuristicResult_t;
+using Candidates = std::vector<Named>;
 
 /// The algorithms that cuBLASLt names for a product, the first the best by its own estimate; it names no more than eight.
 Candidates candidates_for(const CudaContext& cuda, const GemmKey& key) {
@@ -126,19 +128,32 @@ constexpr int64_t kFewTerms = 256, kManyTerms = 2048;  // from, and below; with 
 constexpr float kWavesInTurn = 4;                      // tiles of every multiprocessor: most of them are written beside another
 constexpr int64_t kNamedWidths = 512;                  // for multiples of so many columns the eight had tiles in turn wherever looked at
 
+// Gradients of weights have many terms in few tiles. Of algorithms whose last round of tiles is about as full, those with tiles of 256 x 96
+// and 256 x 128 took 2 to 4% less than the first at the card's limit of power, in all of five such products
+// (docs/bench/2026-12-01-one-card.md). Their bits are the same too.
+constexpr std::array<uint32_t, 2> kTallTiles{CUBLASLT_MATMUL_TILE_256x96, CUBLASLT_MATMUL_TILE_256x128};
+constexpr float kAboutAsFull = 1.03f;
+
+uint32_t setting(const Named& named, cublasLtMatmulAlgoConfigAttributes_t attribute) {
+  uint32_t value = 0;
+  cublas_check(cublasLtMatmulAlgoConfigGetAttribute(&named.algo, attribute, &value, sizeof value, nullptr),
+               "cublasLtMatmulAlgoConfigGetAttribute");
+  return value;
+}
+bool splits_sums(const Named& named) {
+  return setting(named, CUBLASLT_ALGO_CONFIG_SPLITK_NUM) > 1;
+}
+template <std::size_t count>
+bool has_tile(const Named& named, const std::array<uint32_t, count>& tiles) {
+  return std::find(tiles.begin(), tiles.end(), setting(named, CUBLASLT_ALGO_CONFIG_TILE_ID)) != tiles.end();
+}
+
 /// Of the algorithms named for a product or a narrower one, those that form this product by tiles in turn.
 Candidates in_turn(const CudaContext& cuda, GemmPlan plan, const Candidates& named) {
   Candidates fitting;
   for (const auto& candidate : named) {
-    uint32_t tile = 0, parts = 0;
-    const auto get = [&](cublasLtMatmulAlgoConfigAttributes_t attribute, uint32_t& value) {
-      cublas_check(cublasLtMatmulAlgoConfigGetAttribute(&candidate.algo, attribute, &value, sizeof value, nullptr),
-                   "cublasLtMatmulAlgoConfigGetAttribute");
-    };
-    get(CUBLASLT_ALGO_CONFIG_TILE_ID, tile);
-    get(CUBLASLT_ALGO_CONFIG_SPLITK_NUM, parts);
-    if (parts > 1 || std::find(kTilesInTurn.begin(), kTilesInTurn.end(), tile) == kTilesInTurn.end()) continue;
-    cublasLtMatmulHeuristicResult_t here{};
+    if (splits_sums(candidate) || !has_tile(candidate, kTilesInTurn)) continue;
+    Named here{};
     const bool runs = cublasLtMatmulAlgoCheck(cuda.blas_lt, &plan.product, &plan.b, &plan.a, &plan.c, &plan.c, &candidate.algo, &here) ==
                       CUBLAS_STATUS_SUCCESS;
     here.algo = candidate.algo;
@@ -147,11 +162,8 @@ Candidates in_turn(const CudaContext& cuda, GemmPlan plan, const Candidates& nam
   return fitting;
 }
 
-/// The first of the algorithms named. For products of bf16 with few terms in many tiles, on Hopper: of those that take tiles in turn the
-/// one with the fewest waves, if there are any.
-cublasLtMatmulAlgo_t choose(const CudaContext& cuda, const GemmKey& key, const Candidates& named) {
-  const int64_t terms = terms_of(key);
-  if (cuda.major != 9 || key.a.type != CUDA_R_16BF || terms < kFewTerms || terms >= kManyTerms) return named.front().algo;
+/// With few terms in many tiles, of the algorithms that take tiles in turn the one with the fewest waves, if there are any.
+cublasLtMatmulAlgo_t choose_for_few_terms(const CudaContext& cuda, const GemmKey& key, const Candidates& named) {
   const GemmPlan plan = describe(key);
   Candidates fitting = in_turn(cuda, plan, named);
   GemmKey narrower = key;
@@ -161,6 +173,27 @@ cublasLtMatmulAlgo_t choose(const CudaContext& cuda, const GemmKey& key, const C
   const auto fewest =
       std::min_element(fitting.begin(), fitting.end(), [](const auto& x, const auto& y) { return x.wavesCount < y.wavesCount; });
   return fewest == fitting.end() ? named.front().algo : fewest->algo;
+}
+
+/// Where the first splits no sum and needs more than one round: the first with tall tiles whose last round is about as full, if there is
+/// one.
+cublasLtMatmulAlgo_t choose_for_weight_gradient(const Candidates& named) {
+  const auto& first = named.front();
+  if (splits_sums(first) || first.wavesCount <= 1) return first.algo;
+  const auto rounds = [](const Named& n) { return std::ceil(n.wavesCount) / n.wavesCount; };  // for one full one
+  const auto tall = std::find_if(named.begin(), named.end(), [&](const Named& n) {
+    return n.state == CUBLAS_STATUS_SUCCESS && !splits_sums(n) && has_tile(n, kTallTiles) && rounds(n) <= kAboutAsFull * rounds(first);
+  });
+  return tall == named.end() ? first.algo : tall->algo;
+}
+
+/// The first of the algorithms named, but for two kinds of products of bf16 on Hopper.
+cublasLtMatmulAlgo_t choose(const CudaContext& cuda, const GemmKey& key, const Candidates& named) {
+  const int64_t terms = terms_of(key);
+  if (cuda.major != 9 || key.a.type != CUDA_R_16BF) return named.front().algo;
+  if (terms >= kFewTerms && terms < kManyTerms) return choose_for_few_terms(cuda, key, named);
+  if (terms >= kManyTerms && key.transpose_a && key.c.type == CUDA_R_32F) return choose_for_weight_gradient(named);
+  return named.front().algo;
 }
 
 GemmPlan make_plan(const CudaContext& cuda, const GemmKey& key) {

@@ -189,6 +189,9 @@ TEST("gemm: CUDA agrees with the CPU where products are large, of few terms in m
                         {{4224, 3088, 264}, true, false, false, Dtype::f32, 1},
                         {{4224, 3088, 272}, false, true, true, Dtype::bf16, 0},
                         {{4224, 3088, 2048}, false, true, false, Dtype::bf16, 0},
+                        {{5632, 1024, 2048}, true, false, false, Dtype::f32, 0},  // a weight's gradient: tall tiles
+                        {{5632, 1024, 4096}, true, false, false, Dtype::f32, 1},
+                        {{5632, 1024, 2177}, true, false, false, Dtype::f32, 1},
                         {{4096, 512, 1024}, false, true, false, Dtype::bf16, 0}}) {
     const Sizes& s = t.sizes;
     const Device cpu = Device::cpu(), gpu = Device::cuda();

@@ -9,4 +9,7 @@ namespace longhand {
 /// destination  n contiguous f32 elements of any shape
 void sum_partials_cuda(const Tensor& partials, const Accumulation& target);
 
+/// The same for columns of two destinations that lie side by side: partials [P, n + m].
+void sum_partials_cuda(const Tensor& partials, const Accumulation& first, const Accumulation& second);
+
 }  // namespace longhand

@@ -1,5 +1,5 @@
-// linear: everything is a matrix product, the gradient of the bias too: ones^T grad_y. The same code serves every device; see linear.h for
-// the formulas and ops/common/gemm.h for the products.
+// linear: everything is a matrix product, the gradient of the bias too: ones^T grad_y. The same code serves every device, but for a narrow
+// x on a GPU, which has kernels of its own (linear_kernels.h); see linear.h for the formulas and ops/common/gemm.h for the products.
 #include "ops/linear/linear.h"
 
 #include "autograd/aligned_rows.h"
@@ -8,6 +8,7 @@
 #include "autograd/recompute.h"
 #include "autograd/tape.h"
 #include "core/error.h"
+#include "core/op_ledger.h"
 #include "core/op_scope.h"
 #include "ops/common/gemm.h"
 #include "ops/linear/linear_kernels.h"
@@ -38,6 +39,10 @@ Tensor row_vector(const Tensor& t) {
   return t.reshape({1, t.numel()});
 }
 
+double product_flops(const Tensor& x, const Tensor& w) {
+  return 2.0 * static_cast<double>(x.dim(0)) * static_cast<double>(w.numel());
+}
+
 Tensor ones_row(const Tensor& like, int64_t count) {
   return Tensor::full(like.device(), like.dtype(), {1, count}, 1.0);
 }
@@ -49,6 +54,12 @@ Tensor product(const Tensor& x, const Tensor& w, const Tensor& bias) {
   shape[-1] = w.dim(0);
   Tensor y = empty_with_aligned_rows(rows.device(), rows.dtype(), shape);
   const Tensor y_rows = y.reshape({rows.dim(0), w.dim(0)});
+  const auto fits = on_device<bool(const NarrowProduct&)>(w.device(), nullptr, LONGHAND_CUDA_IMPL(linear_narrow_product_fits_cuda));
+  if (const NarrowProduct narrow{rows, w, bias, y_rows}; fits != nullptr && fits(narrow)) {
+    OpLedger::note(0, product_flops(rows, w));
+    on_device<void(const NarrowProduct&)>(w.device(), nullptr, LONGHAND_CUDA_IMPL(linear_narrow_product_cuda))(narrow);
+    return y;
+  }
   if (bias) gemm_add_row(rows, true, w, bias.to(rows.dtype()).contiguous(), y_rows);
   else gemm(false, rows, true, w, y_rows);
   return y;
@@ -70,6 +81,7 @@ Variable linear(const Variable& x, const Variable& weight, const Variable& bias)
   const Variable y = record("linear", product(x.value(), w, b), {x, weight, bias}, [x_later, x_now = Kept(x), w](BackwardCall& call) {
     const Tensor grad_y = as_matrix(call.grad(0));  // [R, out]
     if (in_one_pass(call, grad_y, w)) {
+      OpLedger::note(0, 2 * product_flops(grad_y, w));
       on_device<void(const NarrowGradients&)>(w.device(), nullptr, LONGHAND_CUDA_IMPL(linear_narrow_bwd_cuda))(
           {grad_y, as_matrix(x_now.get()), w, call.accumulate(0), call.accumulate(1), call.accumulate(2)});
       return;

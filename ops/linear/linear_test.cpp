@@ -195,6 +195,92 @@ TEST("linear: CUDA agrees with the CPU where a narrow input's gradients are form
       }
 }
 
+TEST("linear: on CUDA 16 inputs have a product of their own, with and without a bias, for all sizes, strides and tails") {
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  const SwitchScope poison(set_poison);
+  const Device cpu = Device::cpu(), gpu = Device::cuda();
+  constexpr int64_t in = 16;
+  const auto fits = [&](const Tensor& x, const Tensor& weight, const Tensor& y) {
+    return on_device<decltype(linear_narrow_product_fits_cuda)>(gpu, nullptr,
+                                                                LONGHAND_CUDA_IMPL(linear_narrow_product_fits_cuda))({x, weight, {}, y});
+  };
+  const auto empty = [&](int64_t rows, int64_t columns, Dtype dtype = Dtype::bf16) { return Tensor::zeros(gpu, dtype, {rows, columns}); };
+  CHECK(fits(empty(3, in), empty(512, in), empty(3, 512)));
+  CHECK(fits(empty(3, 40).slice(1, 24, 40), empty(8, in), empty(3, 16).slice(1, 0, 8)));
+  CHECK_FALSE(fits(empty(3, 40).slice(1, 3, 19), empty(8, in), empty(3, 8)));
+  CHECK_FALSE(fits(empty(3, in), empty(12, in), empty(3, 12)));
+  CHECK_FALSE(fits(empty(3, in), empty(8, in), empty(3, 12).slice(1, 0, 8)));
+  CHECK_FALSE(fits(empty(3, in), empty(8200, in), empty(3, 8200)));
+  CHECK_FALSE(fits(empty(3, in), empty(8, 17).slice(1, 0, in), empty(3, 8)));
+  CHECK_FALSE(fits(empty(3, in), empty(8, 18).slice(1, 1, 17), empty(3, 8)));
+  CHECK_FALSE(fits(empty(3, 32), empty(8, 32), empty(3, 8)));
+  CHECK_FALSE(fits(empty(3, in, Dtype::f32), empty(8, in, Dtype::f32), empty(3, 8, Dtype::f32)));
+
+  for (const int64_t rows : {0, 1, 15, 16, 17, 255, 3000, 70001})
+    for (const int64_t out : {8, 56, 64, 72, 192, 512, 1000, 1280, 8192})
+      for (const int64_t beside : {0, 24, 3}) {
+        if (out == 8192 && rows > 300) continue;
+        if (rows == 70001 && (beside != 24 || (out != 72 && out != 512))) continue;
+        const Tensor wide = random_tensor(cpu, Dtype::bf16, {1, rows, beside + in}, 1), w = random_tensor(cpu, Dtype::bf16, {out, in}, 2);
+        for (const Dtype bias_dtype : {Dtype::f32, Dtype::bf16, Dtype::f64}) {  // f64: none
+          const Tensor bias = bias_dtype == Dtype::f64 ? Tensor() : random_tensor(cpu, bias_dtype, {out}, 3);
+          const auto run = [&](const Device& device, bool exact) {
+            const auto on = [&](const Tensor& t, Dtype own) { return t.to(exact ? Dtype::f64 : own).to(device); };
+            const Variable b = bias ? Variable(on(bias, bias.dtype())) : Variable();
+            return linear(on(wide, Dtype::bf16).slice(-1, beside, beside + in), on(w, Dtype::bf16), b).value().to_vector<double>();
+          };
+          const auto actual = run(gpu, false), expected = run(cpu, true);
+          const std::string what = wide.describe() + " out " + std::to_string(out) + " bias " + (bias ? bias.describe() : "none");
+          expect_close(actual, expected, beside == 3 ? 3.0 / 512 : 1.0 / 256, 1e-3, what);  // products of matrices round the bias too
+        }
+      }
+}
+
+TEST("linear: on CUDA a narrow input takes that product") {
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  const Device gpu = Device::cuda();
+  const Tensor x = random_tensor(gpu, Dtype::bf16, {40, 16}, 1), weight = random_tensor(gpu, Dtype::bf16, {512, 16}, 2),
+               bias = random_tensor(gpu, Dtype::f32, {512}, 3), y = Tensor::empty(gpu, Dtype::bf16, {40, 512});
+  on_device<decltype(linear_narrow_product_cuda)>(gpu, nullptr, LONGHAND_CUDA_IMPL(linear_narrow_product_cuda))({x, weight, bias, y});
+  const auto found = linear(x, weight, bias).value().to_vector<float>(), own = y.to_vector<float>(),
+             rounded = linear(x, weight, bias.to(Dtype::bf16)).value().to_vector<float>();
+  CHECK(found == own);
+  CHECK(found != rounded);  // as a product of matrices would be
+}
+
+TEST("linear: on CUDA the gradients of a narrow input's weight and bias are added to what is there, each to its own") {
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  const SwitchScope poison(set_poison);
+  const Device cpu = Device::cpu(), gpu = Device::cuda();
+  constexpr int64_t rows = 300, in = 16, out = 136;
+  const Tensor x = random_tensor(cpu, Dtype::bf16, {rows, in}, 1), w = random_tensor(cpu, Dtype::bf16, {out, in}, 2),
+               b = random_tensor(cpu, Dtype::f32, {out}, 3), g = random_tensor(cpu, Dtype::bf16, {rows, out}, 4);
+  // Backward twice; `own_weight`, `own_bias`: into a place of its own the second time. computed: of a weight that an op made.
+  const auto run = [&](const Device& device, Dtype dtype, bool own_weight, bool own_bias, bool computed) {
+    const auto place = [&](const Tensor& like) { return Tensor::zeros(device, Dtype::f32, like.shape()); };
+    const auto weight_of = [&](const Tensor& sink) { return Variable::parameter(w.to(device).to(dtype), sink, "weight"); };
+    const auto bias_of = [&](const Tensor& sink) { return Variable::parameter(b.to(device), sink, "bias"); };
+    const Tensor weight_sinks[] = {place(w), place(w)}, bias_sinks[] = {place(b), place(b)};
+    Variable weight = weight_of(weight_sinks[0]), bias = bias_of(bias_sinks[0]);
+    for (int turn = 0; turn < 2; ++turn) {
+      if (turn == 1 && own_weight) weight = weight_of(weight_sinks[1]);
+      if (turn == 1 && own_bias) bias = bias_of(bias_sinks[1]);
+      const Variable input = Variable::leaf(x.to(device).to(dtype));
+      backward({linear(input, computed ? multiplied(weight) : weight, bias)}, {g.to(device).to(dtype)});
+    }
+    std::vector<double> all;
+    for (const Tensor& sink : {weight_sinks[0], weight_sinks[1], bias_sinks[0], bias_sinks[1]})
+      for (const double value : sink.to_vector<double>()) all.push_back(value);
+    return all;
+  };
+  for (const bool own_weight : {false, true})
+    for (const bool own_bias : {false, true})
+      for (const bool computed : {false, true})
+        expect_close(run(gpu, Dtype::bf16, own_weight, own_bias, computed), run(cpu, Dtype::f32, own_weight, own_bias, computed),
+                     computed ? 1.0 / 64 : 1e-5, 1e-3,
+                     "own " + std::to_string(own_weight) + std::to_string(own_bias) + (computed ? " computed" : ""));
+}
+
 TEST("linear: on CUDA one pass forms a narrow input's gradients for 16 inputs and 136 to 1024 outputs, products do for others") {
   if (cuda_device_count() == 0) SKIP("no CUDA device");
   const Device gpu = Device::cuda();
