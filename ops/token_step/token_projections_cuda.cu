@@ -628,14 +628,22 @@ __global__ void shift_window_kernel(WindowMove move) {
 GpuSizes sizes_of(const CudaContext& cuda) {
   return {cuda.shared_memory_per_block, cuda.sm_count};
 }
-/// Whether every block forms the rows of x itself. More are formed once, by a kernel in front: faster on an H200, and to the same bits.
-bool is_joined(int64_t batch) {
-  return batch <= kRowsOfGroup;
-}
-ProductCut cut_of(const Tensor& weight, int64_t batch, int64_t floats_ahead, int64_t rows_of_few_warps = 1) {
+/// Up to how many rows every block forms those of x itself. More are formed once, by a kernel in front, where the product behind it fits:
+/// faster on an H200 by what each kind has to form (docs/bench/2026-12-01-decode.md), and to the same bits.
+constexpr int64_t kJoinedNorms = kRowsOfGroup, kJoinedGates = 1, kJoinedConvolutions = 2;
+
+struct Way {
+  ProductCut cut;
+  bool joined;
+};
+Way way_of(const Tensor& weight, int64_t batch, int64_t most_joined, int64_t floats_ahead, int64_t rows_of_few_warps = 1) {
   const ProductSizes sizes{weight.dim(0), weight.dim(1), batch, size_of(weight.dtype()), floats_ahead, rows_of_few_warps};
   const GpuSizes gpu = sizes_of(weight.device().cuda_context());
-  return is_joined(batch) ? cut_product(sizes, gpu) : cut_formed_product(sizes, gpu);
+  if (batch > most_joined) {
+    const ProductCut formed = cut_formed_product(sizes, gpu);
+    if (formed.fits || batch > kRowsOfGroup) return {formed, false};
+  }
+  return {cut_product(sizes, gpu), true};
 }
 
 Product product_of(const Tensor& weight, const Tensor& out, const ProductCut& cut) {
@@ -685,21 +693,21 @@ void formed_projection(const Product& product, const ProductCut& cut, const Tens
 }  // namespace
 
 bool few_rows_fit_cuda(const Tensor& weight, int64_t rows, int64_t floats_ahead) {
-  return cut_of(weight, rows, floats_ahead).fits;
+  return way_of(weight, rows, kRowsOfGroup, floats_ahead).cut.fits;
 }
 
 void norm_projection_cuda(const NormProjection& p, const Tensor& sum) {
   if (p.out.numel() == 0) return;
   const CudaContext& cuda = p.weight.device().cuda_context();
   const int64_t B = p.out.dim(0);
-  const ProductCut cut = cut_of(p.weight, B, p.weight.dim(1));
+  const auto [cut, joined] = way_of(p.weight, B, kJoinedNorms, p.weight.dim(1));
   const NormArgs args{
       product_of(p.weight, p.out, cut),       p.residual.data<float>(),  p.norm.data<float>(),    p.branch ? p.branch.raw() : nullptr,
       p.branch ? sum.data<float>() : nullptr, static_cast<float>(p.eps), move_of(p.window, p.now)};
   const auto start = [&](auto element, auto out) {
     using T = decltype(element);
     using Out = decltype(out);
-    if (!is_joined(B)) {
+    if (!joined) {
       const Tensor x = Tensor::empty(p.weight.device(), p.weight.dtype(), {B, p.weight.dim(1)});
       const Tensor rstd = Tensor::empty(x.device(), Dtype::f32, {B});
       launch_overlapping(&form_norm_kernel<T>, "form_norm_kernel", static_cast<unsigned>(B) + blocks_of(args.move, kSumThreads),
@@ -723,7 +731,7 @@ void gated_projection_cuda(const GatedProjection& p) {
   if (p.out.numel() == 0) return;
   const CudaContext& cuda = p.weight.device().cuda_context();
   const int64_t B = p.out.dim(0);
-  const ProductCut cut = cut_of(p.weight, B, p.norm ? p.norm.dim(0) : 0, 0);  // a gate is much to form, of one row, too
+  const auto [cut, joined] = way_of(p.weight, B, kJoinedGates, p.norm ? p.norm.dim(0) : 0, 0);  // 0: many warps for one row, too
   const GateArgs args{product_of(p.weight, p.out, cut),
                       p.y.raw(),
                       p.z.raw(),
@@ -737,7 +745,7 @@ void gated_projection_cuda(const GatedProjection& p) {
                       move_of(p.window, p.now)};
   with_type(p.weight.dtype(), [&](auto element) {
     using T = decltype(element);
-    if (!is_joined(B)) {
+    if (!joined) {
       const Tensor x = Tensor::empty(p.weight.device(), p.weight.dtype(), {B, p.weight.dim(1)});
       launch_overlapping(&form_gated_kernel<T>, "form_gated_kernel",
                          static_cast<unsigned>(B * args.groups) + blocks_of(args.move, kSumThreads), kSumThreads, 0, cuda, args,
@@ -758,8 +766,8 @@ void convolved_projection_cuda(const ConvolvedProjection& p) {
   if (p.out.numel() == 0) return;
   const CudaContext& cuda = p.weight.device().cuda_context();
   const int64_t B = p.now.dim(0), floats_ahead = p.now.numel() + p.now.dim(1);
-  const bool ahead = is_joined(B) && few_rows_fit_cuda(p.weight, B, floats_ahead);
-  const ProductCut cut = cut_of(p.weight, B, ahead ? floats_ahead : 0);
+  const bool ahead = way_of(p.weight, B, kJoinedConvolutions, 0).joined && few_rows_fit_cuda(p.weight, B, floats_ahead);
+  const auto [cut, joined] = way_of(p.weight, B, kJoinedConvolutions, ahead ? floats_ahead : 0);
   const ConvolvedArgs args{product_of(p.weight, p.out, cut),
                            p.now.raw(),
                            p.window.raw(),
@@ -771,7 +779,7 @@ void convolved_projection_cuda(const ConvolvedProjection& p) {
                            ahead};
   with_type(p.weight.dtype(), [&](auto element) {
     using T = decltype(element);
-    if (!is_joined(B)) {
+    if (!joined) {
       launch_overlapping(&form_convolved_kernel<T>, "form_convolved_kernel",
                          static_cast<unsigned>((p.now.numel() + kSumThreads - 1) / kSumThreads), kSumThreads, 0, cuda, args,
                          args.product.batch);
