@@ -17,7 +17,7 @@ namespace longhand {
 
 enum class Recompute {
   none,         // everything is kept
-  light,        // what costs one pass over memory is made again: convolutions, gates, narrow projections, norms that nothing else tells
+  light,        // what costs one pass over memory is made again: convolutions, gates, narrow projections, norms in f32
   projections,  // every projection is made again as well
   full,         // a layer keeps its input alone; its forward runs once more in the backward
 };

@@ -104,9 +104,8 @@ constexpr Key kKeys[] = {
      "several processes sum their gradients while backward still runs; false: after it, to see what that hides", -kAny, kAny, nullptr,
      true},
     {"train.recompute", FIELD(train.recompute),
-     "what a backward makes again instead of keeping it, to save memory, with the same bits: none; light: convolutions, gates, in f32 "
-     "norms; "
-     "projections: these too; full: layers; or by layers, light:20,full:4; auto: as little as memory_gib allows",
+     "what a backward makes again instead of keeping it, to save memory, with the same bits: none; light: convolutions, gates, "
+     "in f32 norms; projections: these too; full: layers; or by layers, light:20,full:4; auto: as little as memory_gib allows",
      -kAny, kAny, nullptr, true},
     {"train.memory_gib", FIELD(train.memory_gib), "memory of the device for recompute = auto and for --batch auto; 0: all that is free", 0,
      kAny, nullptr, true},

@@ -40,12 +40,16 @@ void run_gemm(bool transpose_a, const Tensor& a, bool transpose_b, const Tensor&
   require_gemm_dtypes(a, b, c);
   const GemmShape shape{c.dim(0), c.dim(1), a.dim(1 - row)};
   if (shape.m == 0 || shape.n == 0) return;
-  OpLedger::note(0, 2.0 * static_cast<double>(shape.m) * static_cast<double>(shape.n) * static_cast<double>(shape.k));
+  OpLedger::note(0, product_flops(shape.m, shape.n, shape.k));
   if (shape.k == 0) return beta == 0 ? fill(c, 0) : multiply(c, beta);
   on_device(a.device(), &gemm_cpu, LONGHAND_CUDA_IMPL(gemm_cuda))(shape, transpose_a, a, transpose_b, b, c, alpha, beta, added_row);
 }
 
 }  // namespace
+
+double product_flops(int64_t m, int64_t n, int64_t k) {
+  return 2.0 * static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k);
+}
 
 void gemm(bool transpose_a, const Tensor& a, bool transpose_b, const Tensor& b, const Tensor& c, double alpha, double beta) {
   run_gemm(transpose_a, a, transpose_b, b, c, alpha, beta, {});

@@ -20,6 +20,9 @@ void gemm(bool transpose_a, const Tensor& a, bool transpose_b, const Tensor& b, 
 /// c        [m, n] dtype of a; rounded once, but on a GPU up to twice where n is no multiple of 8 or row begins off a multiple of 16 bytes
 void gemm_add_row(const Tensor& a, bool transpose_b, const Tensor& b, const Tensor& row, const Tensor& c);
 
+/// The work of a product [m, k] times [k, n], for OpLedger::note(): gemm() notes its own, kernels that form one besides have to.
+double product_flops(int64_t m, int64_t n, int64_t k);
+
 /// The tensor as a matrix [rows, last axis]: a view where the leading axes have one common stride, else a contiguous copy.
 Tensor as_matrix(const Tensor& t);
 

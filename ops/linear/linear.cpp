@@ -39,10 +39,6 @@ Tensor row_vector(const Tensor& t) {
   return t.reshape({1, t.numel()});
 }
 
-double product_flops(const Tensor& x, const Tensor& w) {
-  return 2.0 * static_cast<double>(x.dim(0)) * static_cast<double>(w.numel());
-}
-
 Tensor ones_row(const Tensor& like, int64_t count) {
   return Tensor::full(like.device(), like.dtype(), {1, count}, 1.0);
 }
@@ -56,7 +52,7 @@ Tensor product(const Tensor& x, const Tensor& w, const Tensor& bias) {
   const Tensor y_rows = y.reshape({rows.dim(0), w.dim(0)});
   const auto fits = on_device<bool(const NarrowProduct&)>(w.device(), nullptr, LONGHAND_CUDA_IMPL(linear_narrow_product_fits_cuda));
   if (const NarrowProduct narrow{rows, w, bias, y_rows}; fits != nullptr && fits(narrow)) {
-    OpLedger::note(0, product_flops(rows, w));
+    OpLedger::note(0, product_flops(rows.dim(0), w.dim(0), w.dim(1)));
     on_device<void(const NarrowProduct&)>(w.device(), nullptr, LONGHAND_CUDA_IMPL(linear_narrow_product_cuda))(narrow);
     return y;
   }
@@ -81,7 +77,7 @@ Variable linear(const Variable& x, const Variable& weight, const Variable& bias)
   const Variable y = record("linear", product(x.value(), w, b), {x, weight, bias}, [x_later, x_now = Kept(x), w](BackwardCall& call) {
     const Tensor grad_y = as_matrix(call.grad(0));  // [R, out]
     if (in_one_pass(call, grad_y, w)) {
-      OpLedger::note(0, 2 * product_flops(grad_y, w));
+      OpLedger::note(0, 2 * product_flops(grad_y.dim(0), w.dim(0), w.dim(1)));
       on_device<void(const NarrowGradients&)>(w.device(), nullptr, LONGHAND_CUDA_IMPL(linear_narrow_bwd_cuda))(
           {grad_y, as_matrix(x_now.get()), w, call.accumulate(0), call.accumulate(1), call.accumulate(2)});
       return;

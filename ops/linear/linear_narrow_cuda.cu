@@ -238,8 +238,11 @@ __global__ void __launch_bounds__(kThreads, 1) linear_narrow_bwd_kernel(const __
     }
 }
 
-bool moves_by_packs(const Tensor& t) {
-  return t.dtype() == Dtype::bf16 && t.stride(1) == 1 && t.stride(0) % 8 == 0 && reinterpret_cast<uintptr_t>(t.raw()) % 16 == 0;
+constexpr int kPack = 8, kPair = 2;  // bf16 that are moved at a time
+
+bool moves_by(int elements, const Tensor& t) {
+  return t.dtype() == Dtype::bf16 && t.stride(1) == 1 && t.stride(0) % elements == 0 &&
+         reinterpret_cast<uintptr_t>(t.raw()) % (2 * static_cast<uintptr_t>(elements)) == 0;
 }
 
 // Where partial sums are added up: the gradient of a weight that was computed itself is not f32.
@@ -265,7 +268,7 @@ void backward(const NarrowGradients& n) {
   const CudaContext& context = n.grad_y.device().cuda_context();
   const int64_t rows = n.grad_y.dim(0), out = n.weight.dim(0), blocks = std::min<int64_t>((rows + kChunk - 1) / kChunk, context.sm_count);
   const Tensor partials = Tensor::empty(n.grad_y.device(), Dtype::f32, {blocks, out * (kIn + 1)});
-  const Tensor x = moves_by_packs(n.x) ? n.x : n.x.clone();
+  const Tensor x = moves_by(kPack, n.x) ? n.x : n.x.clone();
   const Tensor to = n.grad_x.destination.reshape({rows, kIn});
   const bool in_place =
       to.stride(1) == 1 && to.stride(0) % 2 == 0 && reinterpret_cast<uintptr_t>(to.raw()) % (2 * size_of(to.dtype())) == 0;
@@ -293,17 +296,12 @@ void backward(const NarrowGradients& n) {
   grad_bias.finish();
 }
 
-// Two neighbouring elements at a time.
-bool moves_by_twos(const Tensor& t) {
-  return t.dtype() == Dtype::bf16 && t.stride(1) == 1 && t.stride(0) % 2 == 0 && reinterpret_cast<uintptr_t>(t.raw()) % 4 == 0;
-}
-
 }  // namespace
 
 bool linear_narrow_product_fits_cuda(const NarrowProduct& p) {
   const int64_t out = p.weight.dim(0);
-  return p.weight.dim(1) == kIn && out % 8 == 0 && out > 0 && out <= kMostOut && moves_by_twos(p.x) && moves_by_twos(p.weight) &&
-         moves_by_packs(p.y) && (!p.bias || p.bias.is_contiguous());
+  return p.weight.dim(1) == kIn && out % 8 == 0 && out > 0 && out <= kMostOut && moves_by(kPair, p.x) && moves_by(kPair, p.weight) &&
+         moves_by(kPack, p.y) && (!p.bias || p.bias.is_contiguous());
 }
 
 void linear_narrow_product_cuda(const NarrowProduct& p) {
@@ -329,7 +327,7 @@ void linear_narrow_product_cuda(const NarrowProduct& p) {
 
 bool linear_narrow_fits_cuda(const Tensor& grad_y, const Tensor& weight) {
   const int64_t out = weight.dim(0);
-  return weight.dim(1) == kIn && out % 8 == 0 && out > 128 && out <= 1024 && moves_by_packs(grad_y) && moves_by_packs(weight) &&
+  return weight.dim(1) == kIn && out % 8 == 0 && out > 128 && out <= 1024 && moves_by(kPack, grad_y) && moves_by(kPack, weight) &&
          Layout<1024>::total_bytes <= weight.device().cuda_context().shared_memory_per_block;
 }
 

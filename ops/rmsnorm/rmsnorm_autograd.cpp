@@ -118,8 +118,9 @@ AddRmsnormOutput add_rmsnorm(const Variable& x, const Variable& residual, const 
   const auto late_y = from_y ? nullptr : std::make_shared<LateValue>();
   const int64_t inputs_bytes = base.numel() * size_of(sums) + (x ? addend.numel() * size_of(y_dtype) : 0);
   auto outputs = record("add_rmsnorm", {y, sum}, {x, residual, weight}, [=](BackwardCall& call) {
-    OpLedger::note(static_cast<double>(kept.numel() * size_of(kept.dtype()) - inputs_bytes), 0);  // read in the inputs' place
-    if (!call.grad(0).defined()) {                                                                // only the sum was used further on
+    // The tape counts the inputs as read; what is kept is read in their place.
+    OpLedger::note(static_cast<double>(kept.numel() * size_of(kept.dtype()) - inputs_bytes), 0);
+    if (!call.grad(0).defined()) {  // only the sum was used further on
       call.set(0, call.grad(1).to(y_dtype));
       call.set(1, call.grad(1));
       return;
@@ -137,9 +138,8 @@ AddRmsnormOutput add_rmsnorm(const Variable& x, const Variable& residual, const 
     if (late_y != nullptr) late_y->give(b.y_again);
   });
   if (from_y) return {outputs[0], outputs[1]};
-  return {remade(
-              outputs[0], [kept, w, eps, y_dtype] { return normed_again("add_rmsnorm", kept, w, eps, y_dtype); }, late_y),
-          outputs[1]};
+  const auto make_again = [kept, w, eps, y_dtype] { return normed_again("add_rmsnorm", kept, w, eps, y_dtype); };
+  return {remade(outputs[0], make_again, late_y), outputs[1]};
 }
 
 }  // namespace longhand

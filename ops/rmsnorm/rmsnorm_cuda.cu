@@ -14,9 +14,9 @@
 // rmsnorm_bwd_kernel
 // moves   grad_y, y or the sum (and grad_sum) in, grad_base (and grad_addend) out: in the add form with bf16 activations 10 bytes per
 //         element, 14 with grad_sum; 2 more where y is left once more
-// agrees  from y: kRmsnormToleranceFromY; with the formula for the xhat that y tells as forward does
 // split   as forward, but a grid that fits the GPU walks over the rows, so that weight gradients stay in registers; each block leaves one
 //         partial row and sum_partials adds them
+// agrees  as forward; from y to kRmsnormToleranceFromY, and as forward with the formula for the xhat that y tells
 // order   rows are dealt to blocks by the grid's size: fixed for a build and a GPU
 #include <algorithm>
 #include <type_traits>
@@ -32,11 +32,11 @@ namespace longhand {
 namespace {
 
 constexpr int kVec = 4;
+constexpr int kWarpColumns = 24 * kWarp;  // of wider rows a warp's threads would hold so much that too few of them are there at a time
 
 /// Whether backward tells what was normalised from y: of a stream in f32 with activations in bf16.
 template <class Base, class Act>
 constexpr bool kFromY = !std::is_same_v<Base, Act>;
-constexpr int kWarpColumns = 24 * kWarp;  // of wider rows a warp's threads would hold so much that too few of them are there at a time
 
 template <class Base, class Act>
 struct ForwardArgs {
@@ -51,6 +51,7 @@ struct ForwardArgs {
   float eps;
 };
 
+/// The weight as both directions take it: from y, it must not lose its column.
 template <bool from_y>
 __device__ __forceinline__ float weight_of(float given) {
   return from_y && fabsf(given) < kRmsnormLeastWeight ? copysignf(kRmsnormLeastWeight, given) : given;

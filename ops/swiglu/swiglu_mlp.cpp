@@ -37,10 +37,6 @@ struct Hidden {
   Tensor h;     // [R, E]
 };
 
-double product_flops(int64_t rows, const Tensor& weight) {
-  return 2.0 * static_cast<double>(rows) * static_cast<double>(weight.numel());
-}
-
 Tensor gates_of(const Tensor& both) {
   return both.slice(1, 0, both.dim(1) / 2);
 }
@@ -58,7 +54,7 @@ Hidden form_hidden(const Tensor& x, const Tensor& gate_up, bool keeps_both) {
     product.gate = gates_of(hidden.both);
     product.up = ups_of(hidden.both);
   }
-  OpLedger::note(0, product_flops(R, gate_up));
+  OpLedger::note(0, product_flops(R, gate_up.dim(0), gate_up.dim(1)));
   on_device<void(const SwigluProduct&)>(x.device(), nullptr, LONGHAND_CUDA_IMPL(swiglu_product_cuda))(product);
   return hidden;
 }
@@ -128,7 +124,7 @@ Variable swiglu_mlp(const Variable& x, const Variable& gate_up, const Variable& 
     Tensor grad_both;  // [R, 2 E]
     if (call.needs(0) || call.needs(1)) {
       grad_both = Tensor::empty(device, grad_y.dtype(), both.shape());
-      OpLedger::note(0, product_flops(both.dim(0), w_down));
+      OpLedger::note(0, product_flops(both.dim(0), w_down.dim(1), w_down.dim(0)));
       on_device<void(const SwigluProductBackward&)>(device, nullptr, LONGHAND_CUDA_IMPL(swiglu_product_bwd_cuda))(
           {grad_y, w_down, gates_of(both), ups_of(both), gates_of(grad_both), ups_of(grad_both), h_wanted ? h : Tensor()});
     } else if (h_wanted) {
