@@ -2,7 +2,9 @@
 #include <fcntl.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
+#include <filesystem>
 
 #include "autograd/gradcheck.h"
 #include "autograd/gradient_arrival.h"
@@ -12,6 +14,7 @@
 #include "core/error.h"
 #include "core/files.h"
 #include "core/op_scope.h"
+#include "core/safetensors.h"
 #include "core/switches.h"
 #include "tests/support/check.h"
 
@@ -20,6 +23,7 @@ using namespace longhand::test;
 
 namespace {
 
+namespace fs = std::filesystem;
 const Device kCpu = Device::cpu();
 
 // y = x^2 elementwise; `slope` is 2 when the gradient is right.
@@ -308,6 +312,39 @@ TEST("the graph is printed with ops and shapes") {
   const std::string dot = graph_dot(square(x));
   CHECK(dot.find("square") != std::string::npos);
   CHECK(dot.find("weight [2]") != std::string::npos);
+}
+
+TEST("LONGHAND_GRAPH writes the graph of the first loss that is walked, and of no other") {
+  const ScratchFolder scratch;
+  const std::string file = scratch.file("graph.dot");
+  const SwitchScope scope([&](Switches& s) { s.graph = file; });
+  const Variable first = Variable::leaf(random64({1}, 9), "first"), second = Variable::leaf(random64({1}, 9), "second");
+  const std::string expected = graph_dot(square(first));
+  backward(square(first));
+  backward(square(second));
+  const std::string written = read_text_file(file);
+  CHECK(written.find("first [1]") != std::string::npos);
+  CHECK(written.find("second") == std::string::npos);
+  CHECK(std::count(written.begin(), written.end(), '\n') == std::count(expected.begin(), expected.end(), '\n'));  // addresses differ
+}
+
+TEST("LONGHAND_DUMP writes what the ops of the first forward gave and were given, and ends with the second") {
+  const ScratchFolder scratch;
+  const SwitchScope scope([&](Switches& s) { s.dump = scratch.file("dump"); });
+  const Variable x = Variable::leaf(Tensor::from<double>(kCpu, {1}, std::vector<double>{3}));
+  for (const double times : {1.0, 2.0}) {
+    const LayerScope layer("layers", 1);
+    const Variable squared = square(x);
+    backward({add(squared, squared)}, {Tensor::full(kCpu, Dtype::f64, {1}, times)});
+  }
+  const auto value = [&](const std::string& file, const std::string& name) {
+    return read_safetensors(scratch.file("dump/" + file + ".safetensors")).at(name).to_vector<double>();
+  };
+  CHECK(value("0000-layers.1-square", "output.0") == std::vector<double>{9});
+  CHECK(value("0000-layers.1-square-grad", "grad.0") == std::vector<double>{2});  // two uses, of the first walk
+  CHECK(value("0001-layers.1-add", "output.0") == std::vector<double>{18});
+  CHECK(value("0001-layers.1-add-grad", "grad.0") == std::vector<double>{1});
+  CHECK(std::distance(fs::directory_iterator(scratch.file("dump")), {}) == 4);
 }
 
 TEST("LONGHAND_CHECK sees a NaN in a gradient that is summed in place") {

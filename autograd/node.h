@@ -49,6 +49,7 @@ class Node : public std::enable_shared_from_this<Node> {
   static Node& of(BackwardCall& call) { return call.node_; }
 
   std::string op, layer;
+  std::string dumped;  // what its gradients are called in LONGHAND_DUMP; "": they are not written
   uint64_t order = 0;
   std::vector<std::shared_ptr<GradEdge>> inputs;  // null where no gradient is wanted
   BackwardFunction function;

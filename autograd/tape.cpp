@@ -3,13 +3,16 @@
 
 #include <algorithm>
 #include <map>
+#include <mutex>
 #include <optional>
 #include <set>
 
 #include "autograd/aligned_rows.h"
 #include "autograd/gradient_arrival.h"
 #include "autograd/node.h"
+#include "autograd/value_dump.h"
 #include "core/error.h"
+#include "core/files.h"
 #include "core/layer_path.h"
 #include "core/op_ledger.h"
 #include "core/op_scope.h"
@@ -153,6 +156,7 @@ std::vector<Variable> Tape::record(const char* op, std::vector<Tensor> outputs, 
     for (const Tensor& output : outputs) bytes += size_bytes(output);
     OpLedger::note(bytes, 0);
   }
+  const std::string dumped = switches().dump.empty() ? "" : dump_outputs(current_layer(), op, outputs);
   const bool wanted = recording && std::any_of(inputs.begin(), inputs.end(), [](const Variable& v) { return v.requires_grad(); });
   std::vector<Variable> results;
   if (!wanted) {
@@ -162,6 +166,7 @@ std::vector<Variable> Tape::record(const char* op, std::vector<Tensor> outputs, 
   auto node = std::make_shared<Node>();
   node->op = op;
   node->layer = current_layer();
+  node->dumped = dumped;
   node->order = next_order++;
   node->function = std::move(function);
   for (const Variable& input : inputs) node->inputs.push_back(input ? input.state()->edge : nullptr);
@@ -303,6 +308,11 @@ void Node::run() {
       for (const Slot& slot : outputs) bytes += size_bytes(slot.grad);
       OpLedger::note(bytes, 0);
     }
+    if (!dumped.empty()) {
+      std::vector<Tensor> gradients;
+      for (const Slot& slot : outputs) gradients.push_back(slot.grad);
+      dump_gradients(dumped, gradients);
+    }
     BackwardCall call(*this);
     if (incoming.defined()) function(call);
     settle();
@@ -438,6 +448,17 @@ void walk(const std::vector<Variable>& roots, const std::vector<Tensor>& grads, 
     if (node->waits()) throw ValueError(node->op + ": backward waited for a value that nobody gave", {{"layer", node->layer}});
 }
 
+// Once a process and file: later losses have the same graph, or are not what was asked for.
+void write_first_graph(const Variable& root) {
+  static std::string written;
+  static std::mutex one_at_a_time;
+  const std::lock_guard lock(one_at_a_time);
+  const std::string& path = switches().graph;
+  if (written == path) return;
+  write_file_atomically(path, graph_dot(root));
+  written = path;
+}
+
 }  // namespace
 
 void backward(const std::vector<Variable>& roots, const std::vector<Tensor>& grads) {
@@ -451,6 +472,7 @@ void backward(const Variable& root) {
 void backward(const Variable& root, const GradientArrived& arrived) {
   if (root.value().numel() != 1)
     throw ShapeError("backward: without a gradient the root must be a scalar", {{"root", root.value().describe()}});
+  if (!switches().graph.empty()) write_first_graph(root);
   walk({root}, {Tensor::full(root.value().device(), root.value().dtype(), root.shape(), 1.0)}, arrived);
 }
 

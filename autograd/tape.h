@@ -91,7 +91,8 @@ Variable reshape(const Variable& x, Shape shape);
 /// x + y elementwise, same shape and dtype.
 Variable add(const Variable& x, const Variable& y);
 
-/// The graph behind `root` as Graphviz text: one box per node with op, layer, output shapes.
+/// The graph behind `root` as Graphviz text: one box per node with op, layer, output shapes. LONGHAND_GRAPH=file.dot writes that of the
+/// first scalar root that is walked.
 std::string graph_dot(const Variable& root);
 
 }  // namespace longhand

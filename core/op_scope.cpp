@@ -67,6 +67,10 @@ OpLedger::OpLedger(const Device& device) : device_(device), marks_(make_time_mar
 OpLedger::~OpLedger() {
   ledger = nullptr;
 }
+bool ops_are_watched() {
+  return switches().check || switches().trace != 0 || !switches().dump.empty() || OpLedger::running();
+}
+
 bool OpLedger::running() {
   return ledger != nullptr;
 }

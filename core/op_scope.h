@@ -36,6 +36,9 @@ class OpScope {
   std::chrono::steady_clock::time_point begin_;
 };
 
+/// Whether somebody looks at every op (LONGHAND_TRACE, CHECK, DUMP, an OpLedger): work that is replayed as a graph would not be seen.
+bool ops_are_watched();
+
 /// "layers.3/ssd": the layer path and the op that runs now; empty parts are left out.
 std::string current_op_path();
 

@@ -13,12 +13,14 @@
 namespace longhand {
 namespace {
 
-constexpr std::array<SwitchRow, 13> kTable{{
+constexpr std::array<SwitchRow, 15> kTable{{
     {"LONGHAND_TRACE", "0, 1, 2", "each op in order; 2 adds shapes, dtypes and milliseconds"},
     {"LONGHAND_MEMORY", "0, 1", "live and peak bytes, and the ops whose tensors were alive at the peak"},
     {"LONGHAND_CHECK", "0, 1", "domain checks; stops at the first NaN or infinity and names op, tensor, index and layer"},
     {"LONGHAND_POISON", "0, 1", "new buffers start as NaN, so that a value nobody wrote is seen"},
     {"LONGHAND_EXACT", "0, 1", "each tensor's memory is its own and exactly as large as it is, for memory checkers (1 under ASan)"},
+    {"LONGHAND_DUMP", "folder", "the outputs of every op of the first forward and their gradients, as safetensors, a file an op"},
+    {"LONGHAND_GRAPH", "file.dot", "the graph behind the first loss that is walked backward, for Graphviz: ops, layers, shapes"},
     {"LONGHAND_DATA", "folder", "real data for the tests (without it those tests are skipped)"},
     {"LONGHAND_GOLDEN", "folder", "reference cases for the tests (without it those tests are skipped)"},
     {"LONGHAND_KILLS", "a number", "how many times the crash test kills a run (8 without it)"},
@@ -58,6 +60,8 @@ Switches& current() {
     read.check = read_level("LONGHAND_CHECK", 1) != 0;
     read.poison = read_level("LONGHAND_POISON", 1) != 0;
     read.exact = read_level("LONGHAND_EXACT", 1, kUnderAsan) != 0;
+    if (const char* dump = std::getenv("LONGHAND_DUMP")) read.dump = dump;
+    if (const char* graph = std::getenv("LONGHAND_GRAPH")) read.graph = graph;
     return read;
   }();
   return s;

@@ -12,6 +12,8 @@ struct Switches {
   bool check = false;   // LONGHAND_CHECK: domain checks; stop at the first NaN or infinity
   bool poison = false;  // LONGHAND_POISON: new buffers are filled with NaN, so that a value nobody wrote is seen
   bool exact = false;   // LONGHAND_EXACT: a tensor's memory is its own, so that memory checkers see every step beside it
+  std::string dump;     // LONGHAND_DUMP: the folder that the values and gradients of the first forward and backward go to; "": none
+  std::string graph;    // LONGHAND_GRAPH: the file that the graph of the first backward of a loss goes to; "": none
 };
 
 const Switches& switches();

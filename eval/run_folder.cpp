@@ -30,29 +30,10 @@ std::optional<int64_t> whole_number(const std::string& text) {
   return value;
 }
 
-int64_t step_of(const fs::path& checkpoint) {
-  const std::string name = checkpoint.filename().string();
-  return name.starts_with("step-") ? whole_number(name.substr(5)).value_or(-1) : -1;
-}
-
 std::string trim(std::string_view text) {
   const auto begin = text.find_first_not_of(" \t\r\n");
   if (begin == std::string_view::npos) return "";
   return std::string(text.substr(begin, text.find_last_not_of(" \t\r\n") - begin + 1));
-}
-
-// The checkpoint that `latest` points to, or the one of the largest step.
-fs::path latest_checkpoint(const fs::path& checkpoints) {
-  const fs::path latest = checkpoints / "latest";
-  if (fs::is_directory(latest)) return checkpoints / fs::canonical(latest).filename();
-  if (fs::is_regular_file(latest))
-    if (const fs::path named = checkpoints / fs::path(trim(read_text_file(latest.string(), 4096))).filename(); fs::is_directory(named))
-      return named;
-  fs::path best;
-  if (fs::is_directory(checkpoints))
-    for (const auto& entry : fs::directory_iterator(checkpoints))
-      if (fs::exists(entry.path() / "config.json") && step_of(entry.path()) > (best.empty() ? -1 : step_of(best))) best = entry.path();
-  return best;
 }
 
 // A line up to its comment; a # inside a string is no comment.
@@ -84,20 +65,6 @@ std::string without_quotes(const std::string& value) {
 std::string folder_name(const std::string& path) {
   const fs::path whole = fs::absolute(path).lexically_normal();
   return (whole.has_filename() ? whole.filename() : whole.parent_path().filename()).string();
-}
-
-ModelPlace find_model(const std::string& path) {
-  if (!fs::is_directory(path)) throw FileError("model: there is no such folder", {{"model", path}});
-  if (fs::exists(fs::path(path) / "config.json")) {
-    const fs::path folder = fs::canonical(path), parent = folder.parent_path();
-    const bool checkpoint = parent.filename() == "checkpoints";
-    return {path, checkpoint ? parent.parent_path().string() : "", step_of(folder)};
-  }
-  const fs::path latest = latest_checkpoint(fs::path(path) / "checkpoints");
-  if (latest.empty())
-    throw FileError("model: the folder holds neither a model nor a run",
-                    {{"model", path}, {"expected", "config.json, or checkpoints/step-N/config.json"}});
-  return {latest.string(), path, step_of(latest)};
 }
 
 FlatConfig parse_flat_config(const std::string& text) {

@@ -1,8 +1,7 @@
-// Run folders, read without the trainer: where the model is, what was recorded, where evaluations go.
+// Run folders, read without the trainer: what was recorded, where evaluations go. Where the model is: models/model_place.h.
 //   RUN/config.toml                      the resolved recipe
 //   RUN/metrics.jsonl                    one JSON object a logged step
 //   RUN/checkpoints/step-N/              a model folder, with training.json
-//   RUN/checkpoints/latest               a link to, or a file naming, the newest step-N; absent: the largest N
 //   RUN/eval/ppl-NAME.csv, .json         loss by position, and how it was measured
 #pragma once
 #include <cstdint>
@@ -11,18 +10,9 @@
 #include <string>
 #include <vector>
 
+#include "models/model_place.h"
+
 namespace longhand {
-
-/// A model on disk and the run it comes from.
-struct ModelPlace {
-  std::string model_folder;  // holds config.json
-  std::string run_folder;    // "" when the model belongs to no run
-  int64_t step = -1;         // of the checkpoint; -1 when unknown
-};
-
-/// `path` is a run folder (its latest checkpoint is taken), a checkpoint, or any folder with a config.json.
-/// errors  FileError saying what was looked for
-ModelPlace find_model(const std::string& path);
 
 /// The last component of a folder's path: "small-sp" for "runs/small-sp/".
 std::string folder_name(const std::string& path);

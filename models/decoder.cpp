@@ -3,9 +3,7 @@
 
 #include "autograd/tape.h"
 #include "core/error.h"
-#include "core/op_ledger.h"
 #include "core/op_scope.h"
-#include "core/switches.h"
 
 namespace longhand {
 
@@ -24,7 +22,7 @@ const Tensor& Decoder::step(std::span<const int32_t> tokens) {
                      {{"tokens", std::to_string(tokens.size())}, {"rows", std::to_string(tokens_.dim(0))}});
   if (to_tokens_) to_tokens_->send(std::as_bytes(tokens));
   else copy(tokens_, Tensor::from(Device::cpu(), tokens_.shape(), std::vector<int32_t>(tokens.begin(), tokens.end())));
-  const bool watched = switches().check || switches().trace != 0 || OpLedger::running();
+  const bool watched = ops_are_watched();
   if (graphs_ && warm_ && !watched && !graph_) {
     try {
       graph_ = record_graph(model_.device(), [this] { run(); });

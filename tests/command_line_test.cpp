@@ -108,7 +108,8 @@ TEST("command line: --device cuda without a GPU fails and says why") {
 }
 
 TEST("command line: bench ops writes a table of numbers as CSV") {
-  const ProcessResult result = longhand({"bench", "ops", "--op", "swiglu", "--shape", "rows=8,width=16", "--csv", "--repeats", "1"});
+  const ProcessResult result =
+      longhand({"bench", "ops", "--op", "swiglu", "--shape", "rows=8,width=16", "--csv", "--repeats", "1", "--device", "cpu"});
   CHECK_MESSAGE(result.code == 0, result.err);
   const std::vector<std::string> lines = split_at(result.out, '\n');
   REQUIRE(lines.size() >= 3);

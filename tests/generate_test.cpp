@@ -371,6 +371,15 @@ TEST("generate: the tokenizer is the run's, or lies beside the model, or must be
   CHECK(beside.code == 1);
   CHECK(holds(beside.err, "model/tokenizer.json"));
   CHECK_FALSE(holds(beside.err, "is not known"));
+  write_text(shop.file("a.jsonl"), "{\"text\": \"a\"}\n");
+  for (std::vector<std::string> measure :
+       {std::vector<std::string>{"eval", "ppl", "--data", shop.file("a.jsonl"), "--context", "8"}, {"eval", "passkey"}}) {
+    measure.insert(measure.end(), {"--model", shop.file("model"), "--device", "cpu"});
+    const ProcessResult result = longhand(measure);
+    CHECK(result.code == 1);
+    CHECK(holds(result.err, "model/tokenizer.json"));
+    CHECK_FALSE(holds(result.err, "is not known"));
+  }
 }
 
 TEST("generate and logits: mistakes are named") {

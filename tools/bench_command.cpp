@@ -8,6 +8,7 @@
 #include "core/error.h"
 #include "ops/common/bench.h"
 #include "tools/ceilings.h"
+#include "tools/device_options.h"
 #include "tools/peer_figures.h"
 
 namespace longhand {
@@ -53,8 +54,7 @@ void print_row(const std::string& op, const std::string& shape, const char* dire
 }  // namespace
 
 int run_bench_ops(const BenchOpsOptions& options) {
-  const Device device = Device::parse(options.device);
-  const Dtype dtype = options.dtype == "auto" ? (device.is_cuda() ? Dtype::bf16 : Dtype::f32) : parse_dtype(options.dtype);
+  const auto [device, dtype] = choose_device(options.device, options.dtype);
   const BenchSizes sizes(options.shape);
   require_known_op(options.op);
   if (sizes.given() && options.op.empty()) throw ConfigError("bench: --shape is for one op", {{"try", "--op NAME"}});

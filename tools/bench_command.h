@@ -5,10 +5,10 @@
 namespace longhand {
 
 struct BenchOpsOptions {
-  std::string device = "cpu";
-  std::string dtype = "auto";  // bf16 on a GPU, f32 on a CPU
-  std::string op;              // only this op; empty: all
-  std::string shape;           // "B=4,T=4096" instead of the cases of the models; only with an op
+  std::string device = "auto";  // a GPU if there is one
+  std::string dtype = "auto";   // bf16 on a GPU, f32 on a CPU
+  std::string op;               // only this op; empty: all
+  std::string shape;            // "B=4,T=4096" instead of the cases of the models; only with an op
   bool csv = false;
   int repeats = 20;
 };

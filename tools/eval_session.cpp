@@ -16,6 +16,7 @@
 #include "data/tokenizer.h"
 #include "eval/plot.h"
 #include "models/checkpoint.h"
+#include "tools/model_tokenizer.h"
 #include "tools/option_checks.h"
 #include "train/communicator.h"
 
@@ -32,15 +33,9 @@ bool only_caches(const std::vector<std::string>& files) {
 }
 
 // The tokenizer asked for or recorded; null where the data are token caches and nobody named one.
-std::shared_ptr<const Tokenizer> tokenizer_for(const EvalOptions& options, const RunRecord& record) {
-  if (!options.tokenizer.empty()) return open_tokenizer(options.tokenizer);
-  if (only_caches(options.data)) return nullptr;
-  if (record.tokenizer && (is_built_in_tokenizer(*record.tokenizer) || fs::exists(*record.tokenizer)))
-    return open_tokenizer(*record.tokenizer);
-  std::vector<ErrorRow> rows{{"model", options.model}};
-  if (record.tokenizer) rows.push_back({"recorded", *record.tokenizer + ", which is not there"});
-  rows.push_back({"try", "--tokenizer with the tokenizer.json of the training, or bytes"});
-  throw ConfigError("eval: the tokenizer of the model is not known", rows);
+std::shared_ptr<const Tokenizer> tokenizer_for(const EvalOptions& options, const ModelPlace& place, const RunRecord& record) {
+  if (options.tokenizer.empty() && only_caches(options.data)) return nullptr;
+  return open_model_tokenizer("eval", options.tokenizer, place, record);
 }
 
 // "val" for val.jsonl.zst; several files are joined by +.
@@ -101,7 +96,9 @@ void add_eval_options(CLI::App& command, EvalOptions& options, bool every_length
   if (every_length) choices.insert(choices.end() - 1, "all");
   documents->check(CLI::IsMember(choices))->type_name("CHOICE")->capture_default_str();
   command.add_flag("--packed", options.packed, "The same as --documents packed")->excludes(documents);
-  command.add_option("--tokenizer", options.tokenizer, "A tokenizer.json, or bytes (default: the one of the run)")->type_name("FILE");
+  command
+      .add_option("--tokenizer", options.tokenizer, "A tokenizer.json, or bytes (default: the run's, or tokenizer.json beside the model)")
+      ->type_name("FILE");
   command.add_option("--out", options.out, "CSV with every value; - for stdout")->type_name("FILE.csv");
   command.add_option("--device", options.device, "cpu, cuda, cuda:N, or auto: a GPU if there is one")
       ->type_name("DEVICE")
@@ -162,12 +159,9 @@ EvalSession::EvalSession(const EvalOptions& options, const std::string& name, co
   source.threads = options.threads;
   source.skip_bad_lines = options.skip_bad_lines ? &p.bad_lines : nullptr;
   p.sequences = std::make_unique<DocumentSequences>(
-      source, tokenizer_for(options, p.record),
+      source, tokenizer_for(options, p.place, p.record),
       SequenceOptions{.context = options.context, .choice = p.choice, .max_sequences = options.sequences});
-  const std::string fingerprint = p.sequences->tokenizer_fingerprint();
-  if (p.record.fingerprint && !same_vocabulary(fingerprint, *p.record.fingerprint))
-    throw ConfigError("eval: the tokenizer is not the one that the model was trained with",
-                      {{"tokenizer", fingerprint}, {"trained with", *p.record.fingerprint}});
+  require_trained_vocabulary("eval", p.sequences->tokenizer_fingerprint(), p.record);  // of caches, too
   p.model = load_model(p.place.model_folder, p.device.device, p.device.dtype, p.device.master_dtype());
   if (p.leads())
     fmt::print(stderr, "{} on {}{}, {}; context {}, documents: {}\n", p.place.model_folder,

@@ -23,6 +23,7 @@
 #include "eval/run_folder.h"
 #include "models/checkpoint.h"
 #include "tools/device_options.h"
+#include "tools/model_tokenizer.h"
 #include "tools/option_checks.h"
 #include "train/interrupt.h"
 
@@ -62,27 +63,6 @@ std::vector<std::string> prompts_of(const GenerateCommand& options) {
     throw ConfigError("generate: there is nothing to continue", {{"expected", "--prompt, --prompt-file, --prompts or --load-state"},
                                                                  {"try", "--prompt \"\" for a text from nothing"}});
   return options.prompts;
-}
-
-std::unique_ptr<Tokenizer> tokenizer_for(const GenerateCommand& options, const ModelPlace& place) {
-  const RunRecord record = read_run_record(place);
-  const std::string beside = (fs::path(place.model_folder) / "tokenizer.json").string();
-  std::string name = options.tokenizer;
-  if (name.empty() && record.tokenizer && (is_built_in_tokenizer(*record.tokenizer) || fs::exists(*record.tokenizer)))
-    name = *record.tokenizer;
-  if (name.empty() && fs::exists(beside)) name = beside;
-  if (name.empty()) {
-    std::vector<ErrorRow> rows{{"model", options.model}};
-    if (record.tokenizer) rows.push_back({"recorded", *record.tokenizer + ", which is not there"});
-    rows.push_back({"looked for", beside});
-    rows.push_back({"try", "--tokenizer with the tokenizer.json of the training, or bytes"});
-    throw ConfigError("generate: the tokenizer of the model is not known", rows);
-  }
-  auto tokenizer = open_tokenizer(name, {.parse_special = options.parse_special});
-  if (record.fingerprint && !same_vocabulary(tokenizer->fingerprint(), *record.fingerprint))
-    throw ConfigError("generate: the tokenizer is not the one that the model was trained with",
-                      {{"tokenizer", name}, {"fingerprint", tokenizer->fingerprint()}, {"trained with", *record.fingerprint}});
-  return tokenizer;
 }
 
 std::optional<int32_t> end_of_text_of(const Tokenizer& tokenizer, const LanguageModel& model) {
@@ -195,7 +175,8 @@ void add_generate_options(CLI::App& command, GenerateCommand& o) {
 int run_generate(const GenerateCommand& options) {
   require_sampling_options(options.sampling);
   const ModelPlace place = find_model(options.model);
-  const auto tokenizer = tokenizer_for(options, place);
+  const auto tokenizer =
+      open_model_tokenizer("generate", options.tokenizer, place, read_run_record(place), {.parse_special = options.parse_special});
   const std::vector<std::string> texts = prompts_of(options);
   std::vector<std::vector<int32_t>> prompts;
   for (const std::string& text : texts) tokenizer->encode(text, prompts.emplace_back());

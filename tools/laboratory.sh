@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The length-generalisation laboratory: trains the base of every recipe tools/recipes/NAME.toml named, post-trains it from each initial state (lab-post.toml), measures all of them far
 # beyond the training length, and writes runs/NAME.html for each base, runs/PAGE.html with all bases beside their State Passing, and runs/PAGE.md, a table of numbers. Each
-# device trains one model at a time; what is there already is not done again, so a laboratory that was interrupted or gets more seeds goes on. A few minutes on two GPUs.
+# device trains one model at a time; what is there already is not done again, so a laboratory that was interrupted or gets more seeds goes on. A few minutes on two GPUs; for a CPU there is tools/quickstart.sh.
 #   tools/laboratory.sh PILE/train PILE/val.jsonl.zst 20B_tokenizer.json lab-mamba1 lab-mamba2 lab-gla
 #   PAGE=seeds SEEDS="2 3" STATES="state-passing tbtt" tools/laboratory.sh PILE/train PILE/val.jsonl.zst 20B_tokenizer.json lab-mamba2
 # Settings, from the environment:

@@ -130,10 +130,10 @@ void add_data(CLI::App& app, Action& action) {
   pack->add_option("folder", packed->folder, "Searched with its subfolders")->required()->type_name("DIR");
   pack->add_option("--out", packed->out, "The shard to write")->required()->type_name("F.jsonl.zst");
   pack->add_option("--set-name", packed->set_name, "meta.pile_set_name of every document")->type_name("NAME")->capture_default_str();
-  pack->add_option("--include", packed->include, "Only files that match one of these patterns (*.txt); may be repeated")
+  pack->add_option("--include", packed->include, "Only files that match this pattern, such as *.txt; may be repeated (default: every file)")
       ->type_name("GLOB")
       ->allow_extra_args(false);
-  pack->add_option("--exclude", packed->exclude, "No files that match one of these patterns; may be repeated")
+  pack->add_option("--exclude", packed->exclude, "No files that match this pattern; may be repeated")
       ->type_name("GLOB")
       ->allow_extra_args(false);
   pack->add_option("--shuffle-seed", packed->shuffle_seed, "Shuffle the documents with this seed (default: order of the paths)")
@@ -182,7 +182,9 @@ void add_bench(CLI::App& app, Action& action) {
 
   auto* ops = bench->add_subcommand("ops", "Every op beside the floor that this machine's copy and matrix product rates set");
   auto timed = std::make_shared<BenchOpsOptions>();
-  ops->add_option("--device", timed->device, "cpu, cuda or cuda:N")->type_name("DEVICE")->capture_default_str();
+  ops->add_option("--device", timed->device, "cpu, cuda, cuda:N, or auto: a GPU if there is one")
+      ->type_name("DEVICE")
+      ->capture_default_str();
   ops->add_option("--dtype", timed->dtype, "auto (bf16 on a GPU, f32 on a CPU), f32 or bf16")->type_name("TYPE")->capture_default_str();
   ops->add_option("--op", timed->op, "Only this op")->type_name("OP");
   ops->add_option("--shape", timed->shape, "One shape of that op, in the names that its table shows: B=4,T=4096")->type_name("SIZES");
@@ -330,6 +332,9 @@ int main(int argc, char** argv) {
   share_malloc_arenas();
   try {
     return longhand::run(argc, argv);
+  } catch (const std::bad_alloc&) {
+    fmt::print(stderr, "error: the host's memory ran out\n  try  smaller sizes (train.batch_size, train.length, --context, --batch)\n");
+    return 1;
   } catch (const std::exception& problem) {
     fmt::print(stderr, "error: {}\n", problem.what());
     return 1;

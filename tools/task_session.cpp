@@ -17,28 +17,13 @@
 #include "eval/generation_state.h"
 #include "eval/plot.h"
 #include "models/checkpoint.h"
+#include "tools/model_tokenizer.h"
 #include "tools/option_checks.h"
 
 namespace longhand {
 namespace {
 
 namespace fs = std::filesystem;
-
-std::shared_ptr<const Tokenizer> tokenizer_for(const TaskSessionOptions& options, const RunRecord& record) {
-  std::string name = options.tokenizer;
-  if (name.empty() && record.tokenizer && (is_built_in_tokenizer(*record.tokenizer) || fs::exists(*record.tokenizer)))
-    name = *record.tokenizer;
-  if (name.empty())
-    throw ConfigError("eval: the tokenizer of the model is not known",
-                      {{"model", options.model},
-                       {"recorded", record.tokenizer ? *record.tokenizer + ", which is not there" : "nothing"},
-                       {"try", "--tokenizer with the tokenizer.json of the training, bytes or letters:N"}});
-  std::shared_ptr<const Tokenizer> tokenizer = open_tokenizer(name);
-  if (record.fingerprint && !same_vocabulary(tokenizer->fingerprint(), *record.fingerprint))
-    throw ConfigError("eval: the tokenizer is not the one that the model was trained with",
-                      {{"tokenizer", tokenizer->fingerprint()}, {"trained with", *record.fingerprint}});
-  return tokenizer;
-}
 
 // Where no sample was run there is nothing to measure: what an earlier description says of those that were is kept.
 void keep_earlier(const std::string& description, nlohmann::ordered_json& measured) {
@@ -65,7 +50,9 @@ void add_task_options(CLI::App& command, TaskSessionOptions& options) {
   command.add_option("--model", options.model, "A model folder, a checkpoint, or a run (its latest checkpoint)")
       ->required()
       ->type_name("DIR");
-  command.add_option("--tokenizer", options.tokenizer, "A tokenizer.json, bytes or letters:N (default: the one of the run)")
+  command
+      .add_option("--tokenizer", options.tokenizer,
+                  "A tokenizer.json, bytes or letters:N (default: the run's, or tokenizer.json beside the model)")
       ->type_name("FILE");
   command.add_option("--out", options.out, "A line of JSON for each sample; those that are there already are not run again")
       ->type_name("FILE.jsonl");
@@ -88,7 +75,7 @@ TaskSession::TaskSession(const TaskSessionOptions& options, std::string name)
   if (!options_.out.empty() && fs::path(options_.out).extension() != ".jsonl")
     throw ConfigError("eval: --out is a file of JSON lines; table and description go beside it",
                       {{"out", options_.out}, {"try", "a name that ends in .jsonl"}});
-  tokenizer_ = tokenizer_for(options_, read_run_record(place_));
+  tokenizer_ = open_model_tokenizer("eval", options_.tokenizer, place_, read_run_record(place_));
   model_ = load_model(place_.model_folder, device_.device, device_.dtype, device_.master_dtype());
   if (model_->config().vocab_size < tokenizer_->vocab_size())
     throw ConfigError("eval: the tokenizer has more tokens than the model",

@@ -168,7 +168,9 @@ struct LogFile {
   explicit LogFile(const std::string& path) : file(nullptr) {
     const int descriptor = ::open(path.c_str(), O_WRONLY | O_APPEND | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0644);
     if (descriptor >= 0) file = ::fdopen(descriptor, "a");
-    if (file == nullptr) throw FileError("train: the log of a process cannot be written", {{"file", path}});
+    if (file == nullptr)
+      throw FileError("train: the log of a process cannot be written",
+                      {{"file", path}, {"reason", std::strerror(errno)}, {"try", "make its folder writable"}});
     std::setvbuf(file, nullptr, _IOLBF, BUFSIZ);
   }
   ~LogFile() { std::fclose(file); }
@@ -199,7 +201,6 @@ int train(TrainingJob& job, const Device& device, Communicator& processes, bool 
     // Equal files are read everywhere, unless machines have different ones under the same name.
     if (!processes.alone()) require_same_everywhere(processes, description_of_weights(model));
   }
-  if (job.resume && processes.leads()) write_file_atomically(job.folder.file("config.toml"), to_toml(job.recipe));
   job.evaluate = make_validation(job.recipe, job.tokenizer, processes);
   const TrainingOutcome outcome = run_training(job, model);
   if (outcome.signal != 0) return 128 + outcome.signal;
@@ -294,6 +295,8 @@ int train_together(const TrainCommand& command, std::unique_ptr<Communicator>& p
   if (!command.init_from.empty()) settings.push_back("init_from=" + command.init_from);
   if (!command.name.empty()) settings.push_back("name=" + command.name);
   Recipe recipe = read_recipe(command.recipe, settings);
+  if (processes->leads())
+    for (const std::string& key : unread_keys(recipe)) fmt::print(stderr, "note: nothing looks at {}\n", key);
   require_paths(recipe);
   const std::shared_ptr<const Tokenizer> tokenizer = open_tokenizer(recipe.data.tokenizer);
   resolve_model(recipe, tokenizer->vocab_size());

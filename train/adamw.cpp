@@ -72,6 +72,10 @@ void AdamW::step(const Tensor& loss, const std::function<void(const Tensor&)>& s
   on_device(device, &adamw_update_cpu, LONGHAND_CUDA_IMPL(adamw_update_cuda))(buffers, options_.rule, pieces_);
 }
 
+Tensor AdamW::left_out() const {
+  return control_.slice(0, kControlSkippedInARow, kControlSkippedInARow + 1);
+}
+
 StepReport AdamW::report_of(const std::vector<double>& control) {
   return {.loss = control.at(kControlLoss),
           .grad_norm = control.at(kControlGradNorm),

@@ -67,6 +67,8 @@ class AdamW {
   /// sum_over  of those that share the work: replaces each of a few f64 numbers on the device by the sum of everybody's
   void step(const Tensor& loss, const std::function<void(const Tensor&)>& sum_over = {});
 
+  /// [1] f64 of control(): how many steps in a row were left out, up to the last one.
+  Tensor left_out() const;
   /// Of the last step, on the device: kControlSize f64 numbers; report_of() gives them names.
   const Tensor& control() const { return control_; }
   static StepReport report_of(const std::vector<double>& control);

@@ -14,9 +14,11 @@
 #include "core/error.h"
 #include "core/files.h"
 #include "core/nearest.h"
+#include "core/plain_text.h"
 #include "data/tokenizer.h"
 #include "models/checkpoint.h"
 #include "models/model_family.h"
+#include "models/model_place.h"
 #include "models/recompute_plan.h"
 
 namespace longhand {
@@ -213,7 +215,7 @@ std::string toml_text(const std::string& text) {
     if (c == '"' || c == '\\') {
       out += '\\';
       out += c;
-    } else if (static_cast<unsigned char>(c) < 0x20) {
+    } else if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f) {
       out += fmt::format("\\u{:04X}", static_cast<int>(c));
     } else {
       out += c;
@@ -264,9 +266,10 @@ std::optional<double> number_in(const Value& value) {
 }
 
 void require_range(const Given& given, const Key& key, double value) {
-  if (value >= key.low && value <= key.high) return;
+  if (std::isfinite(value) && value >= key.low && value <= key.high) return;
   std::string range = fmt::format("at least {}", written(key.low));
-  if (!std::isinf(key.high)) range += fmt::format(", at most {}", written(key.high));
+  if (std::isinf(key.high)) range += ", finite";
+  else range += fmt::format(", at most {}", written(key.high));
   refuse(given, "a value out of range", {{"given", written(given.value)}, {"expected", range}});
 }
 
@@ -277,7 +280,16 @@ void require_choice(const Given& given, const Key& key, const std::string& value
          {{"given", toml_text(value)}, {"known", joined(known, ", ")}, {"nearest", nearest_name(value, known)}});
 }
 
+void require_utf8(const Given& given) {
+  const auto* text = std::get_if<std::string>(&given.value);
+  const auto* files = std::get_if<Files>(&given.value);
+  if ((text == nullptr || is_utf8(*text)) && (files == nullptr || std::all_of(files->begin(), files->end(), is_utf8))) return;
+  refuse(given, "a text that is not UTF-8",
+         {{"because", "a recipe is, and a run keeps its own"}, {"try", "another name, or a link to the file"}});
+}
+
 void assign(Recipe& recipe, const Given& given) {
+  require_utf8(given);
   const Key* key = find_key(given.key);
   if (key == nullptr) {
     if (find_option(recipe, given.key) == nullptr) {
@@ -454,6 +466,11 @@ void require_consistent(const Recipe& r, const std::string& origin) {
     refuse_values(
         "the rows of a step cannot be cut into equal micro-batches",
         {{"train.batch_size", std::to_string(r.train.batch_size)}, {"train.grad_accumulation", std::to_string(r.train.grad_accumulation)}});
+  constexpr int64_t kMostTokens = int64_t{1} << 31;
+  if (r.train.batch_size > kMostTokens / (r.train.length + 1))
+    refuse_values("a step of too many tokens", {{"train.batch_size", std::to_string(r.train.batch_size)},
+                                                {"train.length", std::to_string(r.train.length)},
+                                                {"expected", fmt::format("at most {} together", kMostTokens)}});
   if (r.optimizer.min_lr > r.optimizer.lr)
     refuse_values("the last learning rate is larger than the peak", {{"optimizer.lr", written(r.optimizer.lr)},
                                                                      {"optimizer.min_lr", written(r.optimizer.min_lr)},
@@ -488,24 +505,38 @@ Recipe parse_recipe(const std::string& text, const std::string& origin, const st
   return recipe;
 }
 
+std::vector<std::string> unread_keys(const Recipe& recipe) {
+  const InitialStateStrategy* strategy = nullptr;
+  for (const InitialStateStrategy& known : initial_state_strategies())
+    if (recipe.initial_state == known.name) strategy = &known;
+  const auto reason = [&](const std::string& key) -> std::string {
+    const std::string section = section_of(key), name = key.substr(key.find('.') + 1);
+    if (section == "initial_state_options" && strategy != nullptr &&
+        std::string_view(strategy->options).find(" " + name + " ") == std::string_view::npos)
+      return "with initial_state = " + recipe.initial_state;
+    if ((key == "train.val_every" || key == "train.val_batches") && recipe.data.val_files.empty() && recipe.data.task == kTextRows)
+      return "without data.val_files";
+    if (key == "data.stream_unit" && recipe.data.arrangement != "streams") return "with data.arrangement = " + recipe.data.arrangement;
+    return "";
+  };
+  Recipe given = recipe, defaults;
+  std::vector<std::string> unread;
+  for (const Key& key : kKeys)
+    if (const std::string why = reason(key.name);
+        !why.empty() && recipe.given.contains(key.name) && written(key.field(given)) != written(key.field(defaults)))
+      unread.push_back(std::string(key.name) + ", " + why);
+  return unread;
+}
+
 Recipe read_recipe(const std::string& path, const std::vector<std::string>& settings) {
   return parse_recipe(read_text_file(path, kLargestFile), path, settings);
 }
 
 // --- the model --------------------------------------------------------------------------------------------------
 
-std::string model_folder_of(const std::string& path) {
-  if (fs::exists(fs::path(path) / "config.json")) return path;
-  const fs::path latest = fs::path(path) / "checkpoints" / "latest";
-  if (fs::exists(latest / "config.json")) return (fs::path(path) / "checkpoints" / fs::canonical(latest).filename()).string();
-  throw FileError("recipe: no model to start from",
-                  {{"looked for", path + "/config.json, " + (latest / "config.json").string()},
-                   {"try", "paths are relative to the current directory, " + fs::current_path().string()}});
-}
-
 void resolve_model(Recipe& recipe, int64_t tokenizer_vocab) {
   if (!recipe.init_from.empty()) {
-    recipe.init_from = model_folder_of(recipe.init_from);
+    recipe.init_from = find_model(recipe.init_from).model_folder;
     Recipe found = recipe;
     found.model = read_model_config(recipe.init_from);
     found.model.complete();

@@ -97,15 +97,15 @@ struct RecipeKeyHelp {
 };
 std::vector<RecipeKeyHelp> recipe_keys();
 
+/// Keys that were given another value than their default and that nothing looks at beside the other keys: "train.val_every, without
+/// data.val_files". For people; what can only be a mistake is refused when a recipe is read.
+std::vector<std::string> unread_keys(const Recipe& recipe);
+
 /// A key whose value differs between two recipes.
 struct RecipeDifference {
   std::string key, before, after;
   bool allowed_on_resume;  // changes neither the model nor the meaning of what is stored in a checkpoint
 };
 std::vector<RecipeDifference> recipe_differences(const Recipe& before, const Recipe& after);
-
-/// `path` itself if it holds a config.json, or the latest checkpoint if it is a run folder.
-/// errors  FileError naming what was looked for
-std::string model_folder_of(const std::string& path);
 
 }  // namespace longhand

@@ -286,10 +286,32 @@ TEST("recipe: a model to start from of another family leaves no model key withou
   CHECK(same.model.vocab_size == 300);
 }
 
+TEST("recipe: what no run could mean is refused: infinite rates, texts that are not UTF-8, steps beyond 2^31 tokens") {
+  const auto expect = [](const std::string& setting, const char* part) {
+    CAPTURE(setting);
+    CHECK_THROWS_WITH_AS(parse_recipe(kSmall, "small.toml", {setting}), doctest::Contains(part), ConfigError);
+  };
+  for (const char* key : {"optimizer.lr", "optimizer.eps", "optimizer.weight_decay"}) expect(std::string(key) + "=inf", "finite");
+  expect("data.files=caf\xe9.jsonl", "not UTF-8");
+  expect("name=caf\xe9", "not UTF-8");
+  expect("train.length=1000000000", "train.length");
+  const Recipe odd = parse_recipe(kSmall, "small.toml", {"data.files=a\x7f.jsonl"});
+  CHECK(parse_recipe(to_toml(odd), "again.toml").data.files == odd.data.files);
+}
+
+TEST("recipe: keys that nothing looks at beside the others are told") {
+  const auto unread = [](std::vector<std::string> settings) { return unread_keys(parse_recipe(kSmall, "small.toml", settings)); };
+  CHECK(unread({"initial_state_options.sigma=5"}) == std::vector<std::string>{"initial_state_options.sigma, with initial_state = zero"});
+  CHECK(unread({"initial_state_options.sigma=5", "initial_state=random-noise"}).empty());
+  CHECK(unread({"initial_state_options.sigma=0.1"}).empty());  // its default
+  CHECK(unread({"train.val_every=2"}) == std::vector<std::string>{"train.val_every, without data.val_files"});
+  CHECK(unread({"train.val_every=2", "data.val_files=v.jsonl"}).empty());
+}
+
 TEST("recipe: a folder to start from must hold a model") {
   const test::ScratchFolder scratch;
   Recipe r = parse_recipe(kSmall, "small.toml", {"init_from=" + scratch.path()});
-  CHECK_THROWS_WITH_AS(resolve_model(r, 257), doctest::Contains("no model to start from"), FileError);
+  CHECK_THROWS_WITH_AS(resolve_model(r, 257), doctest::Contains("the folder holds neither a model nor a run"), FileError);
 }
 
 }  // namespace

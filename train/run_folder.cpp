@@ -2,12 +2,12 @@
 #include "train/run_folder.h"
 
 #include <algorithm>
-#include <charconv>
 #include <filesystem>
 #include <nlohmann/json.hpp>
 
 #include "core/error.h"
 #include "core/files.h"
+#include "models/model_place.h"
 #include "train/run_lock.h"
 
 namespace longhand {
@@ -15,15 +15,6 @@ namespace {
 
 namespace fs = std::filesystem;
 constexpr const char* kUnfinished = "unfinished-";
-
-std::optional<int64_t> step_of(const std::string& folder) {
-  constexpr std::string_view kPrefix = "step-";
-  int64_t step = 0;
-  if (!folder.starts_with(kPrefix)) return std::nullopt;
-  const char* end = folder.data() + folder.size();
-  const auto parsed = std::from_chars(folder.data() + kPrefix.size(), end, step);
-  return parsed.ec == std::errc{} && parsed.ptr == end ? std::optional(step) : std::nullopt;
-}
 
 void make_folders(const std::string& path) {
   std::error_code error;
@@ -113,22 +104,11 @@ std::string RunFolder::name() const {
 }
 
 std::string RunFolder::checkpoint(int64_t step) const {
-  return path_ + "/checkpoints/step-" + std::to_string(step);
-}
-
-std::vector<int64_t> RunFolder::steps() const {
-  std::vector<int64_t> out;
-  for (const auto& entry : fs::directory_iterator(path_ + "/checkpoints"))
-    if (const auto step = step_of(entry.path().filename().string()); step && !entry.is_symlink()) out.push_back(*step);
-  std::sort(out.begin(), out.end());
-  return out;
+  return checkpoint_folder(path_, step);
 }
 
 std::optional<int64_t> RunFolder::latest_step() const {
-  const fs::path latest = fs::path(path_) / "checkpoints" / "latest";
-  if (fs::exists(latest)) return step_of(fs::canonical(latest).filename().string());
-  const auto all = steps();  // a run that ended between the folder's rename and the link's
-  return all.empty() ? std::nullopt : std::optional(all.back());
+  return latest_checkpoint(path_);
 }
 
 // A checkpoint leaves its name before its files go, so that no folder of that name is ever half there.
@@ -137,6 +117,19 @@ void RunFolder::remove_checkpoint(int64_t step) const {
   fs::remove_all(unfinished);
   fs::rename(checkpoint(step), unfinished);
   fs::remove_all(unfinished);
+}
+
+// A link, or on a disk without links a file; what a copy of the run made of it gives way.
+void RunFolder::move_latest(const std::string& name) const {
+  const std::string folder = path_ + "/checkpoints", latest = folder + "/latest", unfinished = folder + "/" + kUnfinished,
+                    link = unfinished + "latest", copy = unfinished + "copy";
+  if (fs::is_directory(latest) && !fs::is_symlink(latest)) fs::rename(latest, copy);
+  fs::remove(link);
+  std::error_code no_links;
+  fs::create_directory_symlink(name, link, no_links);
+  no_links ? write_file_atomically(latest, name + "\n") : fs::rename(link, latest);
+  sync_folder(folder);
+  fs::remove_all(copy);
 }
 
 void RunFolder::write_checkpoint(int64_t step, const KeptCheckpoints& keep, const std::function<void(const std::string&)>& fill) const {
@@ -150,22 +143,19 @@ void RunFolder::write_checkpoint(int64_t step, const KeptCheckpoints& keep, cons
     if (fs::exists(checkpoint(step))) remove_checkpoint(step);  // a step that is written again: it was not the latest
     fs::rename(unfinished, checkpoint(step));
     sync_folder(folder);
-    const std::string link = folder + "/" + kUnfinished + "latest";
-    fs::remove(link);
-    fs::create_directory_symlink(name, link);
-    fs::rename(link, folder + "/latest");
-    sync_folder(folder);
+    move_latest(name);
   } catch (const std::exception& error) {
     std::error_code ignored;
     fs::remove_all(unfinished, ignored);  // gives the space back
+    fs::remove(folder + "/" + kUnfinished + "latest", ignored);
     const auto last = latest_step();
     std::vector<ErrorRow> rows = cause(error);
     rows.push_back({"checkpoint", last ? checkpoint(*last) + " is the latest still" : "none yet"});
-    rows.push_back({"try", "make room, or make the folder writable; then longhand train --resume " + path_});
+    rows.push_back({"try", "mend that (make room, make the folder writable); then longhand train --resume " + path_});
     throw FileError("run: the checkpoint of step " + std::to_string(step) + " cannot be written", rows);
   }
   if (keep.last <= 0) return;
-  auto all = steps();
+  auto all = checkpoint_steps(path_);
   all.erase(std::remove_if(all.begin(), all.end(), [&](int64_t s) { return s > step; }),
             all.end());  // of a later part of the run that was left behind
   for (std::size_t i = 0; i + static_cast<std::size_t>(keep.last) < all.size(); ++i)

@@ -2,7 +2,7 @@
 //   config.toml                      the resolved recipe
 //   metrics.jsonl                    one JSON object a logged step
 //   checkpoints/step-N/              a model folder plus what resuming needs; complete or absent
-//   checkpoints/latest               a link to the newest of them; moves last
+//   checkpoints/latest               a link to the newest of them, or a file that names it where the disk has no links; moves last
 //   lock                             held by the process that works on the run; see run_lock.h
 #pragma once
 #include <cstdint>
@@ -40,13 +40,14 @@ class RunFolder {
   std::string name() const;
   std::string file(const std::string& name) const { return path_ + "/" + name; }
 
-  /// The newest complete checkpoint, or nothing.
+  /// The latest checkpoint, or nothing: models/model_place.h.
   std::optional<int64_t> latest_step() const;
   std::string checkpoint(int64_t step) const;
 
   /// `fill` writes all files of a checkpoint into the folder it is given, which then takes its final name; `latest` moves; older
   /// checkpoints that are not to be kept are removed. Ended at any instant, it leaves the checkpoint before or this one as the latest.
-  /// errors  FileError with the reason when it cannot be written (a full disk); nothing of it stays, and the one before is the latest still
+  /// errors  FileError with the reason when it cannot be written (a full disk); nothing half written stays, and the one before is the
+  ///         latest still
   void write_checkpoint(int64_t step, const KeptCheckpoints& keep, const std::function<void(const std::string& folder)>& fill) const;
 
   /// Drops the lines of metrics.jsonl behind `step`, and a last line that was cut off.
@@ -55,7 +56,7 @@ class RunFolder {
  private:
   RunFolder(std::string path, std::shared_ptr<const RunLock> lock);
   explicit RunFolder(std::string path);  // locks it
-  std::vector<int64_t> steps() const;    // of all complete checkpoints, ascending
+  void move_latest(const std::string& name) const;
   void remove_checkpoint(int64_t step) const;
   std::string path_;
   std::shared_ptr<const RunLock> lock_;

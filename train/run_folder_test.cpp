@@ -176,6 +176,26 @@ TEST("run folder: a step that is written again replaces what a cut off run had l
   CHECK(fs::exists(run.checkpoint(4) + "/model"));
 }
 
+TEST("run folder: in a copy whose links were followed, and where latest is a file, the latest is found and gives way to the next") {
+  const ScratchFolder scratch;
+  const RunFolder run = RunFolder::create(scratch.path(), "run");
+  write_checkpoint(run, 2);
+  write_checkpoint(run, 6);
+  const std::string latest = run.path() + "/checkpoints/latest";
+  fs::remove(latest);
+  fs::copy(run.checkpoint(6), latest, fs::copy_options::recursive);
+  CHECK(run.latest_step() == 6);
+  write_checkpoint(run, 8);
+  CHECK(fs::read_symlink(latest) == "step-8");
+  CHECK(checkpoints_of(run) == std::set<std::string>{"latest", "step-2", "step-6", "step-8"});
+
+  fs::remove(latest);
+  write_file_atomically(latest, "step-6\n");
+  CHECK(run.latest_step() == 6);
+  write_checkpoint(run, 10);
+  CHECK(fs::read_symlink(latest) == "step-10");
+}
+
 TEST("data record: any change of a small file is seen, and of a large one in what is sampled") {
   const ScratchFolder scratch;
   const std::string small = scratch.file("a.jsonl"), large = scratch.file("b.jsonl");

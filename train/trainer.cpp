@@ -7,7 +7,6 @@
 #include "autograd/gradient_arrival.h"
 #include "autograd/tape.h"
 #include "core/error.h"
-#include "core/op_ledger.h"
 #include "core/op_scope.h"
 #include "core/safetensors.h"
 #include "core/safetensors_parts.h"
@@ -83,6 +82,8 @@ Batch Trainer::micro_batch(const Batch& batch, int64_t m) const {
 }
 
 std::string Trainer::first_non_finite_of(const Batch& batch, int64_t step) {
+  graph_.reset();  // it holds the memory of a whole step, which the one below needs
+  launched_.clear();
   for (const Parameter& p : model_.parameters().all())
     if (const int64_t index = first_non_finite(p.master); index >= 0)
       return "weight " + p.name + " " + p.shape.str() + ", index " + std::to_string(index);
@@ -104,6 +105,8 @@ std::string Trainer::first_non_finite_of(const Batch& batch, int64_t step) {
     found = text.substr(0, text.find(" is not finite"));
     for (const ErrorRow& row : error.rows())
       if (row.name == "layer" || row.name == "index") found += ", " + row.name + " " + row.value;
+  } catch (const MemoryError&) {
+    found = "not known: there was no memory to compute the step again";
   }
   model_.parameters().clear_grads();
   return found;
@@ -135,11 +138,16 @@ void Trainer::step(const Batch& batch) {
     upload(rows, place);
     const int64_t counted = positions_that_count(rows);
     form_of_all(batch, m, positions);
-    micro_batches_.push_back(
-        {.info = {.step = info.step, .micro = m, .rows = info.rows, .resets = {}, .row_ids = {}, .all_rows = info.all_rows},
-         .counted = counted,
-         .share = static_cast<double>(counted) / static_cast<double>(positions),
-         .tokens = place});
+    micro_batches_.push_back({.info = {.step = info.step,
+                                       .micro = m,
+                                       .rows = info.rows,
+                                       .resets = {},
+                                       .row_ids = {},
+                                       .all_rows = info.all_rows,
+                                       .left_out = optimizer_.left_out()},
+                              .counted = counted,
+                              .share = static_cast<double>(counted) / static_cast<double>(positions),
+                              .tokens = place});
     if (counted == rows.rows * rows.length) micro_batches_.back().tokens.mask = Tensor();
   }
   optimizer_.set_rates(lr_at(steps_done_), weight_decay_at(steps_done_));
@@ -171,7 +179,7 @@ bool Trainer::failed_anywhere(bool failed) {
 }
 
 void Trainer::queue_step() {
-  const bool watched = switches().check || switches().trace != 0 || OpLedger::running();
+  const bool watched = ops_are_watched();
   if (graphs_ && !watched) {
     if (graph_ && form_ == recorded_) return graph_->replay();
     if (form_ == launched_) {  // whatever such a step makes once is there, and another like it is likely

@@ -58,7 +58,8 @@ class Trainer {
   /// finite
   std::string first_non_finite_of(const Batch& batch, int64_t step);
 
-  /// To be called when a report says that a step was left out: no state is carried on from it.
+  /// To be called before save() where the last step was left out: no state is carried on from it. Where training goes on, the next step
+  /// sees to that itself.
   void forget_carried_state() { initial_state_->forget(); }
 
   /// For people: "a graph of 1,234 launches" once steps are replayed, or why they are not; "" before that is known and on a CPU.

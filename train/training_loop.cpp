@@ -110,7 +110,7 @@ class Loop {
     const auto step = job_.resume ? job_.folder.latest_step() : std::nullopt;
     if (!step) {
       if (job_.resume) line_.say("the run has no checkpoint yet: it begins again at step 1");
-      if (processes_.leads()) job_.folder.truncate_metrics(0);
+      if (processes_.leads()) go_on_from(0);
       return {};
     }
     const std::string folder = job_.folder.checkpoint(*step), file = folder + "/training.json";
@@ -126,8 +126,13 @@ class Loop {
       throw FileError("train: training.json cannot be read", {{"file", file}, {"reason", error.what()}});
     }
     together(processes_, [&] { trainer_.load(folder, *step); });
-    if (processes_.leads()) job_.folder.truncate_metrics(*step);  // only now that all can go on from there
+    if (processes_.leads()) go_on_from(*step);  // only now that all can
     return progress;
+  }
+
+  void go_on_from(int64_t step) const {
+    if (job_.resume) write_file_atomically(job_.folder.file("config.toml"), to_toml(recipe_));
+    job_.folder.truncate_metrics(step);
   }
 
   static std::vector<DataFileRecord> data_from(const nlohmann::json& rows) {
@@ -223,8 +228,23 @@ class Loop {
     while (open_reports_ > 0) take_report(open_reports_ == 1 ? val_loss : std::nullopt);
     // While steps are being left out no checkpoint is written, so that the good ones are not pushed out.
     const bool save_due = due(recipe_.train.checkpoint_every, step) && report_.skipped_in_a_row == 0;
+    if (report_.skipped_in_a_row > 0 && (last || failed)) require_finite_weights();
+    if (report_.skipped_in_a_row > 0) trainer_.forget_carried_state();
     if (last || failed || save_due) not_counted([&] { save(); });
     if (failed) std::rethrow_exception(failed);
+  }
+
+  // A step that is left out changes no weight, but behind an update that ruined them all are.
+  void require_finite_weights() {
+    const Tensor& weights = model_.parameters().flat_master();
+    if (processes_.all_reduce_max(first_non_finite(weights) >= 0 ? 1 : 0) == 0) return;
+    const auto last = job_.folder.latest_step();
+    throw NumericError(
+        "train: the weights are not finite; no checkpoint of them is written",
+        {{"step", std::to_string(done_.step)},
+         {"first", first_non_finite_},
+         {"checkpoint", last ? job_.folder.checkpoint(*last) : "none yet"},
+         {"try", "a smaller optimizer.lr; longhand train --resume " + job_.folder.path() + " goes on from that checkpoint"}});
   }
 
   double elapsed_s() const { return start_.elapsed_s + now_s() - begin_s_; }  // of the whole run
@@ -279,7 +299,6 @@ class Loop {
       if (first_non_finite_.empty()) first_non_finite_ = "not known: computed again, everything was finite";
       line_.say("            first not finite: " + first_non_finite_);
     }
-    trainer_.forget_carried_state();
     if (report_.skipped_in_a_row < kMostSkippedInARow) return;
     const auto last = job_.folder.latest_step();
     throw NumericError("train: no finite loss and gradient for too many steps in a row",

@@ -19,7 +19,7 @@ struct TrainingJob {
   Recipe recipe;     // resolved
   RunFolder folder;  // its config.toml is written already
   std::shared_ptr<const Tokenizer> tokenizer;
-  bool resume = false;  // go on from the folder's latest checkpoint, if it has one
+  bool resume = false;  // go on from the folder's latest checkpoint, if it has one; its config.toml is written when that is loaded
   std::function<double(const LanguageModel&)>
       evaluate;                                    // validation loss in nats per token; may be empty; of all processes or none it throws
   std::FILE* messages = stderr;                    // null: silent

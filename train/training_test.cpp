@@ -241,6 +241,64 @@ TEST("training: a validation that fails ends the run, but keeps the steps") {
   CHECK(job.folder.latest_step() == 4);
 }
 
+TEST("training: what a checkpoint carries on is looked at before anything of the run is changed") {
+  for (const std::string strategy : {"state-passing", "fitted-noise"}) {
+    CAPTURE(strategy);
+    const ScratchFolder scratch;
+    write_shard(scratch.file("shard.jsonl"));
+    const std::vector<std::string> settings{"train.steps=2", "initial_state=" + strategy, "data.files=" + scratch.file("shard.jsonl")};
+    const Recipe recipe = tiny_recipe(settings);
+    TrainingJob job{.recipe = recipe,
+                    .folder = RunFolder::create(scratch.path(), "run"),
+                    .tokenizer = open_tokenizer("bytes"),
+                    .resume = false,
+                    .evaluate = {},
+                    .messages = nullptr,
+                    .on_step = {}};
+    run_training(job, *tiny_model(recipe));
+    const std::string config = job.folder.file("config.toml"), file = job.folder.checkpoint(2) + "/carried_state.safetensors";
+    write_file_atomically(config, "as it was");
+    const std::string metrics = read_text_file(job.folder.file("metrics.jsonl"));
+    const auto sound = read_safetensors(file).tensors;
+    const auto name = sound.begin()->first;
+    job.resume = true;
+    job.recipe.train.steps = 4;
+    const auto refused = [&](int64_t index, double value) {
+      auto broken = sound;
+      broken[name] = sound.at(name).clone();
+      fill(broken[name].reshape({broken[name].numel()}).slice(0, index, index + 1), value);
+      write_safetensors(file, broken, read_safetensors(file).metadata);
+      CHECK_THROWS_WITH_AS(run_training(job, *tiny_model(recipe)), doctest::Contains(name.c_str()), FileError);
+      CHECK(read_text_file(config) == "as it was");
+      CHECK(read_text_file(job.folder.file("metrics.jsonl")) == metrics);
+    };
+    refused(1, NAN);
+    if (strategy == "fitted-noise") refused(2, -1);  // squared deviations
+    write_safetensors(file, sound);
+    run_training(job, *tiny_model(recipe));
+    CHECK(job.folder.latest_step() == 4);
+    CHECK(read_text_file(config).find("steps = 4") != std::string::npos);
+  }
+}
+
+TEST("training: a run that ends with weights that are not finite writes no checkpoint of them, and says so") {
+  const ScratchFolder scratch;
+  write_shard(scratch.file("shard.jsonl"));
+  const Recipe recipe = tiny_recipe({"train.steps=6", "train.checkpoint_every=2", "data.files=" + scratch.file("shard.jsonl")});
+  const auto model = tiny_model(recipe);
+  const TrainingJob job{.recipe = recipe,
+                        .folder = RunFolder::create(scratch.path(), "ruined"),
+                        .tokenizer = open_tokenizer("bytes"),
+                        .resume = false,
+                        .evaluate = {},
+                        .messages = nullptr,
+                        .on_step = [&](const LoggedStep& s) {
+                          if (s.step == 3) fill(model->parameters().flat_master().slice(0, 3, 4), NAN);
+                        }};
+  CHECK_THROWS_WITH_AS(run_training(job, *model), doctest::Contains("the weights are not finite"), NumericError);
+  CHECK(job.folder.latest_step() == 2);
+}
+
 TEST("training: on a CPU a step's rate counts the time of that step, also of the last and of those beside a pause") {
   const ScratchFolder scratch;
   write_shard(scratch.file("shard.jsonl"));
@@ -389,6 +447,49 @@ TEST("training: on a GPU a weight that is not finite is found behind the steps u
       CHECK(nan.error.find("too many steps in a row") != std::string::npos);
       CHECK(nan.error.find("checkpoints/step-2") != std::string::npos);
       CHECK(nan.metrics.find("\"first_non_finite\":\"weight " + weight) != std::string::npos);
+
+      // Finite itself; the step is computed again to find where it leads to what is not.
+      const BrokenRun overflow = break_run(weight, 3e38, {graph, strategy, "train.dtype=bf16"}, 0, Device::cuda());
+      CHECK_MESSAGE(overflow.messages.find("first not finite: linear: output 0, layer layers.1.mixer, index ") != std::string::npos,
+                    overflow.messages);
+    }
+}
+
+TEST("training: behind a step that was left out the next one starts from zeros and counts, whenever the host looks, also as a graph") {
+  std::vector<Device> devices{Device::cpu()};
+  if (cuda_device_count() > 0) devices.push_back(Device::cuda());
+  for (const Device& device : devices)
+    for (const std::string strategy : {"state-passing", "tbtt"}) {
+      CAPTURE(device.name());
+      CAPTURE(strategy);
+      const auto weights_after = [&](const std::string& graph, bool looks) {
+        std::vector<std::string> settings{"train.graph=" + graph, "train.grad_accumulation=2", "initial_state=" + strategy};
+        if (strategy == "tbtt") settings.emplace_back("data.arrangement=streams");
+        const Recipe recipe = tiny_recipe(settings);
+        const auto model = tiny_model(recipe, device);
+        const Tensor computed = model->parameters().flat_compute();  // in bf16; the masters are not looked at in a forward then
+        const Tensor one = (computed.defined() ? computed : model->parameters().flat_master()).slice(0, 3, 4);
+        Trainer trainer(recipe, *model);
+        const auto take = [&](const Batch& batch) {
+          if (looks) (void)step_and_report(trainer, batch);
+          else trainer.step(batch);
+        };
+        for (uint64_t step = 0; step < 7; ++step) {
+          const Tensor sound = one.clone();
+          if (step == 4) fill(one, NAN);
+          take(made_up_batch(recipe, step));
+          if (step == 4) copy(one, sound);
+        }
+        const StepReport report = step_and_report(trainer, made_up_batch(recipe, 7));
+        CHECK(report.skipped == 1);
+        CHECK(report.updates == 7);
+        if (device.is_cuda() && graph == "true") CHECK_MESSAGE(trainer.queued().starts_with("a graph of "), trainer.queued());
+        return model->parameters().flat_master().to_vector<float>();
+      };
+      const auto expected = weights_after("false", true);
+      CHECK(weights_after("false", false) == expected);
+      CHECK(weights_after("true", true) == expected);
+      CHECK(weights_after("true", false) == expected);
     }
 }
 

@@ -249,6 +249,39 @@ TEST("add_rmsnorm on CUDA in bf16: the gradients are those of the formula in f64
   }
 }
 
+TEST("add_rmsnorm on CUDA in bf16: of no rows, and gradients that one input alone wants") {
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  const Poison poison;
+  const Device gpu = Device::cuda();
+  const Variable none = Variable::leaf(Tensor::empty(gpu, Dtype::bf16, {0, 3, 8})),
+                 of_none = Variable::leaf(random_tensor(gpu, Dtype::f32, {8}, 1));
+  const auto empty = add_rmsnorm(none, Variable::leaf(Tensor::empty(gpu, Dtype::f32, {0, 3, 8})), of_none, 1e-5, Dtype::bf16);
+  CHECK(empty.y.shape() == Shape{0, 3, 8});
+  backward({empty.y}, {Tensor::empty(gpu, Dtype::bf16, {0, 3, 8})});
+  CHECK(of_none.grad().to_vector<float>() == std::vector<float>(8, 0.0f));
+
+  for (const int64_t width : {64, 1024}) {
+    const Tensor values[] = {random_tensor(gpu, Dtype::bf16, {70, width}, 1), random_tensor(gpu, Dtype::f32, {70, width}, 2),
+                             random_tensor(gpu, Dtype::f32, {width}, 3)};
+    const auto gradients = [&](int alone) {  // -1: all want theirs
+      std::vector<Variable> in;
+      for (int i = 0; i < 3; ++i) in.push_back(alone < 0 || alone == i ? Variable::leaf(values[i]) : Variable(values[i]));
+      const auto out = add_rmsnorm(in[0], in[1], in[2], 1e-5, Dtype::bf16);
+      backward({out.y, out.residual}, {random_tensor(gpu, Dtype::bf16, {70, width}, 4), random_tensor(gpu, Dtype::f32, {70, width}, 5)});
+      std::vector<std::vector<float>> found;
+      for (int i = 0; i < 3; ++i)
+        found.push_back(in[static_cast<std::size_t>(i)].grad().defined() ? in[static_cast<std::size_t>(i)].grad().to_vector<float>()
+                                                                         : std::vector<float>());
+      return found;
+    };
+    const auto all = gradients(-1);
+    for (int alone = 0; alone < 3; ++alone) {
+      const auto found = gradients(alone);
+      for (std::size_t i = 0; i < 3; ++i) CHECK(found[i] == (static_cast<int>(i) == alone ? all[i] : std::vector<float>()));
+    }
+  }
+}
+
 TEST("add_rmsnorm on CUDA in bf16 gives every weight its gradient, one that is zero too") {
   if (cuda_device_count() == 0) SKIP("no CUDA device");
   const Poison poison;

@@ -10,6 +10,7 @@
 #include "ops/swiglu/swiglu_kernels.h"
 #include "ops/swiglu/swiglu_mlp_kernels.h"
 #include "tests/support/draws.h"
+#include "tests/support/last_row.h"
 #include "tests/support/parity.h"
 
 using namespace longhand;
@@ -304,6 +305,31 @@ TEST("swiglu_mlp on CUDA: the smallest products leave swiglu's own bits") {
   if (cuda_device_count() == 0) SKIP("no CUDA device");
   if (!has_warpgroups()) SKIP("no products of warpgroups");
   expect_bits({{1, 8, 8, 8}, {129, 72, 136, 200}, {300, 136, 264, 8}});
+}
+
+TEST("swiglu_mlp on CUDA of more than 2^31 elements") {
+  if (cuda_device_count() == 0) SKIP("no CUDA device");
+  const Device gpu = Device::cuda();
+  constexpr int64_t kGroups = 750;
+  const Size s{512, 64, 2816, 64};  // 750 times so many rows: gate and up have 2.16e9 elements
+  if (!has_room(gpu, int64_t{24} << 30)) SKIP("less than 24 GiB of free GPU memory");
+  // All rows but the last 512 are zeros.
+  std::vector<Tensor> inputs = inputs_of(Device::cpu(), Dtype::bf16, s), reference;
+  for (const Tensor& input : inputs) reference.push_back(input.to(Dtype::f64));
+  const Tensor grad = random_tensor(Device::cpu(), Dtype::bf16, {s.rows, s.out}, 4);
+  const Outcome expected = by_hand(reference, grad.to(Dtype::f64), true);
+  const auto last = [&](const Tensor& t) { return zeros_with_last_row(t.reshape({1, s.rows, t.dim(1)}), kGroups, gpu); };
+  const std::vector<Variable> in{Variable::leaf(last(inputs[0])), Variable::leaf(inputs[1].to(gpu)), Variable::leaf(inputs[2].to(gpu))};
+  const Variable y = mlp(in);
+  backward({y}, {last(grad)});
+  const auto last_of = [&](const Tensor& t) { return t.slice(0, kGroups - 1, kGroups).to_vector<double>(); };
+  const auto compare_with = [](const std::vector<double>& actual, const std::vector<double>& wanted, const char* what) {
+    expect_close(actual, wanted, kBf16Rounding, kSmallScale, what);
+  };
+  compare_with(last_of(y.value()), expected.y, "y");
+  compare_with(last_of(in[0].grad()), expected.grads[0], "gradient of x");
+  compare_with(in[1].grad().to_vector<double>(), expected.grads[1], "gradient of gate_up");
+  compare_with(in[2].grad().to_vector<double>(), expected.grads[2], "gradient of down");
 }
 
 TEST("swiglu_mlp of no rows") {

@@ -275,6 +275,8 @@ TEST("token step: the middle of a Mamba-2 layer agrees with convolution and ssd,
                           {5, 2, 64, 132, 1, 4, true, true},
                           {6, 4, 64, 128, 2, 4, true, true},
                           {9, 2, 64, 64, 1, 1, false, false},
+                          {9, 32, 64, 128, 1, 4, true, false},  // mamba2-370m's
+                          {20, 32, 64, 128, 1, 4, true, false},
                           {71, 8, 64, 128, 2, 4, true, true},  // as many states as pass through shared memory
                           {150, 8, 64, 128, 1, 4, false, false}}) {
       if (dtype == Dtype::f32 && c.N > 128) continue;  // beyond what ssd takes

@@ -26,7 +26,7 @@ RecurrentState CarriedState::begin(const BatchInfo& info) {
     throw ShapeError(strategy_ + ": the batch has another number of rows than the one before",
                      {{"rows", std::to_string(info.rows)}, {"before", std::to_string(state.rows())}});
   for (const LayerState& layer : state.layers())
-    for (const auto& [name, variable] : layer) clear_rows(variable.value(), treatment_.keys(info.micro, info.rows));
+    for (const auto& [name, variable] : layer) clear_rows(variable.value(), treatment_.keys(info.micro, info.rows), info.left_out);
   return state;
 }
 
@@ -79,6 +79,9 @@ void CarriedState::load(const std::map<std::string, Tensor>& stored, int64_t mic
                       {{"tensor", name},
                        {"found", found == stored.end() ? "(absent)" : found->second.describe()},
                        {"expected", zeros.describe() + " for each of " + std::to_string(rows) + " rows"}});
+    if (const int64_t index = first_non_finite(found->second); index >= 0)
+      throw FileError(strategy_ + ": the stored state is not finite",
+                      {{"tensor", name}, {"index", std::to_string(index)}, {"try", "an older checkpoint, or copy it again"}});
   }
   const int64_t each = rows / micro_batches;
   const Part own = context_.processes != nullptr ? context_.processes->own(each) : Part{0, each};

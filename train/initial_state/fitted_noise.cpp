@@ -4,6 +4,8 @@
 // 1 - 1/n about the last n steps. Within a step all micro-batches draw from the statistics of the steps before, and rows are counted one
 // after the other, whatever process they are on, so neither gradient accumulation nor the number of processes changes anything. A row whose
 // state is not finite is not counted. source  Buitrago Ruiz & Gu 2025, arXiv:2507.02782, section 4
+#include <cmath>
+
 #include "core/error.h"
 #include "train/communicator.h"
 #include "train/initial_state/noise.h"
@@ -61,6 +63,13 @@ class FittedNoise final : public InitialState {
                         {{"tensor", kPrefix + part.full_name},
                          {"found", there ? found->second.describe() : "(absent)"},
                          {"expected", place(part).describe()}});
+      const std::vector<double> numbers = found->second.to_vector<double>();
+      for (std::size_t i = 0; i < numbers.size(); ++i)
+        if (!std::isfinite(numbers[i]) || (i % 3 != 1 && numbers[i] < 0))  // count and squared deviations are never negative
+          throw FileError("fitted-noise: a stored number is no statistic", {{"tensor", kPrefix + part.full_name},
+                                                                            {"index", std::to_string(i)},
+                                                                            {"found", std::to_string(numbers[i])},
+                                                                            {"try", "an older checkpoint, or copy it again"}});
       copy(place(part), found->second);
     }
   }

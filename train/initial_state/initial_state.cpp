@@ -17,14 +17,16 @@ std::unique_ptr<InitialState> make_tbtt(const InitialStateContext&);
 namespace {
 
 constexpr InitialStateStrategy kStrategies[] = {
-    {"zero", "every row starts from the zero state", &make_zero_state},
-    {"random-noise", "every element of a row's state is drawn from N(0, sigma^2)", &make_random_noise},
-    {"fitted-noise", "the same with the mean and deviation that final states have in each layer and head", &make_fitted_noise, "packed",
+    {"zero", "every row starts from the zero state", "", &make_zero_state},
+    {"random-noise", "every element of a row's state is drawn from N(0, sigma^2)", " cover probability sigma ", &make_random_noise},
+    {"fitted-noise", "the same with the mean and deviation that final states have in each layer and head",
+     " cover probability statistics_per statistics_decay ", &make_fitted_noise, "packed",
      "rows of streams may end in padding, whose states would count"},
     {"state-passing", "row b starts from the final state of row b of the batch before, whose text has nothing to do with it",
-     &make_state_passing, "packed", "its rows have nothing to do with those of the batch before; along streams it is called tbtt"},
-    {"tbtt", "row b goes on with the text and from the state with which row b of the batch before ended", &make_tbtt, "streams",
-     "its rows go on with the text of the batch before"},
+     " cover probability ", &make_state_passing, "packed",
+     "its rows have nothing to do with those of the batch before; along streams it is called tbtt"},
+    {"tbtt", "row b goes on with the text and from the state with which row b of the batch before ended", " cover probability ", &make_tbtt,
+     "streams", "its rows go on with the text of the batch before"},
 };
 
 }  // namespace

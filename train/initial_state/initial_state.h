@@ -40,6 +40,7 @@ struct BatchInfo {
   std::span<const uint8_t> resets;   // [rows]  1: the row begins a new sequence; empty when rows never continue each other (packed)
   std::span<const int64_t> row_ids;  // [rows]  a number for each row of the run, independent of how it is cut into batches
   int64_t all_rows = 0;              // of all processes, which share a micro-batch's rows in order; 0: `rows`, this process is alone
+  Tensor left_out = {};              // [1] f64 on the device: above 0 where the step before was left out; nothing is carried on from it
 };
 
 class InitialState {
@@ -56,7 +57,7 @@ class InitialState {
   /// Takes note of the state after the last token.
   virtual void end(const BatchInfo& info, const RecurrentState& h_T) = 0;
 
-  /// Drops what is kept from batch to batch, after a step whose loss or gradient was not finite.
+  /// Drops what is kept from batch to batch: before save() behind a step that was left out.
   virtual void forget() {}
 
   /// What a resumed run needs to go on exactly, on any number of processes; becomes carried_state.safetensors. Empty when there is nothing.
@@ -85,6 +86,7 @@ struct InitialStateContext {
 struct InitialStateStrategy {
   const char* name;
   const char* meaning;
+  const char* options;  // those of InitialStateOptions that it looks at, each with a space on both sides
   std::unique_ptr<InitialState> (*make)(const InitialStateContext&);
   const char* arrangement = nullptr;  // of the data that it needs, and why; null: any
   const char* because = nullptr;

@@ -35,7 +35,7 @@ LONGHAND_HOST_DEVICE inline Moments counted(double count, double mean, double m2
 
 /// Mean and standard deviation to draw with; zeros, which draw zeros, where nothing was counted.
 LONGHAND_HOST_DEVICE inline void normal_of(const Moments& moments, float& mean, float& deviation) {
-  mean = static_cast<float>(moments.mean);
+  mean = moments.count > 0 ? static_cast<float>(moments.mean) : 0.0f;
   deviation = moments.count > 0 ? static_cast<float>(std::sqrt(moments.m2 / moments.count)) : 0.0f;
 }
 

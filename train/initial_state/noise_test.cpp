@@ -411,6 +411,12 @@ TEST("row kernels: a GPU keeps the same rows, draws the same numbers and finds t
         clear_rows(there, Tensor::from(gpu, {rows}, marks));
         clear_rows(here, Tensor::from(cpu, {rows}, marks));
         CHECK(there.to_vector<double>() == here.to_vector<double>());
+        for (const double all : {0.0, 2.0}) {
+          clear_rows(there, Tensor::from(gpu, {rows}, marks), Tensor::full(gpu, Dtype::f64, {1}, all));
+          clear_rows(here, Tensor::from(cpu, {rows}, marks), Tensor::full(cpu, Dtype::f64, {1}, all));
+          CHECK(there.to_vector<double>() == here.to_vector<double>());
+          if (all > 0) CHECK(here.to_vector<double>() == std::vector<double>(static_cast<std::size_t>(here.numel()), 0.0));
+        }
       }
 
       const Tensor on_cpu = Tensor::zeros(cpu, Dtype::f64, {rows, groups.count + 2, 3}),

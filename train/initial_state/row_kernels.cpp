@@ -11,7 +11,7 @@
 namespace longhand {
 
 // row_kernels_cuda.cu
-void clear_rows_cuda(const Tensor& t, const Tensor& marks);
+void clear_rows_cuda(const Tensor& t, const Tensor& marks, const Tensor& all);
 void draw_normals_cuda(const Tensor& t, const Tensor& keys, uint64_t tag, const Tensor& normals, const StateGroups& groups);
 void row_moments_cuda(const Tensor& t, const StateGroups& groups, const Tensor& moments, int64_t first);
 void merge_rows_cuda(const Tensor& running, const Tensor& moments);
@@ -19,10 +19,12 @@ void refresh_normals_cuda(const Tensor& running, const Tensor& normals, double d
 
 namespace {
 
-void clear_rows_cpu(const Tensor& t, const Tensor& marks) {
+void clear_rows_cpu(const Tensor& t, const Tensor& marks, const Tensor& all) {
+  const bool every = all.defined() && *all.data<double>() > 0;
   const auto row_bytes = static_cast<std::size_t>(t.numel() / t.dim(0) * size_of(t.dtype()));
   for (int64_t b = 0; b < t.dim(0); ++b)
-    if (marks.data<int64_t>()[b] == 0) std::memset(static_cast<char*>(t.raw()) + static_cast<std::size_t>(b) * row_bytes, 0, row_bytes);
+    if (every || marks.data<int64_t>()[b] == 0)
+      std::memset(static_cast<char*>(t.raw()) + static_cast<std::size_t>(b) * row_bytes, 0, row_bytes);
 }
 
 // Calls f with a pointer to the elements.
@@ -111,11 +113,12 @@ StateGroups state_groups(const std::string& name, const Shape& shape, bool by_ch
   return {shape[1], row / shape[1]};
 }
 
-void clear_rows(const Tensor& t, const Tensor& marks) {
-  if (marks.dtype() != Dtype::i64 || marks.numel() != t.dim(0) || !t.is_contiguous())
-    throw ShapeError("clear_rows: a contiguous tensor and a mark a row are needed",
-                     {{"marks", marks.describe()}, {"tensor", t.describe()}});
-  if (t.numel() > 0) on_device(t.device(), &clear_rows_cpu, LONGHAND_CUDA_IMPL(clear_rows_cuda))(t, marks);
+void clear_rows(const Tensor& t, const Tensor& marks, const Tensor& all) {
+  const bool fits = marks.dtype() == Dtype::i64 && marks.numel() == t.dim(0) && t.is_contiguous();
+  if (!fits || (all.defined() && (all.dtype() != Dtype::f64 || all.numel() != 1)))
+    throw ShapeError("clear_rows: a contiguous tensor, a mark a row and one f64 for all are needed",
+                     {{"marks", marks.describe()}, {"tensor", t.describe()}, {"all", all.defined() ? all.describe() : "undefined"}});
+  if (t.numel() > 0) on_device(t.device(), &clear_rows_cpu, LONGHAND_CUDA_IMPL(clear_rows_cuda))(t, marks, all);
 }
 
 void draw_normals(const Tensor& t, const Tensor& keys, uint64_t tag, const Tensor& normals, const StateGroups& groups) {

@@ -19,8 +19,10 @@ struct StateGroups {
 /// by_channel  those without heads have a group a channel: axis 1 of a state, the last axis of a window
 StateGroups state_groups(const std::string& name, const Shape& shape, bool by_channel);
 
-/// t[b] = 0 where marks[b] == 0, in place. marks [B] i64 on t's device
-void clear_rows(const Tensor& t, const Tensor& marks);
+/// t[b] = 0 where marks[b] == 0, in place, and everywhere where all[0] > 0.
+/// marks  [B] i64 on t's device
+/// all    [1] f64 there; undefined: as if it were 0
+void clear_rows(const Tensor& t, const Tensor& marks, const Tensor& all = {});
 
 /// Independent normal numbers in the rows that have a key, zeros in the others.
 ///   t[b, e] = keys[b] == 0 ? 0 : mean[g] + std[g] * philox_normal(philox_key(keys[b], tag), e)     g the group of e

@@ -65,9 +65,11 @@ dim3 grid_of(int64_t blocks, int64_t rows) {
 }
 
 template <class Word>
-__global__ void clear_rows_kernel(Word* __restrict__ t, const int64_t* __restrict__ marks, int64_t rows, int64_t width) {
+__global__ void clear_rows_kernel(Word* __restrict__ t, const int64_t* __restrict__ marks, const double* __restrict__ all, int64_t rows,
+                                  int64_t width) {
+  const bool every = all != nullptr && *all > 0;
   for (int64_t b = blockIdx.y; b < rows; b += gridDim.y) {
-    if (marks[b] != 0) continue;
+    if (!every && marks[b] != 0) continue;
     for (int64_t e = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; e < width; e += static_cast<int64_t>(gridDim.x) * kThreads)
       t[b * width + e] = Word{};
   }
@@ -153,13 +155,14 @@ __global__ void refresh_normals_kernel(double* __restrict__ running, float* __re
 
 }  // namespace
 
-void clear_rows_cuda(const Tensor& t, const Tensor& marks) {
+void clear_rows_cuda(const Tensor& t, const Tensor& marks, const Tensor& all) {
   const cudaStream_t stream = t.device().cuda_context().stream;
   const int64_t rows = t.dim(0), width = t.numel() / rows;
   const dim3 grid = grid_of(blocks_per_row(width), rows);
   auto launch = [&](auto word) {
     using Word = decltype(word);
-    clear_rows_kernel<<<grid, kThreads, 0, stream>>>(static_cast<Word*>(t.raw()), marks.data<int64_t>(), rows, width);
+    clear_rows_kernel<<<grid, kThreads, 0, stream>>>(static_cast<Word*>(t.raw()), marks.data<int64_t>(),
+                                                     all.defined() ? all.data<double>() : nullptr, rows, width);
     launch_check("clear_rows_kernel", grid, kThreads);
   };
   if (size_of(t.dtype()) == 4) return launch(uint32_t{});
